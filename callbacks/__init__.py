@@ -1,0 +1,5 @@
+"""Trainer callbacks."""
+
+from hf_influence.callbacks.capture import GradientCapture
+
+__all__ = ["GradientCapture"]

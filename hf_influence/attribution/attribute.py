@@ -1,0 +1,57 @@
+"""From stored rows to scores."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from hf_influence.attribution.finite import check_finite
+from hf_influence.attribution.method import make_method
+from hf_influence.attribution.selection import Selection
+from hf_influence.scores import Scores
+from hf_influence.store import GradientStore
+
+
+def attribute(
+    store: str | Path | GradientStore,
+    method: str,
+    *,
+    train_split: str = "train",
+    query_split: str = "query",
+    point: int = 0,
+    **settings: Any,
+) -> Scores:
+    """Score every training example of a store. Higher = more worth keeping.
+
+    The model is not needed: rows are read, in chunks that fit into memory, and the store is not changed.
+    `attribute(store, scores.method, **scores.settings)` computes the same scores again.
+
+    Args:
+        store: A store, or the path of one.
+        method: A name in the table of methods; `hf-influence methods` lists them.
+        train_split: The split to score.
+        query_split: The split to compare with, for a method that compares with queries.
+        point: The parameter point at which the gradients were taken.
+        **settings: The settings of the method.
+
+    Returns:
+        `Scores` of shape `[n_train, n_query]` in dataset order; one column for a method without queries.
+
+    Raises:
+        UnknownMethod: No method of that name.
+        BadSetting: A setting that the method does not have, or a value that it cannot use.
+        MissingRows: The store does not hold what the method needs, queries for instance.
+        StoreMismatch: The store is compressed in a way that the method cannot use.
+        BadExample: A row holds NaN or infinity.
+    """
+    chosen = make_method(method, settings)
+    rows = Selection(
+        store if isinstance(store, GradientStore) else GradientStore.open(store), train_split, query_split, point
+    )
+    values = chosen.score(rows)
+    with_queries = "queries" in chosen.needs
+    check_finite(values, rows.train, *([rows.query] if with_queries else []))
+    where = {"train_split": train_split, "point": point} | ({"query_split": query_split} if with_queries else {})
+    return Scores(
+        values, rows.train.ids, method, where | chosen.record(rows), chosen.columns(rows), rows.train.id_column
+    )

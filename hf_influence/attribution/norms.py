@@ -1,0 +1,17 @@
+"""Norms of whole rows, over all blocks together."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from hf_influence.store import Rows
+
+
+def row_norms(rows: Rows, order: int = 2) -> Tensor:
+    """`‖g_i‖` of the given order, `[n]`."""
+    total = torch.zeros(len(rows), dtype=rows.dtype)
+    for block in rows.blocks:
+        for at, g in rows.chunks(block):
+            total[at] += torch.linalg.vector_norm(g, order, dim=1).pow(order)  # [b]
+    return total.pow(1 / order)

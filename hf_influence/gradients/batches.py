@@ -1,0 +1,155 @@
+"""A dataset as batches of like lengths, with the padding on the right."""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import json
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hf_influence.errors import BadExample
+from hf_influence.task import IGNORED, LABELS
+
+AUTO_EXAMPLES = 64
+SURVEYED = 1024
+Collator = Callable[[list[dict[str, Any]]], Any]
+
+
+class Examples:
+    """A map-style dataset as this library uses it: examples by position, their lengths, their columns checked.
+
+    Args:
+        dataset: `datasets.Dataset`, or anything with `len()` and `[i]` that gives dictionaries.
+        model: The columns that its forward method does not take are left out, as `Trainer` does.
+        id_column: A column whose values name the examples; by default their positions do.
+        remove_unused_columns: Keep all columns where the collator needs them.
+
+    Raises:
+        BadExample: An empty dataset, one without a length, or one without columns that the model takes.
+    """
+
+    def __init__(
+        self, dataset: Any, model: nn.Module, id_column: str | None = None, remove_unused_columns: bool = True
+    ):
+        if not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__"):
+            raise BadExample(
+                f"the dataset is a {type(dataset).__name__} without a length. Rows are kept by position: pass a map-style "
+                "dataset (for an IterableDataset: Dataset.from_generator, or take(n) into a list)."
+            )
+        if len(dataset) == 0:
+            raise BadExample("the dataset is empty: there is nothing to take gradients of.")
+        first = dataset[0]
+        if not isinstance(first, dict):
+            raise BadExample(f"an example is a {type(first).__name__}; it must be a dictionary of columns.")
+        self.ids = self._ids_of(dataset, id_column, first)
+        if remove_unused_columns:
+            taken = [name for name in first if name in forward_arguments(model) or name in LABELS]
+            if not taken:
+                raise BadExample(
+                    f"none of the columns {list(first)} is an argument of {type(model).__name__}.forward. Tokenise first: "
+                    "dataset.map(lambda row: tokenizer(row['text']))."
+                )
+            self._columns: list[str] | None = taken
+            if hasattr(dataset, "select_columns"):
+                dataset = dataset.select_columns(taken)
+        else:
+            self._columns = None
+        self._dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self._dataset)
+
+    def __getitem__(self, positions: Sequence[int]) -> list[dict[str, Any]]:
+        if hasattr(self._dataset, "__getitems__"):
+            rows = self._dataset.__getitems__(list(positions))
+        else:
+            rows = [self._dataset[i] for i in positions]
+        return rows if self._columns is None else [{name: row[name] for name in self._columns} for row in rows]
+
+    def survey(self) -> tuple[str, list[int]]:
+        """One pass over the examples without the model: a hash of their tokens and labels, and their lengths.
+
+        Examples without token ids count by their labels alone, and all have length 1.
+        """
+        digest = hashlib.sha256()
+        lengths = []
+        for start in range(0, len(self), SURVEYED):
+            for row in self[range(start, min(start + SURVEYED, len(self)))]:
+                known = {name: row[name] for name in ("input_ids", *LABELS) if name in row}
+                digest.update(json.dumps(known, default=_plain).encode())
+                lengths.append(len(row["input_ids"]) if "input_ids" in row else 1)
+        return digest.hexdigest()[:16], lengths
+
+    @staticmethod
+    def _ids_of(dataset: Any, id_column: str | None, first: dict[str, Any]) -> list[Any] | None:
+        if id_column is None:
+            return None
+        if id_column not in first:
+            raise BadExample(f"the dataset has no id column {id_column!r}; its columns are {list(first)}.")
+        ids = list(dataset[id_column]) if hasattr(dataset, "column_names") else [row[id_column] for row in dataset]
+        if not all(isinstance(value, (int, str)) for value in ids) or len(set(ids)) != len(ids):
+            raise BadExample(f"the id column {id_column!r} must hold a different integer or string for each example.")
+        return ids
+
+
+def forward_arguments(model: nn.Module) -> list[str]:
+    """The names that the forward method of the model (below any PEFT wrapper) takes."""
+    base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return list(inspect.signature(base.forward).parameters)
+
+
+def by_length(lengths: Sequence[int], batch_size: int | None, tokens: int) -> Iterator[list[int]]:
+    """Positions in batches of like lengths, the longest first (so that memory runs out at once or never).
+
+    Args:
+        lengths: Tokens of each example.
+        batch_size: Examples a batch; `None` for as many as `tokens` hold, padding included.
+        tokens: See there.
+    """
+    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+    start = 0
+    while start < len(order):
+        size = batch_size or max(1, min(AUTO_EXAMPLES, tokens // max(1, lengths[order[start]])))
+        yield order[start : start + size]
+        start += size
+
+
+def padding_with(pad_token_id: int) -> Collator:
+    """The collator where none is given: sequences padded on the right (labels with -100)."""
+
+    def collate(features: list[dict[str, Any]]) -> dict[str, Tensor]:
+        if "input_ids" in features[0] and "attention_mask" not in features[0]:
+            features = [{**row, "attention_mask": [1] * len(row["input_ids"])} for row in features]
+        batch = {}
+        for name in features[0]:
+            values = [torch.as_tensor(row[name]) for row in features]
+            if values[0].ndim == 1:
+                fill = IGNORED if name in LABELS else pad_token_id if name == "input_ids" else 0
+                batch[name] = nn.utils.rnn.pad_sequence(values, batch_first=True, padding_value=fill)
+            else:
+                batch[name] = torch.stack(values)
+        return batch
+
+    return collate
+
+
+def padding_to_the_right(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Roll each example to the left edge, so that its positions are those it has alone, in any model."""
+    mask = batch.get("attention_mask")
+    if not isinstance(mask, Tensor) or mask.ndim != 2 or bool(mask[:, 0].all()):
+        return batch
+    lead = mask.to(torch.long).argmax(1)  # [b], tokens of padding on the left
+    t = mask.shape[1]
+    source = (torch.arange(t, device=mask.device) + lead[:, None]) % t  # [b, t]
+    return {
+        name: value.gather(1, source) if isinstance(value, Tensor) and value.shape == mask.shape else value
+        for name, value in batch.items()
+    }
+
+
+def _plain(value: Any) -> Any:
+    return value.tolist() if hasattr(value, "tolist") else repr(value)

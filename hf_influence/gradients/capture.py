@@ -1,0 +1,145 @@
+"""Per-example gradients out of one batched backward pass.
+
+    with per_sample_gradients(model) as rows:
+        model(**batch).loss.backward()
+        gradients = rows.take()          # parameter name -> [b, d]
+
+A row here is the gradient of the batch's loss *through one example*; it is that example's own gradient as soon as the
+loss is the sum of the examples' own losses, which is what `collect` sees to.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hf_influence.errors import UnsupportedModel
+from hf_influence.gradients.compress import Compressor
+from hf_influence.gradients.rules import Entries
+from hf_influence.gradients.taps import Modules, Tap, find_taps
+
+
+class RowCatcher:
+    """Watches the tapped modules and forms the rows while the backward pass goes by.
+
+    The rows of a call are formed in the closure of that very call, from its own input; so a module that is used twice,
+    or run again by gradient checkpointing, comes out right. Nothing of the model's computation changes.
+    """
+
+    def __init__(self, taps: Sequence[Tap], compress: Compressor | None = None):
+        self.shapes = {tap.parameter: tap.shape for tap in taps}
+        self.rows_in_batch: int | None = None
+        self._rows: dict[str, Tensor] = {}
+        self._handles: list[Any] = []
+        self._by_module: dict[int, list[Tap]] = {}
+        for tap in taps:
+            self._by_module.setdefault(id(tap.module), []).append(tap)
+        self._keep: dict[str, Entries] = {}
+        self._project: dict[str, Any] = {}
+        for name, shape in self.shapes.items() if compress is not None else ():
+            width = torch.Size(shape).numel()
+            columns = compress.columns(name, width)
+            if columns is not None:
+                self._keep[name] = Entries.of(columns, shape)
+            else:
+                self._project[name] = compress.fit(name, width)
+
+    def attach(self) -> None:
+        for taps in self._by_module.values():
+            self._handles.append(taps[0].module.register_forward_hook(self._watch))
+
+    def detach(self) -> None:
+        while self._handles:
+            self._handles.pop().remove()
+        self._rows.clear()
+
+    def take(self) -> dict[str, Tensor]:
+        """The rows of the batch that was just run backward, parameter name -> `[b, d]`, in the order of the model.
+
+        Raises:
+            UnsupportedModel: A tapped module took no part in it.
+        """
+        missing = [name for name in self.shapes if name not in self._rows]
+        if missing:
+            raise UnsupportedModel(
+                f"no gradient reached {len(missing)} parameter(s) in this batch (first: {missing[0]}). Either the layer "
+                "is not used by this model's forward pass, or its weights are used without calling it. Leave them out "
+                f"with skip=[{missing[0]!r}, …]."
+            )
+        rows = {name: self._rows[name] for name in self.shapes}
+        self._rows.clear()
+        return rows
+
+    def clear(self) -> None:
+        """Forget the rows of a batch that failed."""
+        self._rows.clear()
+
+    def _watch(self, module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
+        if not torch.is_grad_enabled():
+            return
+        if not output.requires_grad:
+            output.requires_grad_()
+        x = inputs[0].detach()
+
+        def back(g: Tensor) -> None:
+            exact = torch.promote_types(g.dtype, torch.float32)
+            tokens = _tokens(x).to(exact) if x.is_floating_point() else x  # otherwise token ids
+            self.form(module, tokens, _tokens(g.detach()).to(exact))
+
+        output.register_hook(back)
+
+    def form(self, module: nn.Module, x: Tensor, g: Tensor) -> None:
+        """Add the rows of one call of a module, from its input `[b, t, i]` and the gradient at its output `[b, t, o]`."""
+        for tap in self._by_module.get(id(module), ()):
+            if self.rows_in_batch not in (None, len(g)):
+                raise UnsupportedModel(
+                    f"{tap.module_name} saw {len(g)} rows in a batch of {self.rows_in_batch} examples: it does not keep "
+                    "examples apart along the first dimension (mixture-of-experts routing does this), so its gradient "
+                    f"cannot be told apart by example. Leave it out with skip=[{tap.parameter!r}]."
+                )
+            name = tap.parameter
+            if name in self._keep and self._keep[name].i.device != g.device:
+                self._keep[name] = self._keep[name].to(g.device)
+            row = tap.rule(x, g, self._keep.get(name))
+            if name in self._project:
+                row = self._project[name](row)
+            self._rows[name] = self._rows[name] + row if name in self._rows else row
+
+
+def _tokens(values: Tensor) -> Tensor:
+    """`[b, d] -> [b, 1, d]`, `[b, …, d] -> [b, t, d]`."""
+    return values[:, None] if values.ndim == 2 else values.flatten(1, -2)
+
+
+@contextmanager
+def per_sample_gradients(
+    model: nn.Module,
+    *,
+    modules: Modules = "lora",
+    compress: Compressor | None = None,
+    skip: Sequence[str] = (),
+) -> Iterator[RowCatcher]:
+    """Per-example gradients of every trainable parameter, from your own forward and backward passes.
+
+    Args:
+        model: The model, with the trainable parameters marked by `requires_grad`.
+        modules: "lora" for a PEFT LoRA model, "trainable" for the trainable linear layers of any model.
+        compress: `dropout(r)` or `gaussian(r)`; whole rows without.
+        skip: Names of trainable parameters to leave out; `*` stands for anything.
+
+    Yields:
+        A catcher whose `take()` gives the rows after each backward pass. No hook outlives the block.
+
+    Raises:
+        UnsupportedModel: A trainable parameter that no rule covers; the message names it.
+    """
+    catcher = RowCatcher(find_taps(model, modules, skip), compress)
+    try:
+        catcher.attach()
+        yield catcher
+    finally:
+        catcher.detach()

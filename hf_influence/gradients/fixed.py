@@ -1,0 +1,151 @@
+"""The model at rest: one batch in, exact rows and statistics out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hf_influence.errors import BadExample, UnsupportedModel
+from hf_influence.gradients.batches import forward_arguments, padding_to_the_right
+from hf_influence.gradients.capture import RowCatcher
+from hf_influence.gradients.identity import content_hash
+from hf_influence.gradients.lora import fused_lora
+from hf_influence.task import IGNORED, CausalLM, Outcome, Task, labels_of
+
+
+class FixedWeights:
+    """Per-example gradients at weights that stand still, as a context manager.
+
+    Inside it the model is in evaluation mode and every parameter is frozen, so the backward pass carries gradients of
+    activations alone; the rows are formed by the catcher's hooks. On the way out everything is as it was.
+
+    Only the loss of the labelled tokens is computed: a causal model's head sees the labelled positions of each example
+    and nothing else.
+    """
+
+    def __init__(self, model: nn.Module, task: Task, catcher: RowCatcher):
+        self.model = model
+        self.task = task
+        self.catcher = catcher
+        self.device = next(model.parameters()).device
+        self._arguments = set(forward_arguments(model))
+        self._stack = ExitStack()
+
+    def __enter__(self) -> FixedWeights:
+        with ExitStack() as stack:
+            stack.enter_context(_resting(self.model))
+            stack.enter_context(fused_lora(self.model, self.catcher.form))
+            stack.callback(self.catcher.detach)
+            self.catcher.attach()
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._stack.close()
+
+    def run(self, batch: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Rows and statistics of a collated batch.
+
+        Returns:
+            Parameter name -> `[b, d]`, and statistic -> `[b]`.
+        """
+        self.catcher.clear()
+        with torch.enable_grad():
+            logits, outcome, stats = self._judge(batch)
+            torch.autograd.backward(logits, outcome.logit_gradient)
+        rows = self.catcher.take()
+        norm = torch.stack([torch.linalg.vector_norm(row, dim=1) for row in rows.values()]).norm(dim=0)
+        return rows, {**stats, "grad_norm": norm}
+
+    def judge(self, batch: dict[str, Any]) -> dict[str, Tensor]:
+        """The statistics alone, without a backward pass: loss, margin, correct, ... -> `[b]`."""
+        with torch.no_grad():
+            return self._judge(batch)[2]
+
+    def _judge(self, batch: dict[str, Any]) -> tuple[Tensor, Outcome, dict[str, Tensor]]:
+        batch = {name: value.to(self.device) if isinstance(value, Tensor) else value for name, value in batch.items()}
+        batch = padding_to_the_right(batch)
+        labels = labels_of(batch)
+        mask = batch.get("attention_mask")
+        inputs = {name: value for name, value in batch.items() if name in self._arguments}
+        if not inputs:
+            raise BadExample(
+                f"the collated batch holds {', '.join(batch) or 'nothing'} beside the labels, and "
+                f"{type(self.model).__name__} takes none of it. Tokenise the dataset."
+            )
+        if "use_cache" in self._arguments:
+            inputs["use_cache"] = False
+        main = inputs["input_ids"] if "input_ids" in inputs else next(iter(inputs.values()))
+        self.catcher.rows_in_batch = len(main)
+        if isinstance(self.task, CausalLM):
+            logits, targets = self._labelled_logits(inputs, self.task.targets(labels, mask))
+        else:
+            logits, targets = self.model(**inputs).logits, labels
+        outcome = self.task.outcome(logits, targets)
+        whole = isinstance(mask, Tensor) and mask.ndim == 2
+        stats = {
+            "loss": outcome.loss,
+            **outcome.stats,
+            "length": mask.sum(1) if whole else torch.full((len(main),), main[0].numel(), device=main.device),
+            "hash": content_hash(main, mask, labels),
+        }
+        return logits, outcome, stats
+
+    def _labelled_logits(self, inputs: dict[str, Any], targets: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits `[b, k, v]` at the labelled positions of each example, and their targets `[b, k]`."""
+        position, targets = _labelled_first(targets)
+        with _head_sees(self.model, position):
+            logits = self.model(**inputs).logits
+        if logits.shape[:2] != targets.shape:
+            raise UnsupportedModel(
+                f"{type(self.model).__name__} gave logits of shape {list(logits.shape)} for {list(targets.shape)} "
+                "labelled positions. Its output embedding is not the last layer on the way to the logits."
+            )
+        return logits, targets
+
+
+def _labelled_first(targets: Tensor) -> tuple[Tensor, Tensor]:
+    """The labelled positions of each example, `[b, k]`, filled up with others to the most that one example has."""
+    labelled = targets != IGNORED
+    k = max(1, int(labelled.sum(1).max()))
+    position = labelled.to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, :k]
+    return position, targets.gather(1, position)
+
+
+@contextmanager
+def _head_sees(model: nn.Module, position: Tensor) -> Iterator[None]:
+    """Let the output embedding see the hidden states `[b, t, d]` at `position [b, k]` alone."""
+    head: Any = model.get_output_embeddings()  # type: ignore[operator]
+    if head is None:
+        raise UnsupportedModel(f"{type(model).__name__} names no output embedding (get_output_embeddings() is None).")
+
+    def select(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        hidden = args[0]
+        return (hidden.gather(1, position[..., None].expand(-1, -1, hidden.shape[-1])), *args[1:])
+
+    handle = head.register_forward_pre_hook(select)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def _resting(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode and frozen parameters, for as long as the block lasts."""
+    modes = [(module, module.training) for module in model.modules()]
+    flags = [(weight, weight.requires_grad) for weight in model.parameters()]
+    try:
+        model.eval()
+        for weight, _ in flags:
+            weight.requires_grad_(False)
+        yield
+    finally:
+        for weight, flag in flags:
+            weight.requires_grad_(flag)
+        for module, mode in modes:
+            module.training = mode

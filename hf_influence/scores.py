@@ -1,0 +1,93 @@
+"""Scores: what a method returns, and the one place that fixes their direction."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from hf_influence.errors import BadSetting, StoreError
+
+
+@dataclass(frozen=True)
+class Scores:
+    """One number per training example and query. **Higher = more worth keeping.**
+
+    With queries: removing the example is predicted to raise the query loss. Without queries
+    (self-influence, outliers, baselines): the example is more typical. So for every method the
+    lowest scores are the ones to trim.
+
+    Attributes:
+        values: `[n_train, n_query]`; one column for a method without queries.
+        ids: The training examples in the order of the rows: index in the dataset, or value of the id column.
+        method: Name in the method table.
+        settings: The settings of the method, enough to compute the scores again.
+        query_ids: The queries in the order of the columns; `None` for a method without queries.
+        id_column: The column of the dataset that holds the ids; `None` where they are its indices.
+    """
+
+    values: Tensor
+    ids: list[int] | list[str]
+    method: str
+    settings: dict[str, Any] = field(default_factory=dict)
+    query_ids: list[int] | list[str] | None = None
+    id_column: str | None = None
+
+    def __post_init__(self) -> None:
+        columns = 1 if self.query_ids is None else len(self.query_ids)
+        if self.values.ndim != 2 or self.values.shape != (len(self.ids), columns):
+            raise BadSetting(
+                f"scores of shape {list(self.values.shape)} for {len(self.ids)} training examples and {columns} "
+                "column(s): values must be [n_train, n_query], with one column where there are no queries."
+            )
+        if not torch.isfinite(self.values).all():
+            row = int((~torch.isfinite(self.values)).any(1).nonzero()[0])
+            raise BadSetting(
+                f"method '{self.method}' gave a score that is not finite for training example {self.ids[row]!r}. "
+                "The rows or the damping are out of range; look at the example, or raise the damping."
+            )
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def mean(self) -> Tensor:
+        """Mean over the queries, `[n_train]`."""
+        return self.values.mean(1)
+
+    def lowest(self, k: int) -> list[int] | list[str]:
+        """Ids of the `k` examples least worth keeping, worst first; ties in dataset order."""
+        order = self.mean().argsort(stable=True)[:k].tolist()
+        return [self.ids[i] for i in order]
+
+    def save(self, path: str | Path) -> None:
+        """Write everything to one safetensors file (values as a tensor, the rest as JSON metadata)."""
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        about = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "values"}
+        part = path.with_name(path.name + ".part")
+        save_file({"values": self.values.contiguous()}, part, metadata={"scores": json.dumps(about)})
+        part.replace(path)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Scores:
+        """Read what `save` wrote.
+
+        Raises:
+            StoreError: No such file, or not a file of scores.
+        """
+        if not Path(path).is_file():
+            raise StoreError(f"{path} is not a file. Scores are written by `scores.save(path)`.")
+        try:
+            with safe_open(path, "pt") as file:
+                about = json.loads((file.metadata() or {})["scores"])
+                return cls(values=file.get_tensor("values"), **about)
+        except (SafetensorError, KeyError, TypeError) as error:
+            raise StoreError(
+                f"{path} does not hold scores ({error}). Scores are written by `scores.save(path)`."
+            ) from error

@@ -1,0 +1,143 @@
+"""DatasetFilter: which rows go, which stay, and what is reported."""
+
+import numpy as np
+import pytest
+import torch
+from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
+
+from hf_influence.errors import BadExample, BadSetting
+from hf_influence.filter import DatasetFilter
+from hf_influence.scores import Scores
+
+
+def numbered(n, **columns):
+    return Dataset.from_dict({"row": list(range(n)), **columns})
+
+
+def scores_of(values, ids=None, id_column=None):
+    ids = ids or list(range(len(values)))
+    return Scores(torch.tensor(values)[:, None], ids, "self_ip", {"damping": 0.1}, id_column=id_column)
+
+
+@pytest.mark.parametrize(
+    ("rule", "n", "kept"),
+    [
+        ({"drop": 0.05}, 100, 95),
+        ({"drop": 0.05}, 39, 38),
+        ({"drop": 0.29}, 100, 71),  # 0.29 * 100 is 28.999999999999996 in floating point
+        ({"drop": 0.0}, 5, 5),
+        ({"drop": 0}, 5, 5),
+        ({"drop": 2}, 5, 3),
+        ({"drop": np.int64(2)}, 5, 3),
+        ({"drop": np.float32(0.5)}, 5, 3),
+        ({"keep": 0.5}, 5, 2),
+        ({"keep": 0.29}, 100, 29),
+        ({"keep": 5}, 5, 5),
+    ],
+    ids=str,
+)
+def test_a_fraction_is_rounded_down_and_a_count_is_exact(rule, n, kept):
+    assert len(DatasetFilter(**rule).apply(numbered(n), scores_of([float(i) for i in range(n)]))) == kept
+
+
+def test_lowest_mean_scores_go_and_the_rest_keeps_its_order():
+    values = torch.tensor([[3.0, 1.0], [9.0, -9.5], [0.0, 0.0], [-9.0, 8.0], [1.0, 1.0]])  # means 2, -.25, 0, -.5, 1
+    scores = Scores(values, list(range(5)), "ip", query_ids=[0, 1])
+    assert DatasetFilter(drop=2).apply(numbered(5), scores)["row"][:] == [0, 2, 4]
+    assert DatasetFilter(keep=2).apply(numbered(5), scores)["row"][:] == [0, 4]
+
+
+def test_ties_fall_to_the_earlier_row_whatever_the_order_of_the_scores():
+    assert DatasetFilter(drop=2).apply(numbered(4), scores_of([1.0, 1.0, 1.0, 1.0]))["row"][:] == [2, 3]
+    backwards = scores_of([1.0, 1.0, 1.0, 1.0], ids=[3, 2, 1, 0])
+    assert DatasetFilter(drop=2).apply(numbered(4), backwards)["row"][:] == [2, 3]
+
+
+@pytest.mark.parametrize("ids", [[2, 0, 1], ["c", "a", "b"], [30, 10, 20]], ids=["index", "string", "number"])
+def test_scores_find_their_rows_by_id(ids):
+    dataset = numbered(3, id=sorted(ids))
+    kept = DatasetFilter(drop=1).apply(dataset, scores_of([-5.0, 1.0, 2.0], ids, "id"))
+    assert kept["row"][:] == [0, 1]
+    if ids == [2, 0, 1]:
+        assert DatasetFilter(drop=1).apply(dataset, scores_of([-5.0, 1.0, 2.0], ids))["row"][:] == [0, 1]
+
+
+def test_features_format_and_input_stay_as_they_were():
+    features = Features({"text": Value("large_string"), "label": ClassLabel(names=["bad", "good"])})
+    dataset = Dataset.from_dict({"text": ["a", "b", "c"], "label": [0, 1, 0]}, features=features).with_format("numpy")
+    before = dataset.to_dict()
+    kept = DatasetFilter(drop=1, columns=True).apply(dataset, scores_of([1.0, 0.0, 2.0]))
+    assert kept.remove_columns(["influence", "influence_rank"]).features == features
+    assert kept.format["type"] == "numpy"
+    assert dataset.features == features
+    assert dataset.to_dict() == before
+
+
+def test_columns_tell_score_and_rank_of_each_row():
+    kept = DatasetFilter(drop=1, columns=True).apply(numbered(3), scores_of([0.5, -1.0, 0.25]))
+    assert kept.to_dict() == {"row": [0, 2], "influence": [0.5, 0.25], "influence_rank": [2, 1]}
+    assert DatasetFilter(drop=1).apply(numbered(3), scores_of([0.5, -1.0, 0.25])).column_names == ["row"]
+
+
+def test_report_says_what_was_removed():
+    features = Features({"row": Value("int64"), "label": ClassLabel(names=["bad", "good"])})
+    dataset = Dataset.from_dict({"row": [0, 1, 2, 3], "label": [0, 1, 1, 1]}, features=features)
+    trim = DatasetFilter(drop=0.5)
+    assert trim.report is None
+    trim.apply(dataset, scores_of([0.5, -1.0, 0.25, 0.75]))
+    assert trim.report.removed == ((1, -1.0, 0), (2, 0.25, 1))
+    assert trim.report.groups == {"bad": (1, 1), "good": (3, 1)}
+    assert str(trim.report).splitlines() == [
+        "kept 2 of 4 rows by self_ip(damping=0.1), drop=0.5",
+        "least worth keeping: 1 (-1), 2 (0.25)",
+        "  good: 3 -> 1",
+        "  bad: 1 -> 1",
+    ]
+
+
+def test_report_names_rows_by_their_id():
+    trim = DatasetFilter(drop=1)
+    trim.apply(numbered(2, id=["x", "y"]), scores_of([-1.0, 1.0], ["y", "x"], "id"))
+    assert trim.report.removed[0].id == "y"
+
+
+def test_targets_that_are_no_classes_are_not_counted():
+    trim = DatasetFilter(drop=1)
+    trim.apply(numbered(2, label=[0.5, 1.5]), scores_of([0.0, 1.0]))
+    assert trim.report.groups == {}
+
+
+@pytest.mark.parametrize(
+    "rule",
+    [{}, {"drop": 0.1, "keep": 0.9}]
+    + [{name: bad} for name in ("drop", "keep") for bad in (True, 1.0, -1, -0.1, float("nan"), "5%", [1])],
+    ids=str,
+)
+def test_rules_that_mean_nothing_are_refused(rule):
+    with pytest.raises(BadSetting, match="Give"):
+        DatasetFilter(**rule)
+
+
+@pytest.mark.parametrize(
+    ("rule", "dataset", "ids", "error", "message"),
+    [
+        ({"drop": 1}, numbered(4), [0, 1, 2], BadSetting, "cover 3 examples and the dataset has 4 rows"),
+        ({"drop": 3}, numbered(3), [0, 1, 2], BadSetting, "leaves none of the 3 rows"),
+        ({"keep": 0}, numbered(3), [0, 1, 2], BadSetting, "leaves none of the 3 rows"),
+        ({"keep": 4}, numbered(3), [0, 1, 2], BadSetting, "more rows than the 3"),
+        ({"drop": 1}, numbered(0), [0, 1, 2], BadExample, "no rows"),
+        ({"drop": 1}, DatasetDict({"train": numbered(3)}), [0, 1, 2], BadExample, r"dataset\['train'\]"),
+        ({"drop": 1}, [{"row": 0}], [0], BadExample, "list is not a datasets.Dataset"),
+        ({"drop": 1}, numbered(3), ["a", "b", "c"], BadSetting, "3 of the 3 ids .* index .* 'a'"),
+        ({"drop": 1}, numbered(3), [1, 2, 3], BadSetting, "1 of the 3 ids .* first is 3"),
+        ({"drop": 1}, numbered(3), [0, 1, 1], BadSetting, "id 1 more than once"),
+        ({"drop": 1}, numbered(3), ("id", [0, 1, 2]), BadExample, "no column 'id' among"),
+        ({"drop": 1}, numbered(2, id=["a", "a"]), ("id", ["a", "b"]), BadExample, "'a' occurs more than"),
+        ({"drop": 1}, numbered(2, id=["a", "b"]), ("id", ["a", "z"]), BadSetting, "column 'id'.* 'z'"),
+        ({"drop": 1, "columns": True}, numbered(2, influence=[0, 0]), [0, 1], BadExample, "'influence'.* already"),
+    ],
+)
+def test_what_does_not_fit_is_named(rule, dataset, ids, error, message):
+    id_column, ids = ids if isinstance(ids, tuple) else (None, ids)
+    with pytest.raises(error, match=message):
+        DatasetFilter(**rule).apply(dataset, scores_of([float(i) for i in range(len(ids))], ids, id_column))

@@ -1,0 +1,128 @@
+"""What every method in the table promises, whatever it computes."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+import pytest
+import torch
+from stores import Blocks, make_store
+
+import hf_influence.store
+from hf_influence.attribution import attribute, methods
+from hf_influence.scores import Scores
+from hf_influence.store import GradientStore
+
+TABLE = methods()
+WITH_QUERIES = [name for name, about in TABLE.items() if "queries" in about.needs]
+every_method = pytest.mark.parametrize("method", TABLE)
+
+
+def random_blocks(n: int, seed: int, widths: tuple[int, ...] = (9, 30)) -> Blocks:
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        f"layer{i}.weight": torch.randn(n, d, generator=generator, dtype=torch.float64) for i, d in enumerate(widths)
+    }
+
+
+def statistics(n: int) -> dict[str, torch.Tensor]:
+    """All that any method asks for."""
+    generator = torch.Generator().manual_seed(7)
+    names = {need for about in TABLE.values() for need in about.needs} - {"rows", "queries", "labels"}
+    return {name: torch.rand(n, generator=generator) for name in sorted(names)} | {"label": torch.arange(n) % 2}
+
+
+def make(path: Path, n: int = 20, m: int = 4, widths: tuple[int, ...] = (9, 30)) -> GradientStore:
+    return make_store(path, random_blocks(n, 1, widths), random_blocks(m, 2, widths), stats=statistics(n))
+
+
+def hashes(store: GradientStore) -> dict[str, str]:
+    files = (file for file in store.path.rglob("*") if file.is_file())
+    return {str(file): hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
+
+
+@every_method
+def test_one_finite_score_for_each_example_and_query(tmp_path: Path, method: str) -> None:
+    store = make(tmp_path)
+    before = hashes(store)
+    scores = attribute(store, method)
+    assert scores.values.shape == (20, 4 if method in WITH_QUERIES else 1)
+    assert scores.values.dtype == torch.float64
+    assert (scores.query_ids is not None) == (method in WITH_QUERIES)
+    assert hashes(store) == before
+
+
+@every_method
+def test_chunks_and_shards_do_not_change_the_scores(
+    tmp_path: Path, method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = attribute(make(tmp_path / "a"), method).values
+    store = make_store(tmp_path / "b", random_blocks(20, 1), random_blocks(4, 2), stats=statistics(20), shards=7)
+    monkeypatch.setattr(hf_influence.store, "CHUNK_BYTES", 500)
+    torch.testing.assert_close(attribute(store, method).values, expected)
+
+
+@every_method
+def test_permuted_rows_have_permuted_scores(tmp_path: Path, method: str) -> None:
+    train, query, stats = random_blocks(20, 1), random_blocks(4, 2), statistics(20)
+    ids = [f"example {i}" for i in range(20)]
+    order = torch.randperm(20, generator=torch.Generator().manual_seed(3))
+    straight = make_store(tmp_path / "a", train, query, stats=stats, ids=ids)
+    permuted = make_store(
+        tmp_path / "b",
+        {name: g[order] for name, g in train.items()},
+        query,
+        stats={name: value[order] for name, value in stats.items()},
+        ids=[ids[i] for i in order],
+    )
+    torch.testing.assert_close(attribute(permuted, method).values, attribute(straight, method).values[order])
+
+
+@pytest.mark.parametrize("method", WITH_QUERIES)
+def test_copy_of_the_query_is_worth_keeping_and_its_mislabelled_copy_is_not(tmp_path: Path, method: str) -> None:
+    train, query = random_blocks(40, 1), random_blocks(1, 2)
+    label = torch.arange(40) % 2
+    side = 2.0 * label - 1
+    for name, v in query.items():  # class 1 looks like the query, class 0 like its opposite
+        train[name] = 0.3 * train[name] + 0.5 * side[:, None] * v
+        train[name][11], train[name][10] = v[0], -v[0]
+    scores = attribute(make_store(tmp_path, train, query, stats={"label": label}), method).values[:, 0]
+    assert (scores <= scores[11]).double().mean() > 0.9
+    assert (scores >= scores[10]).double().mean() > 0.9
+    assert scores[10] < scores[11]
+
+
+@every_method
+def test_settings_survive_save_and_load_and_give_the_same_scores(tmp_path: Path, method: str) -> None:
+    store = make(tmp_path / "store")
+    scores = attribute(store, method)
+    scores.save(tmp_path / "scores.safetensors")
+    loaded = Scores.load(tmp_path / "scores.safetensors")
+    assert (loaded.method, loaded.settings, loaded.ids) == (method, scores.settings, scores.ids)
+    assert set(TABLE[method].settings) <= set(loaded.settings)
+    again = attribute(store, loaded.method, **loaded.settings)
+    torch.testing.assert_close(again.values, loaded.values)
+
+
+@every_method
+@pytest.mark.parametrize(("n", "m", "widths"), [(0, 3, (5, 6)), (1, 3, (5,)), (3, 0, (5,)), (2, 1, (1,))])
+def test_empty_and_tiny_stores(tmp_path: Path, method: str, n: int, m: int, widths: tuple[int, ...]) -> None:
+    scores = attribute(make(tmp_path, n, m, widths), method)
+    assert scores.values.shape == (n, m if method in WITH_QUERIES else 1)
+
+
+@every_method
+def test_zero_gradients_give_finite_scores(tmp_path: Path, method: str) -> None:
+    train, query = random_blocks(6, 1), random_blocks(3, 2)
+    train["layer0.weight"].zero_()
+    train["layer1.weight"][2] = 0
+    assert attribute(make_store(tmp_path, train, query, stats=statistics(6)), method).values.isfinite().all()
+
+
+@every_method
+def test_the_table_says_everything(method: str) -> None:
+    about = TABLE[method]
+    for what in ("summary", "formula", "cost", "use", "source"):
+        assert getattr(about, what), f"the docstring of {method!r} lacks its {what}"
+    assert about.formula.startswith("score[i")
