@@ -7,7 +7,7 @@ import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,6 +17,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from hf_influence.errors import BadSetting
 from hf_influence.gradients.collect import check_collectable, collect
 from hf_influence.gradients.compress import Compressor
+from hf_influence.gradients.sweep import BatchSize
 from hf_influence.gradients.taps import Modules
 from hf_influence.store import check_room
 from hf_influence.task import Reduction
@@ -60,7 +61,7 @@ class GradientCapture(TrainerCallback):
         query_dataset: Any = None,
         *,
         train_dataset: Any = None,
-        batch_size: int | Literal["auto"] = "auto",
+        batch_size: BatchSize = "auto",
         loss_reduction: Reduction = "mean",
         compress: Compressor | None = None,
         modules: Modules = "lora",
@@ -86,14 +87,15 @@ class GradientCapture(TrainerCallback):
         args: TrainingArguments,
         state: TrainerState,
         control: TrainerControl,
-        model: nn.Module | None = None,
-        train_dataloader: Any = None,
+        *,
+        model: nn.Module,
+        train_dataloader: Any,
         **kwargs: Any,
     ) -> None:
         if args.world_size > 1 or args.fsdp or args.deepspeed:
             raise BadSetting(
-                f"GradientCapture runs in one process, this is one of {args.world_size} (or sharded by FSDP or DeepSpeed). "
-                "Train without it, then call collect(model, dataset, path) in one process."
+                f"GradientCapture runs in one process, this is one of {args.world_size} (or sharded by FSDP or "
+                "DeepSpeed). Train without it, then call collect(model, dataset, path) in one process."
             )
         with _undisturbed_randomness():
             size = 0
@@ -107,8 +109,9 @@ class GradientCapture(TrainerCallback):
         args: TrainingArguments,
         state: TrainerState,
         control: TrainerControl,
-        model: nn.Module | None = None,
-        train_dataloader: Any = None,
+        *,
+        model: nn.Module,
+        train_dataloader: Any,
         **kwargs: Any,
     ) -> None:
         for split, dataset, options in self._splits(args, train_dataloader):

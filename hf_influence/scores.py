@@ -49,8 +49,8 @@ class Scores:
         if not torch.isfinite(self.values).all():
             row = int((~torch.isfinite(self.values)).any(1).nonzero()[0])
             raise BadSetting(
-                f"method '{self.method}' gave a score that is not finite for training example {self.ids[row]!r}. "
-                "The rows or the damping are out of range; look at the example, or raise the damping."
+                f"method '{self.method}' gave a score that is not finite for training example {self.ids[row]!r}. The "
+                "rows or the damping are out of range; look at the example, or raise the damping."
             )
 
     def __len__(self) -> int:

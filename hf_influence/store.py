@@ -74,7 +74,9 @@ class Header:
         """
         mine, theirs = list(self.blocks), list(other.blocks)
         if mine != theirs:
-            odd = next(name for name in (*mine, *theirs) if (name in self.blocks) != (name in other.blocks))
+            odd = next(
+                (name for name in (*mine, *theirs) if (name in mine) != (name in theirs)), "none, the order differs"
+            )
             raise StoreMismatch(
                 f"{path} holds rows of {len(mine)} blocks, the model at hand has {len(theirs)} (first that only one of "
                 f"them has: {odd}). Rows of different adapters cannot be compared: collect all splits with the same "
@@ -88,8 +90,8 @@ class Header:
                 key = next(k for k in (*was, *now) if was.get(k) != now.get(k))
                 was, now = f"{key} = {was.get(key)}", f"{key} = {now.get(key)}"
             raise StoreMismatch(
-                f"{path} holds rows with another {what.name} (stored: {was}; now: {now}). "
-                "Collect into another folder, or delete this one."
+                f"{path} holds rows with another {what.name} (stored: {was}; now: {now}). Collect into another folder, "
+                "or delete this one."
             )
 
 
@@ -149,6 +151,11 @@ class GradientStore:
         """Parameter names, in the order of the model."""
         return list(self.header.blocks)
 
+    def adapter(self, point: int = 0) -> str | None:
+        """Hash of the trainable values at which the rows of a point were taken; `None` without rows."""
+        file = self._point(point) / "point.json"
+        return _read_json(file)["adapter"] if file.is_file() else None
+
     def splits(self, point: int = 0) -> list[str]:
         """The names of the splits that hold rows at a parameter point."""
         return sorted(entry.parent.name for entry in self._point(point).glob("*/rows.json"))
@@ -163,14 +170,14 @@ class GradientStore:
         if not (folder / "rows.json").is_file():
             have = ", ".join(self.splits(point)) or "none"
             raise MissingRows(
-                f"{self.path} holds no rows of the split {split!r} (it has: {have}). "
-                f"Collect them: collect(model, dataset, {str(self.path)!r}, split={split!r})."
+                f"{self.path} holds no rows of the split {split!r} (it has: {have}). Collect them: collect(model, "
+                f"dataset, {str(self.path)!r}, split={split!r})."
             )
         manifest = Manifest.read(folder)
         if manifest.stored < manifest.n:
             raise MissingRows(
-                f"{folder} holds {manifest.stored} of {manifest.n} rows: the run that filled it was interrupted. "
-                "Run the same collect(...) again; it continues where this one stopped."
+                f"{folder} holds {manifest.stored} of {manifest.n} rows: the run that filled it was interrupted. Run "
+                "the same collect(...) again; it continues where this one stopped."
             )
         return Rows(folder, self.header, manifest)
 
@@ -200,30 +207,33 @@ class GradientStore:
 
         Raises:
             StoreMismatch: The point or the split belongs to another adapter state or dataset.
+            StoreError: The rows do not fit onto the disk.
         """
         if not split or not all(c.isalnum() or c in "-_" for c in split):
             raise BadSetting(f"split={split!r} is not a folder name. Use letters, digits, '-' and '_'.")
         folder = self._point(point)
-        stored = _read_json(folder / "point.json")["adapter"] if (folder / "point.json").is_file() else adapter
-        if stored != adapter:
+        stored = self.adapter(point)
+        if stored not in (None, adapter):
             if overwrite:
                 shutil.rmtree(folder)
             else:
                 raise StoreMismatch(
-                    f"{folder} holds rows at other values of the adapter (stored hash {stored}, now {adapter}). Gradients "
-                    "at different weights cannot be compared: collect all splits with the same trained model, or into "
-                    "another folder."
+                    f"{folder} holds rows at other values of the adapter (stored hash {stored}, now {adapter}). "
+                    "Gradients at different weights cannot be compared: collect all splits with the same trained "
+                    "model, or into another folder."
                 )
         folder.mkdir(parents=True, exist_ok=True)
         _write_json(folder / "point.json", {"adapter": adapter})
         about = Manifest(dataset, n, None if ids is None else list(ids), id_column)
         try:
-            return RowWriter(folder / split, self.header, about)
+            writer = RowWriter(folder / split, self.header, about)
         except StoreError:
             if not overwrite:
                 raise
             shutil.rmtree(folder / split)
-            return RowWriter(folder / split, self.header, about)
+            writer = RowWriter(folder / split, self.header, about)
+        check_room(folder, self.header.row_bytes() * (n - len(writer.done)))
+        return writer
 
     def _point(self, point: int) -> Path:
         return self.path / "points" / f"{point:04d}"
@@ -255,7 +265,8 @@ class Manifest:
             file = folder / shard["file"]
             if not file.is_file() or file.stat().st_size != shard["bytes"]:
                 raise StoreError(
-                    f"{file} is missing or cut short, although it was listed as complete. Delete {folder} and collect it again."
+                    f"{file} is missing or cut short, although it was listed as complete. Delete {folder} and collect "
+                    "it again."
                 )
         return manifest
 
@@ -266,6 +277,7 @@ class Rows:
     Attributes:
         ids: The examples in dataset order: index in the dataset that was given, or value of the id column.
         id_column: The name of that column; `None` where the ids are indices.
+        dataset: Fingerprint of the tokenised dataset.
         blocks: Parameter name -> number of stored columns.
     """
 
@@ -274,6 +286,7 @@ class Rows:
         self.header = header
         self.ids: list[Any] = list(range(manifest.n)) if manifest.ids is None else list(manifest.ids)
         self.id_column = manifest.id_column
+        self.dataset = manifest.dataset
         self.blocks = {name: header.width(name) for name in header.blocks}
         self.dtype: torch.dtype = getattr(torch, header.dtype)
         self._manifest = manifest
@@ -291,8 +304,8 @@ class Rows:
 
     @property
     def stats(self) -> dict[str, Tensor]:
-        """Per-example numbers in dataset order, each `[n]`: loss, n_tokens, margin, correct, el2n, grad_norm, hash, ..."""
-        names = [key for key in self._shards[0].keys() if key.startswith("stats.")] if self._shards else []
+        """Per-example numbers in dataset order, each `[n]`: loss, n_tokens, margin, correct, el2n, hash and others."""
+        names = [key for key in self._shards[0].keys() if key.startswith("stats.")] if self._shards else []  # noqa: SIM118  (not a dict: it cannot be iterated)
         return {name.removeprefix("stats."): self._gather(name) for name in names}
 
     def block(self, name: str) -> Tensor:
@@ -354,11 +367,12 @@ class Rows:
     def _known(self, name: str) -> None:
         if name not in self.blocks:
             raise MissingRows(
-                f"no block {name!r} in {self.folder}; it has {len(self.blocks)}, the first is {next(iter(self.blocks), None)!r}."
+                f"no block {name!r} in {self.folder}; it has {len(self.blocks)}, the first is "
+                f"{next(iter(self.blocks), None)!r}."
             )
 
     def _read(self, key: str) -> list[Tensor]:
-        """One tensor of every shard: views of the mapped files, kept because opening one costs more than a small block."""
+        """One tensor of every shard: views of the mapped files, kept as opening one costs more than a small block."""
         if key not in self._views:
             self._views[key] = [shard.get_tensor(key) for shard in self._shards]
         return self._views[key]
@@ -391,15 +405,14 @@ class RowWriter:
             )
         if (stored.ids, stored.id_column) != (about.ids, about.id_column):
             raise StoreMismatch(
-                f"{folder} holds the same rows under other ids (id column {stored.id_column!r}, now {about.id_column!r}). "
-                "Pass the same id_column, or overwrite=True."
+                f"{folder} holds the same rows under other ids (id column {stored.id_column!r}, now "
+                f"{about.id_column!r}). Pass the same id_column, or overwrite=True."
             )
         folder.mkdir(parents=True, exist_ok=True)
         self._list()
         self.done: set[int] = set()
         for shard in self.manifest.shards:
             self.done.update(_open_shard(folder / shard["file"]).get_tensor("index").tolist())
-        check_room(folder, header.row_bytes() * (about.n - len(self.done)))
 
     def __enter__(self) -> RowWriter:
         return self
@@ -447,8 +460,8 @@ class RowWriter:
         except (OSError, SafetensorError) as error:
             part.unlink(missing_ok=True)
             raise StoreError(
-                f"could not write {file} ({error}). The {len(self.done)} rows before it are safe; "
-                "make room and run the same command again to continue."
+                f"could not write {file} ({error}). The {len(self.done)} rows before it are safe; make room and run "
+                "the same command again to continue."
             ) from error
         self.done.update(shard["index"].tolist())
         self._pending, self._bytes, self._flushed = [], 0, time.monotonic()
@@ -467,8 +480,8 @@ def check_room(path: Path, need: int) -> None:
     free = shutil.disk_usage(there).free
     if need > free:
         raise StoreError(
-            f"the rows need {need / 2**30:.1f} GiB and the disk of {path} has {free / 2**30:.1f} GiB free. "
-            "Keep fewer columns (compress=dropout(16)) or choose another disk."
+            f"the rows need {need / 2**30:.1f} GiB and the disk of {path} has {free / 2**30:.1f} GiB free. Keep fewer "
+            "columns (compress=dropout(16)) or choose another disk."
         )
 
 

@@ -7,7 +7,7 @@ their sum at the logits (where the backward pass starts), and per-example statis
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -83,7 +83,7 @@ class CausalLM(Task):
         """
         labelled = labels != IGNORED
         n_tokens = labelled.sum(1)  # [b]
-        weight = labelled.to(torch.float32)
+        weight = labelled.to(torch.promote_types(logits.dtype, torch.float32))
         if self.reduction == "mean":
             weight = weight / n_tokens.clamp(min=1)[:, None]
         gradient, numbers = _cross_entropy(logits.detach(), labels.clamp(min=0), weight)
@@ -95,7 +95,7 @@ class CausalLM(Task):
 
 @dataclass(frozen=True)
 class Classification(Task):
-    """One label a sequence: cross-entropy, binary cross-entropy (mean over labels) or squared error (mean over outputs)."""
+    """One label a sequence: cross-entropy, or the mean of binary cross-entropies or of squared errors."""
 
     name: ClassVar[str] = "classification"
     problem: str | None = None
@@ -119,6 +119,10 @@ class Classification(Task):
         stats = {"n_tokens": torch.ones_like(loss, dtype=torch.long), **stats}
         return Outcome(loss, gradient.to(logits.dtype), stats)
 
+    def settled(self, labels: Tensor) -> Classification:
+        """The same with the kind of problem named, so that it is one task before and after the model has named it."""
+        return replace(self, problem=self.problem or self._problem_of(labels))
+
     def _problem_of(self, labels: Tensor) -> str:
         if self.classes == 1:
             return "regression"
@@ -139,7 +143,7 @@ def task_of(model: nn.Module, loss_reduction: Reduction = "mean") -> Task:
         raise BadSetting(
             f"loss_reduction={loss_reduction!r}: choose 'mean' or 'sum' over an example's labelled tokens."
         )
-    base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base = unwrapped(model)
     kind, name = getattr(base, "loss_type", None), type(base).__name__
     if kind == "ForCausalLM" or name.endswith("LMHeadModel"):
         return CausalLM(loss_reduction)
@@ -149,6 +153,11 @@ def task_of(model: nn.Module, loss_reduction: Reduction = "mean") -> Task:
         f"{name} is neither a causal language model nor a sequence classifier, so the loss of a single example is not "
         "known. Load the model with AutoModelForCausalLM or AutoModelForSequenceClassification."
     )
+
+
+def unwrapped(model: Any) -> Any:
+    """The transformers model below a PEFT wrapper, or the model itself."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def labels_of(batch: dict[str, Any]) -> Tensor:
@@ -161,8 +170,8 @@ def labels_of(batch: dict[str, Any]) -> Tensor:
         if isinstance(batch.get(name), Tensor):
             return batch.pop(name)
     raise BadExample(
-        f"the collated batch has no labels (it has: {', '.join(batch)}). Give the dataset a column 'labels' (or 'label'), "
-        "or a data_collator that makes one, such as DataCollatorForLanguageModeling(tokenizer, mlm=False)."
+        f"the collated batch has no labels (it has: {', '.join(batch)}). Give the dataset a column 'labels' (or "
+        "'label'), or a data_collator that makes one, such as DataCollatorForLanguageModeling(tokenizer, mlm=False)."
     )
 
 
@@ -213,7 +222,7 @@ def _cross_entropy(logits: Tensor, labels: Tensor, weight: Tensor) -> tuple[Tens
     gradient = torch.empty_like(logits)
     numbers = torch.empty(4, labels.numel(), dtype=exact, device=logits.device)
     flat, out = logits.flatten(0, 1), gradient.flatten(0, 1)  # [b k, v]
-    target, scale = labels.flatten()[:, None], weight.flatten()[:, None].to(exact)
+    target, scale = labels.flatten()[:, None], weight.flatten()[:, None]
     step = TOKENS_AT_ONCE if logits.device.type == "cpu" else TOKENS_AT_ONCE_ACCELERATOR
     for start in range(0, len(flat), step):
         piece = slice(start, start + step)

@@ -143,7 +143,7 @@ def test_projected_rows_keep_their_distances(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("method", "statistic", "sign"),
-    [("loss", "loss", -1), ("el2n", "el2n", -1), ("margin", "margin", 1), ("length", "n_tokens", -1)],
+    [("loss", "loss", -1), ("el2n", "el2n", -1), ("margin", "margin", 1), ("length", "length", -1)],
 )
 def test_baselines_are_signed_statistics(tmp_path: Path, method: str, statistic: str, sign: int) -> None:
     value = torch.arange(20).flip(0)

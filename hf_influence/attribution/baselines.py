@@ -34,8 +34,8 @@ class Statistic(Method):
         stats = rows.train.stats
         if len(rows.train) and statistic not in stats:
             raise MissingRows(
-                f"{rows.train.folder} does not hold the statistic {statistic!r} that method '{self.name}' needs "
-                f"(it has: {', '.join(sorted(stats)) or 'none'}). It is collected where the task has it."
+                f"{rows.train.folder} does not hold the statistic {statistic!r} that method '{self.name}' needs (it "
+                f"has: {', '.join(sorted(stats)) or 'none'}). It is collected where the task has it."
             )
         return self.sign * stats.get(statistic, torch.zeros(0)).to(rows.train.dtype)[:, None]
 
@@ -80,10 +80,10 @@ class Margin(Statistic, name="margin", statistic="margin", sign=1):
 
 
 @dataclass(kw_only=True)
-class Length(Statistic, name="length", statistic="n_tokens", sign=-1):
-    """Minus the number of labelled tokens: the longest examples come lowest.
+class Length(Statistic, name="length", statistic="length", sign=-1):
+    """Minus the number of tokens, padding not counted: the longest examples come lowest.
 
-        score[i] = −n_tokens(i)
+        score[i] = −(tokens of i)
 
     Cost: none; the number is stored with the rows.
     Use when: to see whether a method has found more than length.

@@ -46,8 +46,8 @@ class CompressedFisher(Fisher):
         if stored not in (None, wanted.settings()):
             raise StoreMismatch(
                 f"{rows.store.path} holds rows compressed by {_call(stored)}, and method '{self.name}' is asked for "
-                f"{_call(wanted.settings())}, which cannot be computed from them. "
-                "Use method='fisher', which takes the rows as they are, or collect whole rows, which serve every one."
+                f"{_call(wanted.settings())}, which cannot be computed from them. Use method='fisher', which takes the "
+                "rows as they are, or collect whole rows, which serve every one."
             )
         return wanted
 

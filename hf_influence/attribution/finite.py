@@ -26,7 +26,7 @@ def check_finite(result: Tensor, *rows: Rows) -> None:
                 bad = at[~torch.isfinite(g).all(1)]
                 if len(bad):
                     raise BadExample(
-                        f"example {part.ids[int(bad[0])]!r} in {part.folder} has a gradient that is not finite "
-                        f"(block {block}), so nothing can be compared with it. Look at the example and leave it out, "
-                        "or collect again in float32."
+                        f"example {part.ids[int(bad[0])]!r} in {part.folder} has a gradient that is not finite (block "
+                        f"{block}), so nothing can be compared with it. Look at the example and leave it out, or "
+                        "collect again in float32."
                     )

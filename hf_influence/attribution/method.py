@@ -98,8 +98,9 @@ class Method(ABC):
 
 
 def methods() -> dict[str, About]:
-    """The table of methods: name -> what there is to say about it."""
-    return {name: method.about() for name, method in _TABLE.items()}
+    """The table of methods: name -> what there is to say about it; those that compare with queries come first."""
+    order = sorted(_TABLE, key=lambda name: ("queries" not in _TABLE[name].needs, "rows" not in _TABLE[name].needs))
+    return {name: _TABLE[name].about() for name in order}
 
 
 def make_method(name: str, settings: dict[str, Any]) -> Method:
@@ -116,8 +117,8 @@ def make_method(name: str, settings: dict[str, Any]) -> Method:
     for given in settings:
         if given not in allowed:
             raise BadSetting(
-                f"method '{name}' has no setting {given!r}{_nearest(given, allowed)} "
-                f"It takes: {', '.join(allowed) or 'none'}."
+                f"method '{name}' has no setting {given!r}{_nearest(given, allowed)} It takes: "
+                f"{', '.join(allowed) or 'none'}."
             )
     return _TABLE[name](**settings)
 

@@ -3,5 +3,7 @@
 from hf_influence.gradients.capture import per_sample_gradients
 from hf_influence.gradients.collect import collect
 from hf_influence.gradients.compress import dropout, gaussian
+from hf_influence.gradients.losses import losses
+from hf_influence.gradients.verify import verify
 
-__all__ = ["collect", "dropout", "gaussian", "per_sample_gradients"]
+__all__ = ["collect", "dropout", "gaussian", "losses", "per_sample_gradients", "verify"]

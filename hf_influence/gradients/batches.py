@@ -1,20 +1,19 @@
-"""A dataset as batches of like lengths, with the padding on the right."""
+"""A dataset as examples by position, and as batches with the padding on the right."""
 
 from __future__ import annotations
 
 import hashlib
 import inspect
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from hf_influence.errors import BadExample
-from hf_influence.task import IGNORED, LABELS
+from hf_influence.errors import BadExample, BadSetting
+from hf_influence.task import IGNORED, LABELS, labels_of, unwrapped
 
-AUTO_EXAMPLES = 64
 SURVEYED = 1024
 Collator = Callable[[list[dict[str, Any]]], Any]
 
@@ -25,6 +24,7 @@ class Examples:
     Args:
         dataset: `datasets.Dataset`, or anything with `len()` and `[i]` that gives dictionaries.
         model: The columns that its forward method does not take are left out, as `Trainer` does.
+        collate: Makes a batch of a list of examples; by default pads on the right.
         id_column: A column whose values name the examples; by default their positions do.
         remove_unused_columns: Keep all columns where the collator needs them.
 
@@ -33,25 +33,30 @@ class Examples:
     """
 
     def __init__(
-        self, dataset: Any, model: nn.Module, id_column: str | None = None, remove_unused_columns: bool = True
+        self,
+        dataset: Any,
+        model: nn.Module,
+        collate: Collator | None = None,
+        id_column: str | None = None,
+        remove_unused_columns: bool = True,
     ):
         if not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__"):
             raise BadExample(
-                f"the dataset is a {type(dataset).__name__} without a length. Rows are kept by position: pass a map-style "
-                "dataset (for an IterableDataset: Dataset.from_generator, or take(n) into a list)."
+                f"the dataset is a {type(dataset).__name__} without a length. Rows are kept by position: pass a "
+                "map-style dataset (for an IterableDataset: Dataset.from_generator, or take(n) into a list)."
             )
         if len(dataset) == 0:
             raise BadExample("the dataset is empty: there is nothing to take gradients of.")
         first = dataset[0]
-        if not isinstance(first, dict):
+        if not isinstance(first, Mapping):
             raise BadExample(f"an example is a {type(first).__name__}; it must be a dictionary of columns.")
         self.ids = self._ids_of(dataset, id_column, first)
         if remove_unused_columns:
             taken = [name for name in first if name in forward_arguments(model) or name in LABELS]
             if not taken:
                 raise BadExample(
-                    f"none of the columns {list(first)} is an argument of {type(model).__name__}.forward. Tokenise first: "
-                    "dataset.map(lambda row: tokenizer(row['text']))."
+                    f"none of the columns {list(first)} is an argument of {type(model).__name__}.forward. Tokenise "
+                    "first: dataset.map(lambda row: tokenizer(row['text']))."
                 )
             self._columns: list[str] | None = taken
             if hasattr(dataset, "select_columns"):
@@ -59,6 +64,8 @@ class Examples:
         else:
             self._columns = None
         self._dataset = dataset
+        pad_token_id = getattr(getattr(model, "config", None), "pad_token_id", None)
+        self._collate = collate or padding_with(pad_token_id if isinstance(pad_token_id, int) else 0)
 
     def __len__(self) -> int:
         return len(self._dataset)
@@ -69,6 +76,22 @@ class Examples:
         else:
             rows = [self._dataset[i] for i in positions]
         return rows if self._columns is None else [{name: row[name] for name in self._columns} for row in rows]
+
+    def batch(self, positions: Sequence[int]) -> dict[str, Any]:
+        """The collated batch of some examples.
+
+        Raises:
+            BadExample: It has no labels.
+            BadSetting: The collator does not keep the examples apart.
+        """
+        batch = dict(self._collate(self[positions]))
+        rows = len(labels_of(dict(batch)))
+        if rows != len(positions):
+            raise BadSetting(
+                f"the data_collator made {rows} rows of {len(positions)} examples. Every example needs a row of its "
+                "own: use a collator that pads instead of one that packs or flattens."
+            )
+        return batch
 
     def survey(self) -> tuple[str, list[int]]:
         """One pass over the examples without the model: a hash of their tokens and labels, and their lengths.
@@ -85,7 +108,7 @@ class Examples:
         return digest.hexdigest()[:16], lengths
 
     @staticmethod
-    def _ids_of(dataset: Any, id_column: str | None, first: dict[str, Any]) -> list[Any] | None:
+    def _ids_of(dataset: Any, id_column: str | None, first: Mapping[str, Any]) -> list[Any] | None:
         if id_column is None:
             return None
         if id_column not in first:
@@ -98,24 +121,7 @@ class Examples:
 
 def forward_arguments(model: nn.Module) -> list[str]:
     """The names that the forward method of the model (below any PEFT wrapper) takes."""
-    base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
-    return list(inspect.signature(base.forward).parameters)
-
-
-def by_length(lengths: Sequence[int], batch_size: int | None, tokens: int) -> Iterator[list[int]]:
-    """Positions in batches of like lengths, the longest first (so that memory runs out at once or never).
-
-    Args:
-        lengths: Tokens of each example.
-        batch_size: Examples a batch; `None` for as many as `tokens` hold, padding included.
-        tokens: See there.
-    """
-    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
-    start = 0
-    while start < len(order):
-        size = batch_size or max(1, min(AUTO_EXAMPLES, tokens // max(1, lengths[order[start]])))
-        yield order[start : start + size]
-        start += size
+    return list(inspect.signature(unwrapped(model).forward).parameters)
 
 
 def padding_with(pad_token_id: int) -> Collator:
@@ -138,7 +144,10 @@ def padding_with(pad_token_id: int) -> Collator:
 
 
 def padding_to_the_right(batch: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Roll each example to the left edge, so that its positions are those it has alone, in any model."""
+    """Roll each example to the left edge, so that its positions are those it has alone, in any model.
+
+    All that has the shape of the attention mask is taken to go by token: keep a label a sequence out of it.
+    """
     mask = batch.get("attention_mask")
     if not isinstance(mask, Tensor) or mask.ndim != 2 or bool(mask[:, 0].all()):
         return batch

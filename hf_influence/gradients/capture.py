@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from math import prod
 from typing import Any
 
 import torch
@@ -40,13 +41,13 @@ class RowCatcher:
             self._by_module.setdefault(id(tap.module), []).append(tap)
         self._keep: dict[str, Entries] = {}
         self._project: dict[str, Any] = {}
-        for name, shape in self.shapes.items() if compress is not None else ():
-            width = torch.Size(shape).numel()
-            columns = compress.columns(name, width)
-            if columns is not None:
-                self._keep[name] = Entries.of(columns, shape)
-            else:
-                self._project[name] = compress.fit(name, width)
+        if compress is not None:
+            for name, shape in self.shapes.items():
+                columns = compress.columns(name, prod(shape))
+                if columns is not None:
+                    self._keep[name] = Entries.of(columns, shape)
+                else:
+                    self._project[name] = compress.fit(name, prod(shape))
 
     def attach(self) -> None:
         for taps in self._by_module.values():
@@ -66,9 +67,9 @@ class RowCatcher:
         missing = [name for name in self.shapes if name not in self._rows]
         if missing:
             raise UnsupportedModel(
-                f"no gradient reached {len(missing)} parameter(s) in this batch (first: {missing[0]}). Either the layer "
-                "is not used by this model's forward pass, or its weights are used without calling it. Leave them out "
-                f"with skip=[{missing[0]!r}, …]."
+                f"no gradient reached {len(missing)} parameter(s) in this batch (first: {missing[0]}). Either the "
+                "layer is not used by this model's forward pass, or its weights are used without calling it. Leave "
+                f"them out with skip=[{missing[0]!r}, …]."
             )
         rows = {name: self._rows[name] for name in self.shapes}
         self._rows.clear()
@@ -93,13 +94,14 @@ class RowCatcher:
         output.register_hook(back)
 
     def form(self, module: nn.Module, x: Tensor, g: Tensor) -> None:
-        """Add the rows of one call of a module, from its input `[b, t, i]` and the gradient at its output `[b, t, o]`."""
+        """Add the rows of one call of a module: input `[b, t, i]`, gradient at the output `[b, t, o]`."""
         for tap in self._by_module.get(id(module), ()):
             if self.rows_in_batch not in (None, len(g)):
                 raise UnsupportedModel(
-                    f"{tap.module_name} saw {len(g)} rows in a batch of {self.rows_in_batch} examples: it does not keep "
-                    "examples apart along the first dimension (mixture-of-experts routing does this), so its gradient "
-                    f"cannot be told apart by example. Leave it out with skip=[{tap.parameter!r}]."
+                    f"{tap.module_name} saw {len(g)} rows in a batch of {self.rows_in_batch} examples: it does not "
+                    "keep examples apart along the first dimension (mixture-of-experts routing and OPT's feed-forward "
+                    "layers do this), so its gradient cannot be told apart by example. Leave it out with "
+                    f"skip=[{tap.parameter!r}]."
                 )
             name = tap.parameter
             if name in self._keep and self._keep[name].i.device != g.device:

@@ -2,32 +2,26 @@
 
 from __future__ import annotations
 
-import logging
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
-from hf_influence.errors import BadExample, BadSetting, StoreMismatch
-from hf_influence.gradients.batches import Collator, Examples, by_length, padding_with
+from hf_influence.errors import BadExample, StoreMismatch
+from hf_influence.gradients.batches import Collator, Examples
 from hf_influence.gradients.capture import RowCatcher
 from hf_influence.gradients.compress import Compressor
 from hf_influence.gradients.fixed import FixedWeights
 from hf_influence.gradients.identity import adapter_identity, model_identity
+from hf_influence.gradients.sweep import BatchSize, check_batch_size, sweep
 from hf_influence.gradients.taps import Modules, Tap, find_taps
 from hf_influence.store import GradientStore, Header
-from hf_influence.task import Reduction, Task, labels_of, task_of
-
-logger = logging.getLogger(__name__)
-
-AUTO_TOKENS = 1024
-AUTO_TOKENS_ACCELERATOR = 16384
+from hf_influence.task import Classification, Reduction, Task, labels_of, task_of
 
 
 def collect(
@@ -37,7 +31,7 @@ def collect(
     split: str = "train",
     *,
     data_collator: Collator | None = None,
-    batch_size: int | Literal["auto"] = "auto",
+    batch_size: BatchSize = "auto",
     loss_reduction: Reduction = "mean",
     compress: Compressor | None = None,
     modules: Modules = "lora",
@@ -61,7 +55,8 @@ def collect(
         path: Folder of the store; made if it is not there.
         split: "train" for the examples to be judged, "query" for those that judge; any other name for more.
         data_collator: As in `Trainer`; by default pads `input_ids` and `labels` on the right.
-        batch_size: Examples a batch, or "auto" for a number of tokens that suits the device. Halves when memory runs out.
+        batch_size: Examples a batch, or "auto" for a number of tokens that suits the device. Halves when memory runs
+        out.
         loss_reduction: "mean" over an example's labelled tokens, or "sum".
         compress: `dropout(r)` or `gaussian(r)`; whole rows without.
         modules: "lora" for the adapter and `modules_to_save`; "trainable" for the trainable linear layers of any model.
@@ -78,8 +73,7 @@ def collect(
         BadExample: An empty dataset, missing labels, or an example whose loss or gradient is not finite (named).
         StoreMismatch: The folder holds rows of another model, adapter, dataset or compressor.
     """
-    if batch_size != "auto" and (not isinstance(batch_size, int) or batch_size < 1):
-        raise BadSetting(f"batch_size={batch_size!r}: pass a number of examples, at least 1, or 'auto'.")
+    check_batch_size(batch_size)
     plan = Plan.of(
         model, dataset, data_collator, loss_reduction, compress, modules, skip, id_column, remove_unused_columns
     )
@@ -99,20 +93,18 @@ def collect(
     todo = [i for i in range(len(examples)) if i not in writer.done]
     if todo:
         resting = FixedWeights(model, plan.task, RowCatcher(plan.taps, compress))
-        tokens = AUTO_TOKENS if resting.device.type == "cpu" else AUTO_TOKENS_ACCELERATOR
-        batches = by_length([lengths[i] for i in todo], None if batch_size == "auto" else batch_size, tokens)
-        bar = tqdm(total=len(examples), initial=len(writer.done), desc=f"gradients of {split}", unit="row")
-        with bar, writer, resting:
-            for positions, rows, stats in _run(resting, plan, [[todo[i] for i in batch] for batch in batches]):
+        title = f"gradients of {split}"
+        with writer, resting:
+            batches = sweep(resting.run, examples, todo, lengths, batch_size, resting.device, title)
+            for positions, (rows, stats) in batches:
                 _check_finite(rows, stats, positions, examples.ids)
                 writer.append(positions, rows, stats)
-                bar.update(len(positions))
     empty = (store.rows(split).stats["n_tokens"] == 0).nonzero().flatten().tolist()
     if empty:
         warnings.warn(
-            f"{len(empty)} of {len(examples)} examples of {split!r} have no labelled token (first: {empty[0]}): their loss "
-            "does not exist and their rows are zero; stats['n_tokens'] == 0 finds them. Prompts that fill the whole "
-            "length after truncation are a usual cause.",
+            f"{len(empty)} of {len(examples)} examples of {split!r} have no labelled token (first: {empty[0]}): their "
+            "loss does not exist and their rows are zero; stats['n_tokens'] == 0 finds them. Prompts that fill the "
+            "whole length after truncation are a usual cause.",
             stacklevel=2,
         )
     return store
@@ -126,7 +118,6 @@ class Plan:
     examples: Examples
     taps: list[Tap]
     header: Header
-    collate: Collator
 
     @classmethod
     def of(
@@ -144,26 +135,10 @@ class Plan:
         """See `collect` for the arguments and errors."""
         task = task_of(model, loss_reduction)
         taps = find_taps(model, modules, skip)
-        examples = Examples(dataset, model, id_column, remove_unused_columns)
-        pad_token_id = getattr(getattr(model, "config", None), "pad_token_id", None)
-        collate = data_collator or padding_with(pad_token_id if isinstance(pad_token_id, int) else 0)
-        return cls(task, examples, taps, header_of(model, taps, task, compress), collate)
-
-    def batch(self, positions: Sequence[int]) -> dict[str, Any]:
-        """The collated batch of some examples.
-
-        Raises:
-            BadExample: It has no labels.
-            BadSetting: The collator does not keep the examples apart.
-        """
-        batch = dict(self.collate(self.examples[positions]))
-        rows = len(labels_of(dict(batch)))
-        if rows != len(positions):
-            raise BadSetting(
-                f"the data_collator made {rows} rows of {len(positions)} examples. Every example needs a row of its own: "
-                "use a collator that pads instead of one that packs or flattens."
-            )
-        return batch
+        examples = Examples(dataset, model, data_collator, id_column, remove_unused_columns)
+        if isinstance(task, Classification):
+            task = task.settled(labels_of(examples.batch([0])))
+        return cls(task, examples, taps, header_of(model, taps, task, compress))
 
 
 def check_collectable(
@@ -195,14 +170,14 @@ def check_collectable(
     plan = Plan.of(
         model, dataset, data_collator, loss_reduction, compress, modules, skip, id_column, remove_unused_columns
     )
-    plan.batch(range(min(2, len(plan.examples))))
+    plan.examples.batch(range(min(2, len(plan.examples))))
     if (Path(path) / "store.json").is_file() and not overwrite:
         store = GradientStore.open(path)
         store.header.check(plan.header, store.path)
-        if split in store.splits() and not resumed:
+        if store.splits() and not resumed:
             raise StoreMismatch(
-                f"{path} holds rows of the split {split!r} from an earlier run, and after training the weights will be "
-                "others. Choose another folder, or pass overwrite=True to replace them."
+                f"{path} holds rows of an earlier run (splits: {', '.join(store.splits())}), and after training the "
+                "weights will be others. Choose another folder, or pass overwrite=True to replace them."
             )
     return plan.header.row_bytes() * len(plan.examples)
 
@@ -210,49 +185,16 @@ def check_collectable(
 def header_of(model: nn.Module, taps: Sequence[Tap], task: Task, compress: Compressor | None) -> Header:
     """What a store says of the rows that this model, task and compressor give."""
     blocks = {tap.parameter: tap.shape for tap in taps}
-    columns = {}
-    for name, shape in blocks.items() if compress is not None else ():
-        kept = compress.columns(name, torch.Size(shape).numel())
-        if kept is not None:
-            columns[name] = kept
+    kept = {name: compress.columns(name, prod(shape)) for name, shape in blocks.items()} if compress else {}
     exact = any(weight.dtype == torch.float64 for weight in model.parameters())
     return Header(
         model=model_identity(model),
         task=task.settings(),
         blocks=blocks,
         compress=None if compress is None else compress.settings(),
-        columns=columns or None,
+        columns={name: columns for name, columns in kept.items() if columns is not None} or None,
         dtype="float64" if exact else "float32",
     )
-
-
-def _run(
-    resting: FixedWeights, plan: Plan, batches: list[list[int]]
-) -> Iterator[tuple[list[int], dict[str, Tensor], dict[str, Tensor]]]:
-    """Rows and statistics batch by batch; a batch that does not fit into memory comes in halves, as do all after it."""
-    waiting = batches[::-1]
-    most: int | None = None
-    while waiting:
-        positions = waiting.pop()
-        if most is not None and len(positions) > most:
-            waiting += [positions[start : start + most] for start in range(0, len(positions), most)][::-1]
-            continue
-        try:
-            rows, stats = resting.run(plan.batch(positions))
-        except RuntimeError as error:
-            if not should_reduce_batch_size(error):
-                raise
-            if len(positions) == 1:
-                raise BadExample(
-                    f"example {positions[0]} alone does not fit into memory ({error}). Truncate it, or use a smaller dtype."
-                ) from error
-            most = len(positions) // 2
-            logger.warning("out of memory with %d examples, going on with %d at a time", len(positions), most)
-            waiting.append(positions)
-        else:
-            yield positions, rows, stats
-            continue
-        clear_device_cache(garbage_collection=True)
 
 
 def _check_finite(
@@ -265,7 +207,7 @@ def _check_finite(
     name = positions[at] if ids is None else ids[positions[at]]
     where = next((block for block, row in rows.items() if not torch.isfinite(row[at]).all()), "none")
     raise BadExample(
-        f"example {name!r} has loss {stats['loss'][at].item():g} and a gradient that is not finite (first block: {where}). "
-        "No score can be computed with it. Look at its text and labels, and at the learning rate if many are so; the rows "
-        "before it are kept. Leave it out with dataset.select, or train in a wider dtype."
+        f"example {name!r} has loss {stats['loss'][at].item():g} and a gradient that is not finite (first block: "
+        f"{where}). No score can be computed with it. Look at its text and labels, and at the learning rate if many "
+        "are so; the rows before it are kept. Leave it out with dataset.select, or train in a wider dtype."
     )

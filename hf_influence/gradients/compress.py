@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from hf_influence.errors import BadSetting
+from hf_influence.errors import BadSetting, StoreError
 
 
 @dataclass(frozen=True)
@@ -89,3 +89,23 @@ def dropout(r: int, seed: int = 0) -> Dropout:
 def gaussian(r: int, seed: int = 0) -> Gaussian:
     """Project each block onto `r` random directions."""
     return Gaussian(r, seed)
+
+
+def compressor_of(settings: dict[str, Any] | None) -> Compressor | None:
+    """The compressor whose `settings()` a store has recorded; `None` for whole rows.
+
+    Raises:
+        StoreError: This version has no such compressor.
+    """
+    if settings is None:
+        return None
+    known: dict[str, type[Compressor]] = {kind.name: kind for kind in (Dropout, Gaussian)}
+    options = dict(settings)
+    name = options.pop("name", None)
+    try:
+        return known[str(name)](**options)
+    except (KeyError, TypeError) as error:
+        raise StoreError(
+            f"the rows were compressed by {settings}, which this version does not know (it has: {', '.join(known)}). "
+            "Read them with the version that wrote them, or collect them again."
+        ) from error

@@ -68,10 +68,15 @@ class FixedWeights:
 
     def _judge(self, batch: dict[str, Any]) -> tuple[Tensor, Outcome, dict[str, Tensor]]:
         batch = {name: value.to(self.device) if isinstance(value, Tensor) else value for name, value in batch.items()}
-        batch = padding_to_the_right(batch)
-        labels = labels_of(batch)
+        per_token = isinstance(self.task, CausalLM)
+        if per_token:
+            batch = padding_to_the_right(batch)
+            labels = labels_of(batch)
+        else:
+            labels = labels_of(batch)
+            batch = padding_to_the_right(batch)
         mask = batch.get("attention_mask")
-        inputs = {name: value for name, value in batch.items() if name in self._arguments}
+        inputs: dict[str, Any] = {name: value for name, value in batch.items() if name in self._arguments}
         if not inputs:
             raise BadExample(
                 f"the collated batch holds {', '.join(batch) or 'nothing'} beside the labels, and "
@@ -86,12 +91,12 @@ class FixedWeights:
         else:
             logits, targets = self.model(**inputs).logits, labels
         outcome = self.task.outcome(logits, targets)
-        whole = isinstance(mask, Tensor) and mask.ndim == 2
+        size = torch.full((len(main),), main[0].numel(), device=main.device)
         stats = {
             "loss": outcome.loss,
             **outcome.stats,
-            "length": mask.sum(1) if whole else torch.full((len(main),), main[0].numel(), device=main.device),
-            "hash": content_hash(main, mask, labels),
+            "length": mask.sum(1) if isinstance(mask, Tensor) and mask.ndim == 2 else size,
+            "hash": content_hash(main, mask, labels, per_token),
         }
         return logits, outcome, stats
 

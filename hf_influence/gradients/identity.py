@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hf_influence.task import unwrapped
+
 SAMPLED = 4096
 
 
@@ -18,14 +20,13 @@ def model_identity(model: nn.Module) -> dict[str, Any]:
     Of each frozen tensor the name, shape, dtype and 4,096 evenly spaced values count, which tells models apart in
     seconds at any size.
     """
-    base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
     digest = hashlib.sha256()
     for name, weight in model.named_parameters():
         if not weight.requires_grad:
             flat = weight.detach().flatten()
             digest.update(json.dumps([name, list(weight.shape), str(weight.dtype)]).encode())
             digest.update(_bytes(flat[:: max(1, len(flat) // SAMPLED)]))
-    return {"class": type(base).__name__, "frozen": digest.hexdigest()[:16]}
+    return {"class": type(unwrapped(model)).__name__, "frozen": digest.hexdigest()[:16]}
 
 
 def adapter_identity(model: nn.Module) -> str:
@@ -34,11 +35,11 @@ def adapter_identity(model: nn.Module) -> str:
     for name, weight in model.named_parameters():
         if weight.requires_grad:
             digest.update(json.dumps([name, list(weight.shape), str(weight.dtype)]).encode())
-            digest.update(_bytes(weight.detach()))
+            digest.update(_bytes(weight.detach().flatten()))
     return digest.hexdigest()[:16]
 
 
-def content_hash(ids: Tensor, mask: Tensor | None, labels: Tensor) -> Tensor:
+def content_hash(ids: Tensor, mask: Tensor | None, labels: Tensor, per_token: bool) -> Tensor:
     """One number for the real tokens and labels of each example, `[b]` int64; padding does not change it.
 
     Computed on the device of the batch. Two examples share it (but for a chance of 2⁻⁶⁴) only if they are the same.
@@ -47,8 +48,8 @@ def content_hash(ids: Tensor, mask: Tensor | None, labels: Tensor) -> Tensor:
         ids: Token ids `[b, t]`, or any other input `[b, …]` that stands for the example.
         mask: 0 for padding, `[b, t]`, on the right.
         labels: `[b]`, `[b, c]` or, with the shape of `ids`, a label a token.
+        per_token: Which of these.
     """
-    per_token = labels.shape == ids.shape and labels.ndim > 1
     value = _integers(ids).flatten(1)  # [b, t]
     value = value * _ODD[0] + torch.arange(value.shape[1], device=ids.device) * _ODD[1]
     if per_token:

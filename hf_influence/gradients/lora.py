@@ -47,7 +47,7 @@ def fused_lora(model: nn.Module, form: Form) -> Iterator[None]:
 
     Args:
         model: In evaluation mode.
-        form: Called on the way back for `lora_A` and for `lora_B`, with what each would have seen.
+        form: Called on the way back for `lora_A`, `lora_B` and the base layer, with what each would have seen.
     """
     patched = [layer for _, layer in lora_layers(model) if _is_plain(layer)]
     trigger = torch.zeros((), requires_grad=True)  # asks for a backward pass where no input does
@@ -102,13 +102,14 @@ class _PlainLora(torch.autograd.Function):
         return y.unflatten(0, x.shape[:-1])
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         x, xa, up = ctx.saved_tensors
         base, a, b, form = ctx.layer
         flat, n = g.flatten(0, -2), len(g)  # [N, o], N = n t
         gb = (up @ flat.T).T  # [N, r]
         form(a, x.unflatten(0, (n, -1)), gb.unflatten(0, (n, -1)))
         form(b, xa.unflatten(0, (n, -1)), flat.unflatten(0, (n, -1)))
+        form(base, x.unflatten(0, (n, -1)), flat.unflatten(0, (n, -1)))  # its bias may be trained as well
         if not ctx.needs_input_grad[0]:
             return (None,) * 7
         gx = (flat @ base.weight).addmm_(gb, a.weight)  # [N, i]

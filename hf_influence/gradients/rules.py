@@ -7,7 +7,8 @@ A parameter `W [m, n]` that is used linearly has the per-example gradient
 so a layer only has to say what its two factors are, given its input `x` and the gradient `g` at its output. A bias has
 `left = g` alone, an embedding has token ids in place of one-hot vectors on the right.
 
-Entries instead of the whole: `left[..., i] * right[..., j]` summed over tokens gives the entries `(i, j)` alone, and the
+Entries instead of the whole: `left[..., i] * right[..., j]` summed over tokens gives the entries `(i, j)` alone, and
+the
 full gradient never exists.
 """
 
@@ -43,7 +44,8 @@ def outer(left: Tensor, right: Tensor, keep: Entries | None = None) -> Tensor:
         return (_pick(left, keep.i) * _pick(right, keep.j)).sum(1)
     if left.shape[2] <= right.shape[2]:
         return torch.bmm(left.transpose(1, 2), right).flatten(1)
-    return torch.bmm(right.transpose(1, 2), left).transpose(1, 2).flatten(1)  # a product with the long side last is faster
+    # a product with its long side last is several times faster
+    return torch.bmm(right.transpose(1, 2), left).transpose(1, 2).flatten(1)
 
 
 def total(left: Tensor, keep: Entries | None = None) -> Tensor:

@@ -50,8 +50,8 @@ def find_taps(model: nn.Module, modules: Modules = "lora", skip: Sequence[str] =
         raise BadSetting(f"modules={modules!r}: choose 'lora' (a PEFT LoRA model) or 'trainable' (any model).")
     if modules == "lora" and not lora_layers(model):
         raise UnsupportedModel(
-            f"{type(model).__name__} has no LoRA layers. Wrap it: get_peft_model(model, LoraConfig(...)), "
-            "or pass modules='trainable' for the trainable linear layers of a model without adapters."
+            f"{type(model).__name__} has no LoRA layers. Wrap it: get_peft_model(model, LoraConfig(...)), or pass "
+            "modules='trainable' for the trainable linear layers of a model without adapters."
         )
     trainable = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
     for pattern in skip:
@@ -72,7 +72,7 @@ def find_taps(model: nn.Module, modules: Modules = "lora", skip: Sequence[str] =
         for weight, rule in _rules_of(module)
         if id(weight) in names
     ]
-    _check_coverage(model, wanted, {tap.parameter for tap in taps})
+    _check_coverage(model, wanted, names, {tap.parameter for tap in taps})
     order = {name: position for position, name in enumerate(wanted)}
     return sorted(taps, key=lambda tap: order[tap.parameter])
 
@@ -110,14 +110,22 @@ def _embedding_b(layer: Any, adapter: str, ids: Tensor, g: Tensor, keep: Entries
     return outer(g * s, a.detach().T[ids].to(g), keep)
 
 
-def _check_coverage(model: nn.Module, wanted: dict[str, Any], covered: set[str]) -> None:
-    missing = [name for name in wanted if name not in covered]
+def _check_coverage(model: nn.Module, wanted: dict[str, Any], names: dict[int, str], covered: set[str]) -> None:
+    owner = {
+        name: type(model.get_submodule(name.rpartition(".")[0])).__name__ for name in wanted if name not in covered
+    }
+    for module in model.modules():  # a weight that is tied to a covered one is used here as well
+        if not isinstance(module, nn.ParameterDict):
+            known = {id(weight) for weight, _ in _rules_of(module)}
+            uses = (id(weight) for weight in module.parameters(recurse=False) if id(weight) not in known)
+            owner |= {names[use]: type(module).__name__ for use in uses if use in names}
+    missing = [name for name in wanted if name in owner]
     if not missing:
         return
-    owner = {name: type(model.get_submodule(name.rpartition(".")[0])).__name__ for name in missing}
     some = ", ".join(f"{name} ({owner[name]})" for name in missing[:5])
     raise UnsupportedModel(
-        f"{len(missing)} trainable parameter(s) have no exact per-example rule: {some}{', …' if len(missing) > 5 else ''}. "
-        "Their part of the gradient would silently be missing. Freeze them (requires_grad_(False)), or leave them out on "
-        f"purpose with skip=[{missing[0]!r}, …] (patterns such as '*norm*' work)."
+        f"{len(missing)} trainable parameter(s) have no exact per-example rule: "
+        f"{some}{', …' if len(missing) > 5 else ''}. Their part of the gradient would silently be missing. Freeze them "
+        f"(requires_grad_(False)), or leave them out on purpose with skip=[{missing[0]!r}, …] (patterns such as "
+        "'*norm*' work)."
     )

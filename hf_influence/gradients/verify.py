@@ -1,0 +1,183 @@
+"""Stored rows against plain autograd: the same gradients, found in the slow and obvious way."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hf_influence.errors import StoreError, StoreMismatch
+from hf_influence.gradients.batches import Collator
+from hf_influence.gradients.collect import Plan
+from hf_influence.gradients.compress import compressor_of
+from hf_influence.gradients.identity import adapter_identity
+from hf_influence.store import GradientStore, Rows
+from hf_influence.task import IGNORED, LABELS, CausalLM
+
+TOLERANCE = 1e-3
+TOLERANCE_HALF = 5e-2
+
+
+def verify(
+    model: nn.Module,
+    dataset: Any,
+    store: str | Path | GradientStore,
+    split: str = "train",
+    *,
+    k: int = 8,
+    seed: int = 0,
+    tolerance: float | None = None,
+    data_collator: Collator | None = None,
+    remove_unused_columns: bool = True,
+    point: int = 0,
+) -> float:
+    """Compute `k` random rows of a store once more and compare: `torch.autograd.grad(model(**example).loss)`.
+
+    Each example goes through the model alone and without padding, with no hook of this library, and the store's
+    compressor is applied to the whole gradient. The model comes back as it was.
+
+    Args:
+        model: As it was when the rows were collected.
+        dataset: What they were collected from.
+        store: The store, or its path.
+        split: Which of its splits.
+        k: Number of rows; all of them where there are fewer.
+        seed: Of their choice.
+        tolerance: The largest ‖row − reference‖ / ‖reference‖ that is rounding. By default 1e-3 (float32 rows differ by
+            1e-6 to 1e-4, as batches of other shapes already do in plain PyTorch; a row that is wrong differs by 1e-1 or
+            more), or 5e-2 where the model has parameters in half precision.
+        data_collator: The one of `collect`.
+        remove_unused_columns: That of `collect`.
+        point: The parameter point.
+
+    Returns:
+        The largest relative error.
+
+    Raises:
+        StoreMismatch: The model, its adapter or the dataset is not what the rows were collected from.
+        StoreError: A row is further off than `tolerance`; the message names the example.
+        MissingRows: The split is not there, or not complete.
+    """
+    store = store if isinstance(store, GradientStore) else GradientStore.open(store)
+    rows = store.rows(split, point)
+    plan = _plan(store, model, dataset, rows, point, data_collator, remove_unused_columns)
+    if tolerance is None:
+        half = any(weight.dtype in (torch.float16, torch.bfloat16) for weight in model.parameters())
+        tolerance = TOLERANCE_HALF if half else TOLERANCE
+    chosen = random.Random(seed).sample(range(len(rows)), min(k, len(rows)))
+    stored = {name: _read(rows, name, chosen) for name in rows.blocks}
+    compress, worst = compressor_of(store.header.compress), 0.0
+    with _evaluating(model):
+        for at, position in enumerate(chosen):
+            difference = length = 0.0
+            for name, g in _gradient(model, plan, position, list(rows.blocks)).items():
+                whole = g.detach().flatten()[None].to("cpu", rows.dtype)  # [1, d]
+                reference = whole if compress is None else compress.fit(name, whole.shape[1])(whole)
+                difference += float((stored[name][at] - reference[0]).square().sum())
+                length += float(reference.square().sum())
+            error = (difference / length) ** 0.5 if length else difference**0.5
+            if not error <= tolerance:
+                raise StoreError(
+                    f"the row of example {rows.ids[position]!r} in {rows.folder} differs from plain autograd by "
+                    f"{error:.1e} of its length, {tolerance:.0e} is allowed. Either the file was changed (rows.check() "
+                    "compares checksums), or the data_collator is another one, or the model computes an example "
+                    "differently in a batch: collect with batch_size=1 and compare again."
+                )
+            worst = max(worst, error)
+    return worst
+
+
+def _plan(
+    store: GradientStore,
+    model: nn.Module,
+    dataset: Any,
+    rows: Rows,
+    point: int,
+    data_collator: Collator | None,
+    remove_unused_columns: bool,
+) -> Plan:
+    """How the rows of the store would be collected from this model and dataset; refuses others."""
+    header = store.header
+    left_out = [name for name, w in model.named_parameters() if w.requires_grad and name not in header.blocks]
+    plan = Plan.of(
+        model,
+        dataset,
+        data_collator,
+        header.task.get("loss_reduction", "mean"),
+        compressor_of(header.compress),
+        "trainable",
+        left_out,
+        rows.id_column,
+        remove_unused_columns,
+    )
+    header.check(plan.header, store.path)
+    for what, was, now in (
+        ("values of the adapter", store.adapter(point), adapter_identity(model)),
+        ("tokenised dataset", rows.dataset, plan.examples.survey()[0]),
+        ("ids", rows.ids, plan.examples.ids or list(range(len(plan.examples)))),
+    ):
+        if was != now:
+            found = f" (stored hash {was}, now {now})" if isinstance(was, str) else ""
+            raise StoreMismatch(
+                f"{rows.folder} holds rows at other {what}{found}, so there is nothing to compare. Pass the model and "
+                "the dataset that the rows were collected from."
+            )
+    return plan
+
+
+def _read(rows: Rows, name: str, chosen: list[int]) -> Tensor:
+    """The chosen rows of a block, `[k, d]`, touching no others."""
+    out = torch.empty(len(chosen), rows.blocks[name], dtype=rows.dtype)
+    place = {position: at for at, position in enumerate(chosen)}
+    for index, piece in rows.chunks(name):
+        for at, position in enumerate(index.tolist()):
+            if position in place:
+                out[place[position]] = piece[at]
+    return out
+
+
+def _gradient(model: nn.Module, plan: Plan, position: int, names: list[str]) -> dict[str, Tensor]:
+    """The gradient of one example's own loss at the named parameters; zeros where no token is labelled."""
+    batch = _unpadded(plan.examples.batch([position]), by_token=isinstance(plan.task, CausalLM))
+    device = next(model.parameters()).device
+    batch = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()}
+    weights = dict(model.named_parameters())
+    factor = 1
+    if isinstance(plan.task, CausalLM):
+        n_tokens = int((batch["labels"][:, 1:] != IGNORED).sum())
+        if n_tokens == 0:
+            return {name: torch.zeros_like(weights[name]) for name in names}
+        factor = n_tokens if plan.task.reduction == "sum" else 1
+    with torch.enable_grad():
+        loss = model(**batch).loss * factor
+        return dict(
+            zip(names, torch.autograd.grad(loss, [weights[n] for n in names], materialize_grads=True), strict=True)
+        )
+
+
+def _unpadded(batch: dict[str, Any], by_token: bool) -> dict[str, Any]:
+    """A batch of one as the model sees the example alone, its labels under the name `labels`."""
+    mask = batch.get("attention_mask")
+    labels = next(name for name in LABELS if isinstance(batch.get(name), Tensor))
+    if isinstance(mask, Tensor) and mask.ndim == 2:
+        cut = {name for name, value in batch.items() if isinstance(value, Tensor) and value.shape == mask.shape}
+        cut -= set() if by_token else {labels}
+        real = mask[0] != 0
+        batch = {name: value[:, real] if name in cut else value for name, value in batch.items()}
+    return {**{name: value for name, value in batch.items() if name not in LABELS}, "labels": batch[labels]}
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        model.eval()
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode

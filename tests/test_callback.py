@@ -1,0 +1,189 @@
+"""One callback: the rows of the final weights, and a training run that is bit for bit what it would have been."""
+
+from __future__ import annotations
+
+import random
+import shutil
+from collections import namedtuple
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import models
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset
+from models import all_rows, padding, prompts, stored, tiny
+from test_collect import layer_norm_too
+from torch import nn
+from transformers import DataCollatorWithFlattening, Trainer, TrainerCallback, TrainingArguments
+
+from hf_influence.attribution import attribute
+from hf_influence.callbacks import GradientCapture
+from hf_influence.errors import BadExample, BadSetting, StoreError, StoreMismatch, UnsupportedModel
+from hf_influence.gradients import collect, dropout
+from hf_influence.store import GradientStore
+
+TRAIN, QUERY = prompts(8), prompts(3, seed=1)
+
+
+class Steps(TrainerCallback):
+    """Counts the steps that were begun."""
+
+    def __init__(self) -> None:
+        self.begun = 0
+
+    def on_step_begin(self, *_: Any, **__: Any) -> None:
+        self.begun += 1
+
+
+def noisy(features: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+    """A collator that draws from all three sources of randomness."""
+    batch = padding("left", extra=random.randrange(3))(features)
+    drop = torch.rand(batch["labels"].shape) + np.random.rand() < 0.2
+    return {**batch, "labels": batch["labels"].masked_fill(drop, -100)}
+
+
+def trainer(
+    model: nn.Module,
+    folder: Path,
+    *callbacks: TrainerCallback,
+    collate: Any = None,
+    train: Any = None,
+    evaluate: Any = None,
+    **options: Any,
+) -> Trainer:
+    settings = {"max_steps": 4, "logging_steps": 1, "learning_rate": 1e-2, "save_strategy": "no", **options}
+    args = TrainingArguments(
+        str(folder), per_device_train_batch_size=2, use_cpu=True, report_to=[], disable_tqdm=True, **settings
+    )
+    train = Dataset.from_list(TRAIN) if train is None else train
+    return Trainer(
+        model,
+        args,
+        data_collator=collate or padding(),
+        train_dataset=train,
+        eval_dataset=evaluate,
+        callbacks=list(callbacks),
+    )
+
+
+@pytest.mark.parametrize("compress", [None, dropout(5)])
+def test_a_trainer_with_the_callback_leaves_the_rows_of_the_final_weights(tmp_path: Path, compress: Any) -> None:
+    model = tiny()
+    start = models.state_of(model)["weights"]
+    capture = GradientCapture(tmp_path / "rows", Dataset.from_list(QUERY), compress=compress)
+    trainer(model, tmp_path, capture).train()
+    assert any(not torch.equal(start[name], weight) for name, weight in model.named_parameters())
+    store = GradientStore.open(capture.path)
+    for split, examples in (("train", TRAIN), ("query", QUERY)):
+        by_hand = stored(model, examples, tmp_path / "by hand", split, compress=compress)
+        torch.testing.assert_close(all_rows(store.rows(split)), all_rows(by_hand))
+    assert attribute(capture.path, "datainf").values.shape == (8, 3)
+
+
+@pytest.mark.parametrize("collate", [None, noisy])
+def test_training_is_bit_identical_with_and_without_the_callback(tmp_path: Path, collate: Any) -> None:
+    runs = []
+    for callbacks in ([], [GradientCapture(tmp_path / "rows", QUERY)]):
+        model = tiny(torch.float32)
+        run = trainer(model, tmp_path / "out", *callbacks, collate=collate, max_grad_norm=0.1)
+        run.train()
+        runs.append(
+            (models.state_of(model)["weights"], [log["loss"] for log in run.state.log_history if "loss" in log])
+        )
+    assert len(runs[0][1]) == 4
+    assert runs[0][1] == runs[1][1]
+    torch.testing.assert_close(runs[0][0], runs[1][0], rtol=0, atol=0)
+
+
+def taken(path: Path) -> None:
+    collect(tiny(), QUERY, path, split="query")
+
+
+def full(monkeypatch: pytest.MonkeyPatch) -> None:
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(1 << 30, 1 << 30, 100))
+
+
+UNLABELLED = Dataset.from_list([{"input_ids": row["input_ids"]} for row in TRAIN])
+REFUSED: dict[str, tuple[Callable[[], nn.Module], dict[str, Any], dict[str, Any], type[Exception], str]] = {
+    "parameter": (layer_norm_too, {}, {}, UnsupportedModel, "no exact per-example rule.*norm.weight"),
+    "packing": (tiny, {}, {"collate": DataCollatorWithFlattening()}, BadSetting, "1 rows of 2 examples"),
+    "labels": (tiny, {}, {"train": UNLABELLED}, BadExample, "has no labels"),
+    "query labels": (tiny, {"query_dataset": UNLABELLED}, {}, BadExample, "has no labels"),
+    "empty queries": (tiny, {"query_dataset": []}, {}, BadExample, "the dataset is empty"),
+    "folder": (tiny, {}, {}, StoreMismatch, r"rows of an earlier run \(splits: query\).*overwrite=True"),
+    "disk": (tiny, {}, {}, StoreError, "GiB free.*compress=dropout"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_would_fail_at_the_end_fails_before_the_first_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, case: str
+) -> None:
+    make, settings, options, error, message = REFUSED[case]
+    if case == "folder":
+        taken(tmp_path / "rows")
+    if case == "disk":
+        full(monkeypatch)
+    model, steps = make(), Steps()
+    before = models.state_of(model)
+    run = trainer(model, tmp_path, GradientCapture(tmp_path / "rows", **settings), steps, **options)
+    with pytest.raises(error, match=f"(?s){message}"):
+        run.train()
+    assert steps.begun == 0
+    after = models.state_of(model)
+    models.assert_same_state({**before, "modes": None}, {**after, "modes": None})  # the Trainer has set it to training
+    if case != "folder":
+        assert not list(tmp_path.rglob("*.json"))
+
+
+def test_overwrite_replaces_the_rows_of_an_earlier_run(tmp_path: Path) -> None:
+    taken(tmp_path / "rows")
+    model = tiny()
+    trainer(model, tmp_path, GradientCapture(tmp_path / "rows", overwrite=True)).train()
+    assert GradientStore.open(tmp_path / "rows").splits() == ["train"]
+
+
+def test_a_resumed_run_collects_at_its_own_end(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    first = trainer(tiny(), tmp_path, GradientCapture(tmp_path / "rows"), save_strategy="steps", save_steps=2)
+    first.train()
+    expected = all_rows(GradientStore.open(tmp_path / "rows").rows())
+
+    model = tiny()  # the rows are there already, and the resumed run arrives at the same weights
+    again = trainer(model, tmp_path, GradientCapture(tmp_path / "rows"), save_strategy="steps", save_steps=2)
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    torch.testing.assert_close(all_rows(GradientStore.open(tmp_path / "rows").rows()), expected)
+    torch.testing.assert_close(all_rows(stored(model, TRAIN, tmp_path / "by hand")), expected)
+
+
+def test_rows_are_taken_at_the_best_weights(tmp_path: Path) -> None:
+    model = tiny()
+    best = {"load_best_model_at_end": True, "eval_strategy": "steps", "save_strategy": "steps", "eval_steps": 1}
+    capture, queries = GradientCapture(tmp_path / "rows"), Dataset.from_list(QUERY)
+    run = trainer(model, tmp_path, capture, evaluate=queries, save_steps=1, learning_rate=1.0, **best)
+    run.train()
+    assert run.state.best_global_step < 4
+    by_hand = stored(model, TRAIN, tmp_path / "by hand")
+    torch.testing.assert_close(all_rows(GradientStore.open(tmp_path / "rows").rows()), all_rows(by_hand))
+
+
+def test_an_id_column_survives_the_removal_of_unused_columns(tmp_path: Path) -> None:
+    named = Dataset.from_list([{**row, "name": f"row {i}"} for i, row in enumerate(TRAIN)])
+    capture = GradientCapture(tmp_path / "rows", QUERY, train_dataset=named, id_column="name")
+    trainer(tiny(), tmp_path, capture, train=named).train()
+    store = GradientStore.open(tmp_path / "rows")
+    assert store.rows("train").ids[:2] == ["row 0", "row 1"]
+    assert store.rows("query").ids == [0, 1, 2]
+
+
+def test_no_hook_remains_when_collecting_fails_at_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny()
+    hooks = models.state_of(model)["hooks"]
+    run = trainer(model, tmp_path, GradientCapture(tmp_path / "rows"), learning_rate=1e300)
+    with pytest.raises(BadExample, match="not finite"):
+        run.train()
+    assert models.state_of(model)["hooks"] == hooks
