@@ -76,4 +76,5 @@ with tempfile.TemporaryDirectory() as store:
     trim = DatasetFilter(drop=0.2)
     curated = trim.apply(noisy, attribute(store, "cosine"))
 print(trim.report)
-print(f"accuracy on {len(test)} held-out problems: noisy {accuracy(model):.3f}, curated {accuracy(fine_tune(curated)):.3f}")
+before, after = accuracy(model), accuracy(fine_tune(curated))
+print(f"accuracy on {len(test)} held-out problems: {before:.3f} on the noisy set, {after:.3f} on the curated one")

@@ -54,9 +54,10 @@ class Demo:
     """Share of the training examples that get a wrong answer, and share that is dropped."""
     method: str = "cosine"
     """The method that curates."""
-    epochs: int = 3
+    steps: int = 64
+    """Optimiser steps of each training run: smaller sets get as many."""
     batch_size: int = 4
-    learning_rate: float = 6e-3
+    learning_rate: float = 1e-2
     rank: int = 8
     targets: Sequence[str] = ("q_proj", "v_proj")
 
@@ -118,7 +119,7 @@ class Demo:
         arguments = TrainingArguments(
             output_dir=str(self.output / "trainer"),
             per_device_train_batch_size=self.batch_size,
-            num_train_epochs=self.epochs,
+            max_steps=self.steps,
             learning_rate=self.learning_rate,
             warmup_steps=5,
             seed=self.seed,

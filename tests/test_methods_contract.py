@@ -9,7 +9,7 @@ import pytest
 import torch
 from stores import Blocks, make_store
 
-import hf_influence.store
+import hf_influence.store.rows
 from hf_influence.attribution import attribute, methods
 from hf_influence.scores import Scores
 from hf_influence.store import GradientStore
@@ -59,7 +59,7 @@ def test_chunks_and_shards_do_not_change_the_scores(
 ) -> None:
     expected = attribute(make(tmp_path / "a"), method).values
     store = make_store(tmp_path / "b", random_blocks(20, 1), random_blocks(4, 2), stats=statistics(20), shards=7)
-    monkeypatch.setattr(hf_influence.store, "CHUNK_BYTES", 500)
+    monkeypatch.setattr(hf_influence.store.rows, "CHUNK_BYTES", 500)
     torch.testing.assert_close(attribute(store, method).values, expected)
 
 

@@ -18,11 +18,11 @@ from models import all_rows, bert, labelled, lora, padding, prompts, state_of, s
 from safetensors.torch import load_file, save_file
 from stores import make_store
 
-from hf_influence import store as store_module
 from hf_influence.errors import MissingRows, StoreError, StoreMismatch
 from hf_influence.gradients import collect, dropout, gaussian, verify
 from hf_influence.gradients.compress import compressor_of
 from hf_influence.store import GradientStore
+from hf_influence.store import writer as writer_module
 
 EXAMPLES = prompts()
 
@@ -32,7 +32,7 @@ def shards(path: Path) -> list[Path]:
 
 
 def small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(store_module, "SHARD_BYTES", 1)  # one a batch
+    monkeypatch.setattr(writer_module, "SHARD_BYTES", 1)  # one a batch
 
 
 def test_the_folder_holds_json_and_safetensors_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -57,7 +57,7 @@ def test_the_folder_holds_json_and_safetensors_only(tmp_path: Path, monkeypatch:
 def test_rows_come_in_dataset_order_and_chunks_cover_each_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shard_bytes: int
 ) -> None:
-    monkeypatch.setattr(store_module, "SHARD_BYTES", shard_bytes)
+    monkeypatch.setattr(writer_module, "SHARD_BYTES", shard_bytes)
     rows = stored(tiny(), EXAMPLES, tmp_path, batch_size=2)
     assert rows.ids == list(range(7))
     assert rows.stats["length"].tolist() == [len(row["input_ids"]) for row in EXAMPLES]  # although sorted on disk
@@ -151,7 +151,7 @@ def full_after(monkeypatch: pytest.MonkeyPatch, shard: int) -> None:
             raise OSError(errno.ENOSPC, "No space left on device")
         save_file(content, file)
 
-    monkeypatch.setattr(store_module, "save_file", save)
+    monkeypatch.setattr(writer_module, "save_file", save)
 
 
 def test_a_disk_that_fills_up_keeps_the_rows_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

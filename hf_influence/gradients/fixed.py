@@ -69,12 +69,9 @@ class FixedWeights:
     def _judge(self, batch: dict[str, Any]) -> tuple[Tensor, Outcome, dict[str, Tensor]]:
         batch = {name: value.to(self.device) if isinstance(value, Tensor) else value for name, value in batch.items()}
         per_token = isinstance(self.task, CausalLM)
-        if per_token:
-            batch = padding_to_the_right(batch)
-            labels = labels_of(batch)
-        else:
-            labels = labels_of(batch)
-            batch = padding_to_the_right(batch)
+        labels = None if per_token else labels_of(batch)  # labels of whole examples have no padding to move
+        batch = padding_to_the_right(batch)
+        labels = labels_of(batch) if labels is None else labels
         mask = batch.get("attention_mask")
         inputs: dict[str, Any] = {name: value for name, value in batch.items() if name in self._arguments}
         if not inputs:

@@ -1,0 +1,64 @@
+"""Files that appear whole, and errors that say which file it was."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+
+from hf_influence.errors import StoreError
+
+
+def check_room(path: Path, need: int) -> None:
+    """Whether `need` bytes fit onto the disk of `path`, which need not be there yet.
+
+    Raises:
+        StoreError: They do not.
+    """
+    there = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
+    free = shutil.disk_usage(there).free
+    if need > free:
+        raise StoreError(
+            f"the rows need {need / 2**30:.1f} GiB and the disk of {path} has {free / 2**30:.1f} GiB free. Keep fewer "
+            "columns (compress=dropout(16)) or choose another disk."
+        )
+
+
+def open_shard(file: Path) -> Any:
+    try:
+        return safe_open(file, "pt")
+    except (OSError, SafetensorError) as error:
+        raise StoreError(f"{file} cannot be read ({error}). Delete {file.parent} and collect it again.") from error
+
+
+def sha256(file: Path) -> str:
+    with open(file, "rb") as handle:
+        digest = hashlib.sha256()
+        while piece := handle.read(1 << 20):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(file.read_text())
+    except (OSError, ValueError) as error:
+        raise StoreError(f"{file} cannot be read ({error}). Delete {file.parent} and collect it again.") from error
+    if not isinstance(content, dict):
+        raise StoreError(f"{file} is not a JSON object. Delete {file.parent} and collect it again.")
+    return content
+
+
+def write_json(file: Path, content: dict[str, Any]) -> None:
+    """Replace `file` in one step, so that a reader sees the old or the new content and never half of one."""
+    part = file.with_suffix(".json.part")
+    with open(part, "w") as handle:
+        json.dump(content, handle, indent=1)
+        handle.flush()
+        os.fsync(handle.fileno())
+    part.replace(file)
