@@ -104,9 +104,10 @@ class RowCatcher:
                     f"skip=[{tap.parameter!r}]."
                 )
             name = tap.parameter
-            if name in self._keep and self._keep[name].i.device != g.device:
-                self._keep[name] = self._keep[name].to(g.device)
-            row = tap.rule(x, g, self._keep.get(name))
+            keep = self._keep.get(name)
+            if keep is not None and keep.i.device != g.device:
+                keep = self._keep[name] = keep.to(g.device)
+            row = tap.rule(x, g, keep)
             if name in self._project:
                 row = self._project[name](row)
             self._rows[name] = self._rows[name] + row if name in self._rows else row

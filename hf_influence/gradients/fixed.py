@@ -16,6 +16,9 @@ from hf_influence.gradients.identity import content_hash
 from hf_influence.gradients.lora import fused_lora
 from hf_influence.task import IGNORED, CausalLM, Outcome, Task, labels_of
 
+SMALL = 1 << 14
+"""Columns that are cheaper to copy together than to visit block by block."""
+
 
 class FixedWeights:
     """Per-example gradients at weights that stand still, as a context manager.
@@ -37,8 +40,8 @@ class FixedWeights:
 
     def __enter__(self) -> FixedWeights:
         with ExitStack() as stack:
-            stack.enter_context(_resting(self.model))
             stack.enter_context(fused_lora(self.model, self.catcher.form))
+            stack.enter_context(_resting(self.model))
             stack.callback(self.catcher.detach)
             self.catcher.attach()
             self._stack = stack.pop_all()
@@ -58,8 +61,7 @@ class FixedWeights:
             logits, outcome, stats = self._judge(batch)
             torch.autograd.backward(logits, outcome.logit_gradient)
         rows = self.catcher.take()
-        norm = torch.stack([torch.linalg.vector_norm(row, dim=1) for row in rows.values()]).norm(dim=0)
-        return rows, {**stats, "grad_norm": norm}
+        return rows, {**stats, "grad_norm": _norm(list(rows.values()))}
 
     def judge(self, batch: dict[str, Any]) -> dict[str, Tensor]:
         """The statistics alone, without a backward pass: loss, margin, correct, ... -> `[b]`."""
@@ -108,6 +110,13 @@ class FixedWeights:
                 "labelled positions. Its output embedding is not the last layer on the way to the logits."
             )
         return logits, targets
+
+
+def _norm(rows: list[Tensor]) -> Tensor:
+    """Length of each example's whole row, `[b]`."""
+    if sum(row.shape[1] for row in rows) < SMALL:
+        return torch.linalg.vector_norm(torch.cat(rows, 1), dim=1)
+    return torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(row, dim=1) for row in rows]), dim=0)
 
 
 def _labelled_first(targets: Tensor) -> tuple[Tensor, Tensor]:

@@ -46,7 +46,7 @@ def fused_lora(model: nn.Module, form: Form) -> Iterator[None]:
     are more than that (quantised, DoRA, several active adapters, hooked) run as they are.
 
     Args:
-        model: In evaluation mode.
+        model: To be run in evaluation mode, its trainable parameters still marked by `requires_grad`.
         form: Called on the way back for `lora_A`, `lora_B` and the base layer, with what each would have seen.
     """
     patched = [layer for _, layer in lora_layers(model) if _is_plain(layer)]
@@ -56,7 +56,9 @@ def fused_lora(model: nn.Module, form: Form) -> Iterator[None]:
             (name,) = _active(layer)
             down = layer.lora_A[name].weight.detach() * layer.scaling[name]
             up = layer.lora_B[name].weight.detach().T.contiguous() * layer.scaling[name]
-            layer.forward = partial(_forward, layer, name, down, up, trigger, form)
+            bias = layer.base_layer.bias
+            trained_bias = bias is not None and bias.requires_grad
+            layer.forward = partial(_forward, layer, name, down, up, trained_bias, trigger, form)
         yield
     finally:
         for layer in patched:
@@ -67,8 +69,10 @@ def _active(layer: Any) -> list[str]:
     return [name for name in layer.active_adapters if name in layer.lora_A]
 
 
-def _forward(layer: Any, name: str, down: Tensor, up: Tensor, trigger: Tensor, form: Form, x: Tensor) -> Tensor:
-    out: Tensor = _PlainLora.apply(x, trigger, layer, name, down, up, form)
+def _forward(
+    layer: Any, name: str, down: Tensor, up: Tensor, trained_bias: bool, trigger: Tensor, form: Form, x: Tensor
+) -> Tensor:
+    out: Tensor = _PlainLora.apply(x, trigger, layer, name, down, up, trained_bias, form)
     return out
 
 
@@ -91,7 +95,15 @@ class _PlainLora(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, trigger: Tensor, layer: Any, name: str, down: Tensor, up: Tensor, form: Form
+        ctx: Any,
+        x: Tensor,
+        trigger: Tensor,
+        layer: Any,
+        name: str,
+        down: Tensor,
+        up: Tensor,
+        trained_bias: bool,
+        form: Form,
     ) -> Tensor:
         base, b = layer.base_layer, layer.lora_B[name]
         flat = x.flatten(0, -2)  # [N, i]
@@ -99,6 +111,7 @@ class _PlainLora(torch.autograd.Function):
         y = F.linear(flat, base.weight, base.bias).addmm_(xa, b.weight.T)  # [N, o]
         ctx.save_for_backward(flat, xa, up)
         ctx.layer = base, layer.lora_A[name], b, form
+        ctx.trained_bias = trained_bias
         return y.unflatten(0, x.shape[:-1])
 
     @staticmethod
@@ -107,10 +120,12 @@ class _PlainLora(torch.autograd.Function):
         base, a, b, form = ctx.layer
         flat, n = g.flatten(0, -2), len(g)  # [N, o], N = n t
         gb = (up @ flat.T).T  # [N, r]
-        form(a, x.unflatten(0, (n, -1)), gb.unflatten(0, (n, -1)))
-        form(b, xa.unflatten(0, (n, -1)), flat.unflatten(0, (n, -1)))
-        form(base, x.unflatten(0, (n, -1)), flat.unflatten(0, (n, -1)))  # its bias may be trained as well
+        x3, g3 = x.view(n, -1, x.shape[1]), flat.view(n, -1, flat.shape[1])  # [b, t, i], [b, t, o]
+        form(a, x3, gb.unflatten(0, (n, -1)))
+        form(b, xa.unflatten(0, (n, -1)), g3)
+        if ctx.trained_bias:
+            form(base, x3, g3)
         if not ctx.needs_input_grad[0]:
-            return (None,) * 7
+            return (None,) * 8
         gx = (flat @ base.weight).addmm_(gb, a.weight)  # [N, i]
-        return gx.unflatten(0, g.shape[:-1]), None, None, None, None, None, None
+        return gx.unflatten(0, g.shape[:-1]), None, None, None, None, None, None, None

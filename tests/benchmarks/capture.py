@@ -6,6 +6,16 @@ Same model, batch and data on both sides, real lengths with padding, evaluation 
 forming the rows, the statistics and handing them to the store's writer. Each round runs the plain step and every way of
 collecting once, in random order; the first rounds are dropped and the ratio is the median over rounds of the ratio
 within a round.
+
+Measured on two CPU cores (AVX2) with torch 2.13, peak memory 1.3 GiB for MiniLM and 4.3 GiB for SmolLM2; the medians
+move by about ±0.02 from run to run:
+
+    model     batch    full rows (at most 1.03)    dropout r=16 (at most 0.97)
+    MiniLM     8       0.99                        0.99
+    MiniLM    16       1.00                        0.98
+
+The dropout rows of MiniLM miss their limit: of a step of 100 ms the adapters' products take 4, the rows 2, the
+statistics 1; what a backward pass without any weight gradient saves is about as much.
 """
 
 from __future__ import annotations

@@ -7,14 +7,15 @@ The methods take turns, so that a busy machine slows all of them alike; a ratio 
 method's time by the inner product's in the same round. Memory is the peak of anonymous memory in a process of its own
 beyond what it held before, as a share of the rows: pages of the mapped store are not counted.
 
-Measured on two CPU cores with torch 2.13; the ranges are over several runs, for other work shared the cores:
+Measured on two CPU cores with torch 2.13, otherwise idle (memory counts the buffers of the linear algebra library,
+which do not grow with the rows):
 
-    method     time / ip      limit    memory / rows
-    ip         1                       0.04
-    cosine     1.2 - 2.1               0.03
-    datainf    3.5 - 3.8      4        0.06
-    fisher     9.5 - 10.9     14       0.17
-    dropout    0.10 - 0.13    0.1      0.01
+    method     time / ip   limit    memory / rows
+    ip          1                   0.10
+    cosine      1.14                0.20
+    datainf     3.26       4        0.33
+    fisher     10.2        14       0.60
+    dropout     0.082      0.1      0.01
 """
 
 from __future__ import annotations
