@@ -44,7 +44,7 @@ class Demo:
 
     model: str | None = None
     """Folder or hub name of a causal language model; `None` for SmolLM2-135M-Instruct."""
-    size: int = 100
+    size: int = 80
     """Training examples; there are half as many queries, and half as many held-out prompts."""
     seed: int = 0
     """Of the data, the wrong answers, the adapter and the order of training."""
@@ -54,7 +54,7 @@ class Demo:
     """Share of the training examples that get a wrong answer, and share that is dropped."""
     method: str = "cosine"
     """The method that curates."""
-    steps: int = 64
+    steps: int = 52
     """Optimiser steps of each training run: smaller sets get as many."""
     batch_size: int = 4
     learning_rate: float = 1e-2
