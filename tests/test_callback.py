@@ -17,7 +17,7 @@ from datasets import Dataset
 from models import all_rows, padding, prompts, stored, tiny
 from test_collect import layer_norm_too
 from torch import nn
-from transformers import DataCollatorWithFlattening, Trainer, TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from hf_influence.attribution import attribute
 from hf_influence.callbacks import GradientCapture
@@ -107,10 +107,15 @@ def full(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(1 << 30, 1 << 30, 100))
 
 
+def doubling(features: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+    """A collator that makes two rows of every example."""
+    return padding()([row for row in features for _ in range(2)])
+
+
 UNLABELLED = Dataset.from_list([{"input_ids": row["input_ids"]} for row in TRAIN])
 REFUSED: dict[str, tuple[Callable[[], nn.Module], dict[str, Any], dict[str, Any], type[Exception], str]] = {
     "parameter": (layer_norm_too, {}, {}, UnsupportedModel, "no exact per-example rule.*norm.weight"),
-    "packing": (tiny, {}, {"collate": DataCollatorWithFlattening()}, BadSetting, "1 rows of 2 examples"),
+    "two rows": (tiny, {}, {"collate": doubling}, BadSetting, "made 2 rows of one example"),
     "labels": (tiny, {}, {"train": UNLABELLED}, BadExample, "has no labels"),
     "query labels": (tiny, {"query_dataset": UNLABELLED}, {}, BadExample, "has no labels"),
     "empty queries": (tiny, {"query_dataset": []}, {}, BadExample, "the dataset is empty"),

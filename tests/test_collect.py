@@ -144,6 +144,18 @@ def frozen() -> nn.Module:
 
 
 NORM = r"1 trainable parameter\(s\) have no exact.*model\.norm\.weight \(LlamaRMSNorm\).*skip="
+
+
+def twice(features: list[Any]) -> dict[str, torch.Tensor]:
+    """A collator that makes two rows of every example."""
+    return padding()([row for row in features for _ in range(2)])
+
+
+def test_a_collator_that_packs_gets_the_examples_one_by_one(tmp_path: Path) -> None:
+    rows = stored(tiny(), EXAMPLES, tmp_path / "packed", data_collator=DataCollatorWithFlattening())
+    torch.testing.assert_close(all_rows(rows), all_rows(stored(tiny(), EXAMPLES, tmp_path / "padded")))
+
+
 REFUSED: dict[str, tuple[Callable[[], nn.Module], dict[str, Any], type[Exception], str]] = {
     "no LoRA": (llama, {}, UnsupportedModel, r"no LoRA layers.*get_peft_model.*modules='trainable'"),
     "frozen": (frozen, {}, UnsupportedModel, "no trainable parameter left.*is_trainable=True"),
@@ -162,7 +174,7 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], dict[str, Any], type[Exception
     "tuples": (tiny, {"dataset": [(1, 2)]}, BadExample, "an example is a tuple.*must be a dictionary"),
     "columns": (tiny, {"dataset": [{"text": "a"}]}, BadExample, r"none of the columns \['text'\].*Tokenise"),
     "labels": (tiny, {"dataset": [{"input_ids": [1, 2]}]}, BadExample, "has no labels"),
-    "packing": (tiny, {"data_collator": DataCollatorWithFlattening()}, BadSetting, "1 rows of 7 examples.*packs"),
+    "two rows": (tiny, {"data_collator": twice}, BadSetting, "made 2 rows of one example"),
     "no id": (tiny, {"id_column": "name"}, BadExample, "no id column 'name'"),
     "same ids": (
         tiny,

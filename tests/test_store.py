@@ -86,7 +86,7 @@ def test_columns_are_the_gradient_flattened_row_major(tmp_path: Path) -> None:
 
 def test_what_was_never_collected_says_how_to(tmp_path: Path) -> None:
     store = collect(tiny(), EXAMPLES, tmp_path)
-    with pytest.raises(MissingRows, match=r"no rows of the split 'query' \(it has: train\).*collect\(model, dataset"):
+    with pytest.raises(MissingRows, match=r"split 'query' at point 0 \(it has: train\).*collect\(model, dataset"):
         store.rows("query")
     with pytest.raises(MissingRows, match=r"no block 'w'"):
         store.rows().block("w")

@@ -15,6 +15,8 @@ from hf_influence.errors import BadExample, BadSetting
 from hf_influence.task import IGNORED, LABELS, labels_of, unwrapped
 
 SURVEYED = 1024
+PACKED = ("position_ids", "seq_idx", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
+"""What a collator adds to tell packed examples apart."""
 Collator = Callable[[list[dict[str, Any]]], Any]
 
 
@@ -51,6 +53,7 @@ class Examples:
         if not isinstance(first, Mapping):
             raise BadExample(f"an example is a {type(first).__name__}; it must be a dictionary of columns.")
         self.ids = self._ids_of(dataset, id_column, first)
+        self.id_column = id_column
         if remove_unused_columns:
             taken = [name for name in first if name in forward_arguments(model) or name in LABELS]
             if not taken:
@@ -65,7 +68,8 @@ class Examples:
             self._columns = None
         self._dataset = dataset
         pad_token_id = getattr(getattr(model, "config", None), "pad_token_id", None)
-        self._collate = collate or padding_with(pad_token_id if isinstance(pad_token_id, int) else 0)
+        self._pad = padding_with(pad_token_id if isinstance(pad_token_id, int) else 0)
+        self._collate = collate or self._pad
 
     def __len__(self) -> int:
         return len(self._dataset)
@@ -78,20 +82,31 @@ class Examples:
         return rows if self._columns is None else [{name: row[name] for name in self._columns} for row in rows]
 
     def batch(self, positions: Sequence[int]) -> dict[str, Any]:
-        """The collated batch of some examples.
+        """The collated batch of some examples, a row each.
+
+        A collator that puts several examples into one row gets them one by one.
 
         Raises:
             BadExample: It has no labels.
-            BadSetting: The collator does not keep the examples apart.
+            BadSetting: The collator makes more or less than one row of one example.
         """
-        batch = dict(self._collate(self[positions]))
+        batch = self.collated(positions)
         rows = len(labels_of(dict(batch)))
-        if rows != len(positions):
-            raise BadSetting(
-                f"the data_collator made {rows} rows of {len(positions)} examples. Every example needs a row of its "
-                "own: use a collator that pads instead of one that packs or flattens."
-            )
-        return batch
+        if rows == len(positions):
+            return batch
+        alone = [self.collated([position]) for position in positions]
+        for one in alone:
+            rows = len(labels_of(dict(one)))
+            if rows != 1:
+                raise BadSetting(
+                    f"the data_collator made {rows} rows of one example. Every example needs a row of its own: use a "
+                    "collator that pads."
+                )
+        return self._pad([{name: one[name][0] for name in one if name not in PACKED} for one in alone])
+
+    def collated(self, positions: Sequence[int]) -> dict[str, Any]:
+        """What the collator makes of some examples, be it a row each or not."""
+        return dict(self._collate(self[positions]))
 
     def survey(self) -> tuple[str, list[int]]:
         """One pass over the examples without the model: a hash of their tokens and labels, and their lengths.

@@ -10,7 +10,7 @@ loss is the sum of the examples' own losses, which is what `collect` sees to.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from math import prod
 from typing import Any
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from hf_influence.errors import UnsupportedModel
 from hf_influence.gradients.compress import Compressor
+from hf_influence.gradients.packing import Packing
 from hf_influence.gradients.rules import Entries
 from hf_influence.gradients.taps import Modules, Tap, find_taps
 
@@ -34,6 +35,7 @@ class RowCatcher:
     def __init__(self, taps: Sequence[Tap], compress: Compressor | None = None):
         self.shapes = {tap.parameter: tap.shape for tap in taps}
         self.rows_in_batch: int | None = None
+        self.packing: Packing | None = None
         self._rows: dict[str, Tensor] = {}
         self._handles: list[Any] = []
         self._by_module: dict[int, list[Tap]] = {}
@@ -84,33 +86,52 @@ class RowCatcher:
             return
         if not output.requires_grad:
             output.requires_grad_()
-        x = inputs[0].detach()
+        output.register_hook(self.watch(module, inputs[0].detach()))
+
+    def watch(self, module: nn.Module, x: Tensor) -> Callable[[Tensor], None]:
+        """Note one call of a module.
+
+        Args:
+            module: The module; nothing happens if no tap is on it.
+            x: Its input, `[b, t, i]` (or `[b, i]`), or token ids `[b, t]`.
+
+        Returns:
+            To be called with the gradient at its output, `[b, t, o]`: adds the rows of this call.
+        """
+        taps = self._by_module.get(id(module), [])
+        tokens = _tokens(x) if x.is_floating_point() else x
+        noted = [(tap, tap.rule.remember(tokens, self._entries(tap.parameter, x.device))) for tap in taps]
 
         def back(g: Tensor) -> None:
             exact = torch.promote_types(g.dtype, torch.float32)
-            tokens = _tokens(x).to(exact) if x.is_floating_point() else x  # otherwise token ids
-            self.form(module, tokens, _tokens(g.detach()).to(exact))
+            g = _tokens(g.detach()).to(exact)
+            for tap, seen in noted:
+                seen = seen.to(exact) if seen.is_floating_point() else seen
+                if self.packing is None:
+                    self._add(tap, seen, g)
+                else:
+                    self._add(tap, self.packing.unpack(seen), self.packing.unpack(g))
 
-        output.register_hook(back)
+        return back
 
-    def form(self, module: nn.Module, x: Tensor, g: Tensor) -> None:
-        """Add the rows of one call of a module: input `[b, t, i]`, gradient at the output `[b, t, o]`."""
-        for tap in self._by_module.get(id(module), ()):
-            if self.rows_in_batch not in (None, len(g)):
-                raise UnsupportedModel(
-                    f"{tap.module_name} saw {len(g)} rows in a batch of {self.rows_in_batch} examples: it does not "
-                    "keep examples apart along the first dimension (mixture-of-experts routing and OPT's feed-forward "
-                    "layers do this), so its gradient cannot be told apart by example. Leave it out with "
-                    f"skip=[{tap.parameter!r}]."
-                )
-            name = tap.parameter
-            keep = self._keep.get(name)
-            if keep is not None and keep.i.device != g.device:
-                keep = self._keep[name] = keep.to(g.device)
-            row = tap.rule(x, g, keep)
-            if name in self._project:
-                row = self._project[name](row)
-            self._rows[name] = self._rows[name] + row if name in self._rows else row
+    def _add(self, tap: Tap, seen: Tensor, g: Tensor) -> None:
+        name = tap.parameter
+        if self.rows_in_batch not in (None, len(g)):
+            raise UnsupportedModel(
+                f"{tap.module_name} saw {len(g)} rows in a batch of {self.rows_in_batch} examples: it does not keep "
+                "examples apart along the first dimension (mixture-of-experts routing and OPT's feed-forward layers do "
+                f"this), so its gradient cannot be told apart by example. Leave it out with skip=[{name!r}]."
+            )
+        row = tap.rule.row(seen, g, self._keep.get(name))
+        if name in self._project:
+            row = self._project[name](row)
+        self._rows[name] = self._rows[name] + row if name in self._rows else row
+
+    def _entries(self, name: str, device: torch.device) -> Entries | None:
+        keep = self._keep.get(name)
+        if keep is not None and keep.i.device != device:
+            keep = self._keep[name] = keep.to(device)
+        return keep
 
 
 def _tokens(values: Tensor) -> Tensor:

@@ -38,6 +38,7 @@ def collect(
     skip: Sequence[str] = (),
     id_column: str | None = None,
     remove_unused_columns: bool = True,
+    point: int = 0,
     overwrite: bool = False,
 ) -> GradientStore:
     """The gradient of every example's own loss, taken at the model's present weights and kept on disk.
@@ -63,6 +64,7 @@ def collect(
         skip: Names of trainable parameters to leave out; `*` stands for anything.
         id_column: Column of integers or strings that names the examples; their positions otherwise.
         remove_unused_columns: As in `TrainingArguments`; `False` for a collator that needs other columns.
+        point: The number under which a store keeps rows at different weights apart.
         overwrite: Replace rows of another model, adapter or dataset instead of refusing.
 
     Returns:
@@ -88,6 +90,7 @@ def collect(
         n=len(examples),
         ids=examples.ids,
         id_column=id_column,
+        point=point,
         overwrite=overwrite,
     )
     todo = [i for i in range(len(examples)) if i not in writer.done]
@@ -99,7 +102,7 @@ def collect(
             for positions, (rows, stats) in batches:
                 _check_finite(rows, stats, positions, examples.ids)
                 writer.append(positions, rows, stats)
-    empty = (store.rows(split).stats["n_tokens"] == 0).nonzero().flatten().tolist()
+    empty = (store.rows(split, point).stats["n_tokens"] == 0).nonzero().flatten().tolist()
     if empty:
         warnings.warn(
             f"{len(empty)} of {len(examples)} examples of {split!r} have no labelled token (first: {empty[0]}): their "

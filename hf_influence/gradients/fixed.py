@@ -16,9 +16,6 @@ from hf_influence.gradients.identity import content_hash
 from hf_influence.gradients.lora import fused_lora
 from hf_influence.task import IGNORED, CausalLM, Outcome, Task, labels_of
 
-SMALL = 1 << 14
-"""Columns that are cheaper to copy together than to visit block by block."""
-
 
 class FixedWeights:
     """Per-example gradients at weights that stand still, as a context manager.
@@ -40,7 +37,7 @@ class FixedWeights:
 
     def __enter__(self) -> FixedWeights:
         with ExitStack() as stack:
-            stack.enter_context(fused_lora(self.model, self.catcher.form))
+            stack.enter_context(fused_lora(self.model, self.catcher.watch))
             stack.enter_context(_resting(self.model))
             stack.callback(self.catcher.detach)
             self.catcher.attach()
@@ -114,8 +111,6 @@ class FixedWeights:
 
 def _norm(rows: list[Tensor]) -> Tensor:
     """Length of each example's whole row, `[b]`."""
-    if sum(row.shape[1] for row in rows) < SMALL:
-        return torch.linalg.vector_norm(torch.cat(rows, 1), dim=1)
     return torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(row, dim=1) for row in rows]), dim=0)
 
 

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hf_influence.task import unwrapped
+from hf_influence.gradients.packing import Packing
+from hf_influence.task import IGNORED, unwrapped
 
 SAMPLED = 4096
 
@@ -39,24 +40,39 @@ def adapter_identity(model: nn.Module) -> str:
     return digest.hexdigest()[:16]
 
 
-def content_hash(ids: Tensor, mask: Tensor | None, labels: Tensor, per_token: bool) -> Tensor:
-    """One number for the real tokens and labels of each example, `[b]` int64; padding does not change it.
+def content_hash(
+    ids: Tensor, mask: Tensor | None, labels: Tensor, per_token: bool, packing: Packing | None = None
+) -> Tensor:
+    """One number for the real tokens and labels of each example, `[b]` int64, wherever it stands in a batch.
 
-    Computed on the device of the batch. Two examples share it (but for a chance of 2⁻⁶⁴) only if they are the same.
+    Neither padding on either side nor packing changes it, nor does the label of the first token, which nothing
+    predicts. Computed on the device of the batch. Two examples share it (but for a chance of 2⁻⁶⁴) only if they are the
+    same.
 
     Args:
         ids: Token ids `[b, t]`, or any other input `[b, …]` that stands for the example.
-        mask: 0 for padding, `[b, t]`, on the right.
+        mask: 0 for padding, `[b, t]`.
         labels: `[b]`, `[b, c]` or, with the shape of `ids`, a label a token.
         per_token: Which of these.
+        packing: Of a batch whose rows hold several examples; `[n]` comes back then.
     """
     value = _integers(ids).flatten(1)  # [b, t]
-    value = value * _ODD[0] + torch.arange(value.shape[1], device=ids.device) * _ODD[1]
+    if packing is not None:
+        real, place = packing.owner >= 0, packing.place
+    elif mask is not None and mask.shape == value.shape:
+        real = mask != 0
+        place = real.cumsum(1) - 1
+    else:
+        real, place = None, torch.arange(value.shape[1], device=ids.device).expand_as(value)
+    value = value * _ODD[0] + place * _ODD[1]
     if per_token:
-        value = value + _integers(labels).flatten(1) * _ODD[2]
+        value = value + _integers(labels).flatten(1).masked_fill(place == 0, IGNORED) * _ODD[2]
     value = _mixed(value)
-    if mask is not None and mask.shape == ids.shape:
-        value = value * mask
+    if real is not None:
+        value = value * real
+    if packing is not None:
+        code = value.new_zeros(len(packing.source))
+        return code.index_add_(0, packing.owner.clamp(min=0).flatten(), value.flatten())  # padding adds 0
     code = value.sum(1)
     if not per_token:
         label = _integers(labels).reshape(len(ids), -1)  # [b, c]

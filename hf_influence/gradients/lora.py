@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 __all__ = ["LoraEmbedding", "embedding_factors", "fused_lora", "lora_layers"]
 
-Form = Callable[[nn.Module, Tensor, Tensor], None]
-"""Takes a module, its input `[b, t, i]` and the gradient at its output `[b, t, o]`, and forms the rows."""
+Watch = Callable[[nn.Module, Tensor], Callable[[Tensor], None]]
+"""Takes a module and its input `[b, t, i]`; gives what is to be called with the gradient at its output `[b, t, o]`."""
 
 
 def lora_layers(model: nn.Module) -> list[tuple[str, LoraLayer]]:
@@ -36,8 +36,8 @@ def embedding_factors(layer: LoraEmbedding, adapter: str) -> tuple[Tensor, Tenso
 
 
 @contextmanager
-def fused_lora(model: nn.Module, form: Form) -> Iterator[None]:
-    """Run plain LoRA linear layers in four products without intermediate copies, and form their rows on the way back.
+def fused_lora(model: nn.Module, watch: Watch) -> Iterator[None]:
+    """Run plain LoRA linear layers in four products without intermediate copies, and watch their parts.
 
         y = x Wᵀ + (x Aᵀ) (s B)ᵀ          ∂x = g W + (g s B) A
 
@@ -47,7 +47,7 @@ def fused_lora(model: nn.Module, form: Form) -> Iterator[None]:
 
     Args:
         model: To be run in evaluation mode, its trainable parameters still marked by `requires_grad`.
-        form: Called on the way back for `lora_A`, `lora_B` and the base layer, with what each would have seen.
+        watch: Told of every call of `lora_A`, `lora_B` and the base layer.
     """
     patched = [layer for _, layer in lora_layers(model) if _is_plain(layer)]
     trigger = torch.zeros((), requires_grad=True)  # asks for a backward pass where no input does
@@ -58,7 +58,7 @@ def fused_lora(model: nn.Module, form: Form) -> Iterator[None]:
             up = layer.lora_B[name].weight.detach().T.contiguous() * layer.scaling[name]
             bias = layer.base_layer.bias
             trained_bias = bias is not None and bias.requires_grad
-            layer.forward = partial(_forward, layer, name, down, up, trained_bias, trigger, form)
+            layer.forward = partial(_forward, layer, name, down, up, trained_bias, trigger, watch)
         yield
     finally:
         for layer in patched:
@@ -70,9 +70,9 @@ def _active(layer: Any) -> list[str]:
 
 
 def _forward(
-    layer: Any, name: str, down: Tensor, up: Tensor, trained_bias: bool, trigger: Tensor, form: Form, x: Tensor
+    layer: Any, name: str, down: Tensor, up: Tensor, trained_bias: bool, trigger: Tensor, watch: Watch, x: Tensor
 ) -> Tensor:
-    out: Tensor = _PlainLora.apply(x, trigger, layer, name, down, up, trained_bias, form)
+    out: Tensor = _PlainLora.apply(x, trigger, layer, name, down, up, trained_bias, watch)
     return out
 
 
@@ -103,29 +103,33 @@ class _PlainLora(torch.autograd.Function):
         down: Tensor,
         up: Tensor,
         trained_bias: bool,
-        form: Form,
+        watch: Watch,
     ) -> Tensor:
         base, b = layer.base_layer, layer.lora_B[name]
         flat = x.flatten(0, -2)  # [N, i]
         xa = (down @ flat.T).T  # [N, r]
         y = F.linear(flat, base.weight, base.bias).addmm_(xa, b.weight.T)  # [N, o]
-        ctx.save_for_backward(flat, xa, up)
-        ctx.layer = base, layer.lora_A[name], b, form
-        ctx.trained_bias = trained_bias
+        ctx.save_for_backward(up)
+        n = len(x)
+        x3 = flat.view(n, -1, flat.shape[1])  # [b, t, i], N = b t
+        ctx.back_a = watch(layer.lora_A[name], x3)
+        ctx.back_b = watch(b, xa.unflatten(0, (n, -1)))
+        ctx.back_base = watch(base, x3) if trained_bias else None
+        ctx.weights = base.weight, layer.lora_A[name].weight
         return y.unflatten(0, x.shape[:-1])
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-        x, xa, up = ctx.saved_tensors
-        base, a, b, form = ctx.layer
-        flat, n = g.flatten(0, -2), len(g)  # [N, o], N = n t
+        (up,) = ctx.saved_tensors
+        weight, a = ctx.weights
+        flat, n = g.flatten(0, -2), len(g)  # [N, o]
         gb = (up @ flat.T).T  # [N, r]
-        x3, g3 = x.view(n, -1, x.shape[1]), flat.view(n, -1, flat.shape[1])  # [b, t, i], [b, t, o]
-        form(a, x3, gb.unflatten(0, (n, -1)))
-        form(b, xa.unflatten(0, (n, -1)), g3)
-        if ctx.trained_bias:
-            form(base, x3, g3)
+        g3 = flat.view(n, -1, flat.shape[1])  # [b, t, o]
+        ctx.back_a(gb.unflatten(0, (n, -1)))
+        ctx.back_b(g3)
+        if ctx.back_base is not None:
+            ctx.back_base(g3)
         if not ctx.needs_input_grad[0]:
             return (None,) * 8
-        gx = (flat @ base.weight).addmm_(gb, a.weight)  # [N, i]
+        gx = (flat @ weight).addmm_(gb, a)  # [N, i]
         return gx.unflatten(0, g.shape[:-1]), None, None, None, None, None, None, None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import partial
@@ -13,16 +13,14 @@ from transformers.pytorch_utils import Conv1D
 
 from hf_influence.errors import BadSetting, UnsupportedModel
 from hf_influence.gradients.lora import LoraEmbedding, embedding_factors, lora_layers
-from hf_influence.gradients.rules import Entries, one_hot_outer, outer, total
+from hf_influence.gradients.rules import Rule, bias, linear, looked_up, one_hot, transposed
 
 Modules = Literal["lora", "trainable"]
-Rule = Callable[[Tensor, Tensor, "Entries | None"], Tensor]
-"""`(x [b, t, i] or ids [b, t], g [b, t, o], kept entries) -> rows [b, d]`."""
 
 
 @dataclass(frozen=True)
 class Tap:
-    """One parameter at one module: watch `module`, and `rule(input, output_gradient, keep)` gives the rows.
+    """One parameter at one module: watch `module`, and `rule` makes the rows of its input and output gradient.
 
     `module_name` is where the module sits in the model, for error messages.
     """
@@ -81,33 +79,30 @@ def _rules_of(module: nn.Module) -> list[tuple[Tensor, Rule]]:
     """The parameters that a module owns and uses linearly, each with its rule."""
     rules: list[tuple[Tensor | None, Rule]] = []
     if isinstance(module, nn.Linear):
-        rules = [
-            (module.weight, lambda x, g, keep: outer(g, x, keep)),
-            (module.bias, lambda x, g, keep: total(g, keep)),
-        ]
+        rules = [(module.weight, linear()), (module.bias, bias())]
     elif isinstance(module, Conv1D):
-        rules = [
-            (module.weight, lambda x, g, keep: outer(x, g, keep)),
-            (module.bias, lambda x, g, keep: total(g, keep)),
-        ]
+        rules = [(module.weight, transposed()), (module.bias, bias())]
     elif isinstance(module, LoraEmbedding) and not module.lora_variant:
         for adapter in module.active_adapters:
             if adapter in module.lora_embedding_A:
+                down, _, _ = embedding_factors(module, adapter)  # [r, vocabulary]
                 rules += [
-                    (module.lora_embedding_A[adapter], partial(_embedding_a, module, adapter)),
-                    (module.lora_embedding_B[adapter], partial(_embedding_b, module, adapter)),
+                    (module.lora_embedding_A[adapter], one_hot(partial(_before_up, module, adapter), down.shape[1])),
+                    (module.lora_embedding_B[adapter], looked_up(partial(_scaled_down, module, adapter))),
                 ]
     return [(weight, rule) for weight, rule in rules if weight is not None]
 
 
-def _embedding_a(layer: Any, adapter: str, ids: Tensor, g: Tensor, keep: Entries | None) -> Tensor:
-    a, b, s = embedding_factors(layer, adapter)
-    return one_hot_outer(g @ (b.detach() * s).to(g), ids, a.shape[1], keep)
+def _before_up(layer: Any, adapter: str, g: Tensor) -> Tensor:
+    """The gradient behind `B`, `[b, t, r]`."""
+    _, up, scale = embedding_factors(layer, adapter)
+    return g @ (up.detach() * scale).to(g)
 
 
-def _embedding_b(layer: Any, adapter: str, ids: Tensor, g: Tensor, keep: Entries | None) -> Tensor:
-    a, _, s = embedding_factors(layer, adapter)
-    return outer(g * s, a.detach().T[ids].to(g), keep)
+def _scaled_down(layer: Any, adapter: str) -> Tensor:
+    """What `B` sees of each token, `[vocabulary, r]`."""
+    down, _, scale = embedding_factors(layer, adapter)
+    return down.detach().T * scale
 
 
 def _check_coverage(model: nn.Module, wanted: dict[str, Any], names: dict[int, str], covered: set[str]) -> None:

@@ -74,9 +74,20 @@ class GradientStore:
         return list(self.header.blocks)
 
     def adapter(self, point: int = 0) -> str | None:
-        """Hash of the trainable values at which the rows of a point were taken; `None` without rows."""
+        """Hash of the trainable values at which the rows of a point were taken.
+
+        `None` without rows, and where all were taken from training steps.
+        """
         file = self._point(point) / "point.json"
         return read_json(file)["adapter"] if file.is_file() else None
+
+    def points(self) -> list[int]:
+        """The parameter points that hold rows.
+
+        0 is the weights at which `collect` found the model, after training as a rule. With rows captured during
+        training, point e is the e-th epoch, or point s the s-th step.
+        """
+        return sorted(int(entry.parent.name) for entry in (self.path / "points").glob("*/point.json"))
 
     def splits(self, point: int = 0) -> list[str]:
         """The names of the splits that hold rows at a parameter point."""
@@ -91,12 +102,14 @@ class GradientStore:
         folder = self._point(point) / split
         if not (folder / "rows.json").is_file():
             have = ", ".join(self.splits(point)) or "none"
+            others = [other for other in self.points() if split in self.splits(other)]
+            there = f" Points with rows of it: {', '.join(map(str, others))}; choose with point=…." if others else ""
             raise MissingRows(
-                f"{self.path} holds no rows of the split {split!r} (it has: {have}). Collect them: collect(model, "
-                f"dataset, {str(self.path)!r}, split={split!r})."
+                f"{self.path} holds no rows of the split {split!r} at point {point} (it has: {have}).{there} Collect "
+                f"them: collect(model, dataset, {str(self.path)!r}, split={split!r})."
             )
         manifest = Manifest.read(folder)
-        if manifest.stored < manifest.n:
+        if not manifest.complete:
             raise MissingRows(
                 f"{folder} holds {manifest.stored} of {manifest.n} rows: the run that filled it was interrupted. Run "
                 "the same collect(...) again; it continues where this one stopped."
@@ -107,7 +120,7 @@ class GradientStore:
         self,
         split: str,
         *,
-        adapter: str,
+        adapter: str | None,
         dataset: str,
         n: int,
         ids: Sequence[Any] | None = None,
@@ -119,7 +132,8 @@ class GradientStore:
 
         Args:
             split: Name of the split, a plain folder name.
-            adapter: Hash of the values of the trainable parameters at this point.
+            adapter: Hash of the values of the trainable parameters at this point; `None` for rows of training steps,
+                whose weights move.
             dataset: Fingerprint of the tokenised dataset.
             n: Number of its examples.
             ids: Their ids, where they are not 0 … n-1.
@@ -135,7 +149,9 @@ class GradientStore:
             raise BadSetting(f"split={split!r} is not a folder name. Use letters, digits, '-' and '_'.")
         folder = self._point(point)
         stored = self.adapter(point)
-        if stored not in (None, adapter):
+        if adapter is None:
+            adapter = stored
+        elif stored not in (None, adapter):
             if overwrite:
                 shutil.rmtree(folder)
             else:
@@ -156,6 +172,16 @@ class GradientStore:
             writer = RowWriter(folder / split, self.header, about)
         check_room(folder, self.header.row_bytes() * (n - len(writer.done)))
         return writer
+
+    def drop(self, point: int, split: str | None = None) -> None:
+        """Delete a split of a parameter point, or the whole point; what is not there is no error."""
+        folder = self._point(point)
+        if split is None:
+            shutil.rmtree(folder, ignore_errors=True)
+        elif (folder / split).is_dir():
+            shutil.rmtree(folder / split)
+            if not self.splits(point) or self.splits(point) == ["train"]:
+                write_json(folder / "point.json", {"adapter": None})
 
     def _point(self, point: int) -> Path:
         return self.path / "points" / f"{point:04d}"

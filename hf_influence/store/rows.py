@@ -19,13 +19,27 @@ CHUNK_BYTES = 32 << 20
 
 @dataclass
 class Manifest:
-    """`rows.json`: which examples the split is made of and which shards are finished."""
+    """`rows.json`: which examples the split is made of and which shards are finished.
+
+    Attributes:
+        dataset: Fingerprint of the tokenised dataset.
+        n: Number of its examples.
+        ids: Their ids, where they are not 0 … n-1.
+        id_column: The column that holds those.
+        closed: Nothing more is to come, even if some examples have no row: training did not visit them.
+        shards: The finished files.
+    """
 
     dataset: str
     n: int
     ids: list[Any] | None = None
     id_column: str | None = None
+    closed: bool = False
     shards: list[dict[str, Any]] = field(default_factory=list)
+
+    @property
+    def complete(self) -> bool:
+        return self.closed or self.stored >= self.n
 
     @property
     def stored(self) -> int:
@@ -53,7 +67,9 @@ class Rows:
     """The rows of one split at one point; read lazily from memory-mapped shards.
 
     Attributes:
-        ids: The examples in dataset order: index in the dataset that was given, or value of the id column.
+        ids: The examples in dataset order: index in the dataset that was given, or value of the id column. Examples
+            that training did not visit are not among them.
+        positions: Their positions in the dataset, `[n]`.
         id_column: The name of that column; `None` where the ids are indices.
         dataset: Fingerprint of the tokenised dataset.
         blocks: Parameter name -> number of stored columns.
@@ -62,7 +78,6 @@ class Rows:
     def __init__(self, folder: Path, header: Header, manifest: Manifest):
         self.folder = folder
         self.header = header
-        self.ids: list[Any] = list(range(manifest.n)) if manifest.ids is None else list(manifest.ids)
         self.id_column = manifest.id_column
         self.dataset = manifest.dataset
         self.blocks = {name: header.width(name) for name in header.blocks}
@@ -70,12 +85,18 @@ class Rows:
         self._manifest = manifest
         self._maps: dict[str, Callable[[Tensor], Tensor]] = {}
         self._shards = [open_shard(folder / shard["file"]) for shard in manifest.shards]
-        self._index = [shard.get_tensor("index") for shard in self._shards]
-        seen = torch.cat(self._index) if self._index else torch.zeros(0, dtype=torch.long)
-        self._views: dict[str, list[Tensor]] = {}
-        self._sorted = torch.equal(seen, torch.arange(len(self.ids)))
-        if not torch.equal(seen.sort().values, torch.arange(len(self.ids))):
+        index = [shard.get_tensor("index") for shard in self._shards]
+        seen = torch.cat(index) if index else torch.zeros(0, dtype=torch.long)
+        self.positions = seen.sort().values
+        whole = torch.equal(self.positions, torch.arange(manifest.n))
+        if not whole and not (manifest.closed and bool((self.positions.diff() > 0).all())):
             raise StoreError(f"{folder} lists an example twice or not at all. Delete the folder and collect it again.")
+        self.ids: list[Any] = self.positions.tolist()
+        if manifest.ids is not None:
+            self.ids = [manifest.ids[position] for position in self.ids]
+        self._index = index if whole else [torch.searchsorted(self.positions, piece) for piece in index]
+        self._views: dict[str, list[Tensor]] = {}
+        self._sorted = torch.equal(seen, self.positions)
 
     def __len__(self) -> int:
         return len(self.ids)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 
@@ -23,7 +24,11 @@ SHARD_SECONDS = 60.0
 
 
 class RowWriter:
-    """Appends rows to one split. `done` holds the examples that an earlier, interrupted run has already written."""
+    """Appends rows to one split; a shard is written beside whatever goes on, one at a time.
+
+    Attributes:
+        done: Positions of the examples that have been taken, by this run and those before it.
+    """
 
     def __init__(self, folder: Path, header: Header, about: Manifest):
         self.folder = folder
@@ -31,6 +36,8 @@ class RowWriter:
         self._pending: list[dict[str, Tensor]] = []
         self._bytes = 0
         self._flushed = time.monotonic()
+        self._thread = ThreadPoolExecutor(1, "hf_influence-writer")
+        self._writing: Future[None] | None = None
         self.manifest = Manifest.read(folder) if (folder / "rows.json").is_file() else about
         stored = self.manifest
         if (stored.dataset, stored.n) != (about.dataset, about.n):
@@ -45,9 +52,7 @@ class RowWriter:
             )
         folder.mkdir(parents=True, exist_ok=True)
         self._list()
-        self.done: set[int] = set()
-        for shard in self.manifest.shards:
-            self.done.update(open_shard(folder / shard["file"]).get_tensor("index").tolist())
+        self.done = self._listed()
 
     def __enter__(self) -> RowWriter:
         return self
@@ -55,32 +60,96 @@ class RowWriter:
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if kind is None or not issubclass(kind, StoreError):  # an interrupted run keeps what it has
             self.flush()
+        self._thread.shutdown()
 
     def append(self, index: Sequence[int], rows: dict[str, Tensor], stats: dict[str, Tensor]) -> None:
         """Take the rows of some examples; they reach the disk a shard at a time.
 
         Args:
             index: Positions in the dataset, length b.
-            rows: Block -> `[b, d]`.
+            rows: Block -> `[b, d]`; not to be changed afterwards.
             stats: Name -> `[b]`.
+
+        Raises:
+            StoreError: The shard before could not be written.
         """
         tensors = {"index": torch.tensor(list(index), dtype=torch.long)}
         tensors |= {f"rows.{name}": rows[name].to(getattr(torch, self.header.dtype)) for name in self.header.blocks}
         tensors |= {f"stats.{name}": value for name, value in stats.items()}
         self._pending.append({key: value.detach().cpu() for key, value in tensors.items()})
         self._bytes += sum(value.nbytes for value in self._pending[-1].values())
+        self.done.update(index)
         if self._bytes >= SHARD_BYTES or time.monotonic() - self._flushed >= SHARD_SECONDS:
-            self.flush()
+            self._hand_over()
 
     def flush(self) -> None:
-        """Write the pending rows as one shard and list it.
+        """Everything taken so far is on the disk and listed when this returns.
 
         Raises:
             StoreError: The disk is full or not writable; everything listed so far stays valid.
         """
+        self._hand_over()
+        self._wait()
+
+    def close(self) -> None:
+        """Flush, and say that nothing more is to come."""
+        self.flush()
+        self._thread.shutdown()
+        self.manifest.closed = True
+        self._list()
+
+    def reopen(self) -> None:
+        """More is to come after all."""
+        if self.manifest.closed:
+            self.manifest.closed = False
+            self._list()
+
+    def forget_after(self, step: int) -> None:
+        """Take back the rows of training steps later than `step`: training goes on from there and makes them again.
+
+        Raises:
+            StoreError: A file holds rows of both sides: it was not written by the run that is continued.
+        """
+        shards = self.manifest.shards
+        steps = [open_shard(self.folder / shard["file"]).get_tensor("stats.step") for shard in shards]
+        kept = [shard for shard, at in zip(shards, steps, strict=True) if int(at.max()) <= step]
+        gone = [shard for shard in shards if shard not in kept]
+        if not gone:
+            return
+        first = min(int(at.min()) for shard, at in zip(shards, steps, strict=True) if shard in gone)
+        if first <= step or shards[: len(kept)] != kept:
+            raise StoreError(
+                f"{self.folder} holds rows of steps from {first} on in one file and cannot be cut at {step}, where "
+                "training continues. Resume from a checkpoint of the run that wrote it, or pass overwrite=True and "
+                "train from the start."
+            )
+        self.manifest.shards = kept
+        self.reopen()
+        self._list()
+        for shard in gone:
+            (self.folder / shard["file"]).unlink()
+        self.done = self._listed()
+
+    def _listed(self) -> set[int]:
+        indices = [open_shard(self.folder / shard["file"]).get_tensor("index") for shard in self.manifest.shards]
+        return {position for index in indices for position in index.tolist()}
+
+    def _hand_over(self) -> None:
+        """Let the pending rows be written once the shard before is."""
         if not self._pending:
             return
-        shard = {key: torch.cat([part[key] for part in self._pending]) for key in self._pending[0]}
+        self._wait()
+        pending, self._pending, self._bytes, self._flushed = self._pending, [], 0, time.monotonic()
+        self._writing = self._thread.submit(self._write, pending)
+
+    def _wait(self) -> None:
+        if self._writing is not None:
+            writing, self._writing = self._writing, None
+            writing.result()
+
+    def _write(self, pending: list[dict[str, Tensor]]) -> None:
+        """Write one shard and list it."""
+        shard = {key: torch.cat([part[key] for part in pending]) for key in pending[0]}
         file = self.folder / f"rows-{len(self.manifest.shards):05d}.safetensors"
         part = file.with_suffix(".part")
         try:
@@ -95,11 +164,9 @@ class RowWriter:
         except (OSError, SafetensorError) as error:
             part.unlink(missing_ok=True)
             raise StoreError(
-                f"could not write {file} ({error}). The {len(self.done)} rows before it are safe; make room and run "
-                "the same command again to continue."
+                f"could not write {file} ({error}). The {self.manifest.stored} rows before it are safe; make room and "
+                "run the same command again to continue."
             ) from error
-        self.done.update(shard["index"].tolist())
-        self._pending, self._bytes, self._flushed = [], 0, time.monotonic()
 
     def _list(self) -> None:
         write_json(self.folder / "rows.json", asdict(self.manifest))

@@ -104,7 +104,15 @@ def measure(model: nn.Module, batches: list[dict[str, Tensor]], rounds: int, war
             plain.seconds = time.perf_counter() - started  # type: ignore[attr-defined]
             model.zero_grad()
 
-        ways["plain"] = plain
+        def training(i: int) -> None:
+            model.train()
+            started = time.perf_counter()
+            model(**batches[i]).loss.backward()
+            training.seconds = time.perf_counter() - started  # type: ignore[attr-defined]
+            model.zero_grad()
+            model.eval()
+
+        ways |= {"plain": plain, "training": training}
         ratios: dict[str, list[float]] = {name: [] for name in ways}
         order = list(ways)
         for round_ in range(-warmup, rounds):
@@ -116,7 +124,11 @@ def measure(model: nn.Module, batches: list[dict[str, Tensor]], rounds: int, war
             if round_ >= 0:
                 for name in ways:
                     ratios[name].append(seconds[name] / seconds["plain"])
-    return {name: statistics.median(values) for name, values in ratios.items() if name != "plain"}
+    of_training = {
+        f"{name} of training": statistics.median(a / b for a, b in zip(ratios[name], ratios["training"], strict=True))
+        for name in LIMITS
+    }
+    return {name: statistics.median(ratios[name]) for name in LIMITS} | of_training
 
 
 def main() -> None:
@@ -136,8 +148,9 @@ def main() -> None:
             starts = range(0, len(rows), size)
             batches = [padding_with(pad)(examples[order[start : start + size]]) for start in starts]
             for way, ratio in measure(model, batches, args.rounds, args.warmup).items():
-                bar = LIMITS[way]
-                print(f"{name:8} batch {size:2} {way:13} {ratio:5.3f} of a plain step (at most {bar})", flush=True)
+                bar = LIMITS.get(way)
+                note = "" if bar is None else f" of a plain step (at most {bar})"
+                print(f"{name:8} batch {size:2} {way:25} {ratio:5.3f}{note}", flush=True)
                 results.append({"model": name, "batch": size, "way": way, "ratio": ratio, "limit": bar})
     print(f"peak memory {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.2f} GiB")
     if args.json:

@@ -1,0 +1,255 @@
+"""Rows from the training steps of a running Trainer, one parameter point for each chosen epoch or step."""
+
+from __future__ import annotations
+
+import logging
+import math
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from transformers import Trainer, TrainerState, TrainingArguments
+
+from hf_influence.errors import BadExample, BadSetting
+from hf_influence.gradients.collect import Plan
+from hf_influence.gradients.compress import Compressor
+from hf_influence.gradients.positions import Positions
+from hf_influence.gradients.training import Caught, TrainingWatch
+from hf_influence.store import GradientStore, RowWriter
+from hf_influence.task import CausalLM
+
+logger = logging.getLogger(__name__)
+
+During = Literal["epochs", "steps"]
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Which part of a training run is captured, and under which point number."""
+
+    during: During
+    every: int
+    epochs: tuple[int, ...] | None
+
+    @classmethod
+    def of(cls, during: During | None, every: int, epochs: Sequence[int] | None) -> Schedule | None:
+        """From the settings of the callback.
+
+        Raises:
+            BadSetting: One of them makes no sense.
+        """
+        if during is None:
+            if every != 1 or epochs is not None:
+                raise BadSetting(f"every={every} and epochs={epochs} choose among rows during training: set during=….")
+            return None
+        if during not in ("epochs", "steps"):
+            raise BadSetting(f"during={during!r}: choose 'epochs' (one point an epoch), 'steps' or None.")
+        if not isinstance(every, int) or every < 1:
+            raise BadSetting(f"every={every!r}: pass a whole number, at least 1.")
+        if epochs is not None and (during != "epochs" or every != 1 or not epochs or min(epochs) < 1):
+            raise BadSetting(f"epochs={list(epochs)!r} goes with during='epochs' and every=1, and counts from 1.")
+        return cls(during, every, None if epochs is None else tuple(epochs))
+
+    def point(self, epoch: int, step: int) -> int | None:
+        """The point of a step, `None` if it is not captured.
+
+        Args:
+            epoch: From 1.
+            step: Of the optimizer, from 1.
+        """
+        if self.epochs is not None:
+            return epoch if epoch in self.epochs else None
+        number = epoch if self.during == "epochs" else step
+        return number if (number - 1) % self.every == 0 else None
+
+    def ended(self, state: TrainerState) -> int | None:
+        """The point that ends where training stands, if one does."""
+        epoch = round(state.epoch or 0)
+        if self.during == "epochs" and abs((state.epoch or 0) - epoch) > 1e-6:
+            return None
+        return self.point(epoch, state.global_step)
+
+    def copies(self, state: TrainerState, split: str) -> int:
+        """How often a row of each example of a split will be kept."""
+        epochs = math.ceil(state.num_train_epochs)
+        if self.during == "epochs":
+            return sum(self.point(epoch, 0) is not None for epoch in range(1, epochs + 1))
+        return math.ceil((epochs if split == "train" else state.max_steps) / self.every)
+
+
+class DuringTraining:
+    """Stands around `Trainer.training_step` while the callback says so.
+
+    The hooks are on the model only while a captured step runs, so none is left behind however training ends.
+    """
+
+    def __init__(
+        self, trainer: Trainer, plan: Plan, store: GradientStore, schedule: Schedule, compress: Compressor | None
+    ):
+        self.trainer = trainer
+        self.plan = plan
+        self.store = store
+        self.schedule = schedule
+        self.watch = TrainingWatch(trainer.model, plan.task, plan.taps, compress)
+        self.positions = Positions(plan.examples, isinstance(plan.task, CausalLM))
+        if self.positions.duplicates:
+            logger.warning("%d training examples are equal to earlier ones", self.positions.duplicates)
+        self.fingerprint, _ = plan.examples.survey()
+        self.rows = self.lost = 0
+        self.seconds = 0.0
+        self.epoch = 0
+        self._point: int | None = None
+        self._writer: RowWriter | None = None
+        self._plain_step: Callable[..., Tensor] = trainer.training_step
+        trainer.training_step = self._training_step
+
+    def _training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
+        step = self.trainer.state.global_step + 1
+        point = self.schedule.point(self.epoch, step)
+        if point is None:
+            return self._plain_step(model, inputs, *args, **kwargs)
+        self.open(point)
+        started = time.perf_counter()
+        device = self.trainer.args.device
+        seen = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in inputs.items()}
+        with self.watch.step(seen) as caught:
+            ready = time.perf_counter()
+            loss = self._plain_step(model, inputs, *args, **kwargs)
+            done = time.perf_counter()
+        self._keep(caught, step)
+        self.seconds += time.perf_counter() - done + ready - started
+        return loss
+
+    def _keep(self, caught: Caught, step: int) -> None:
+        assert self._writer is not None
+        found = self.positions.find(caught.stats["hash"].tolist(), self._writer.done)
+        good = (torch.isfinite(caught.stats["loss"]) & torch.isfinite(caught.stats["grad_norm"])).tolist()
+        if not all(good):
+            self._not_finite(caught, found, good.index(False))
+        at = [row for row, position in enumerate(found) if position is not None and good[row]]
+        if not at:
+            return
+        rows, stats = caught.rows, caught.stats
+        if len(at) < len(found):
+            rows = {name: values[at] for name, values in rows.items()}
+            stats = {name: values[at] for name, values in stats.items()}
+        rate = float(self.trainer.optimizer.param_groups[0]["lr"])
+        stats |= {
+            "step": torch.full((len(at),), step),
+            "epoch": torch.full((len(at),), self.epoch),
+            "learning_rate": torch.full((len(at),), rate, dtype=torch.float64),
+        }
+        self._writer.append([position for row in at if (position := found[row]) is not None], rows, stats)
+        self.rows += len(at)
+
+    def _not_finite(self, caught: Caught, found: list[int | None], row: int) -> None:
+        if self.trainer.args.fp16:  # the loss scale is too high now and then; the optimizer skips such a step as well
+            self.lost += 1
+            return
+        position, ids = found[row], self.plan.examples.ids
+        name = position if ids is None or position is None else ids[position]
+        raise BadExample(
+            f"training example {name!r} has loss {caught.stats['loss'][row].item():g} and a gradient that is not "
+            "finite. Look at its text and labels, and at the learning rate if many are so; the rows before it are kept."
+        )
+
+    def open(self, point: int) -> None:
+        """Let the rows go to this point from now on."""
+        if self._point == point:
+            return
+        self.close()
+        for split in self.store.splits(point):
+            if split != "train":  # taken at weights that training has left again
+                self.store.drop(point, split)
+        self._writer = self._writer_of(point)
+        self._writer.reopen()
+        self._point = point
+
+    def _writer_of(self, point: int) -> RowWriter:
+        examples = self.plan.examples
+        return self.store.writer(
+            "train",
+            adapter=None,
+            dataset=self.fingerprint,
+            n=len(examples),
+            ids=examples.ids,
+            id_column=examples.id_column,
+            point=point,
+        )
+
+    def flush(self) -> None:
+        """What has been captured is on the disk."""
+        if self._writer is not None:
+            self._writer.flush()
+
+    def close(self) -> int | None:
+        """The point is complete; its number."""
+        point = self._point
+        if self._writer is not None:
+            self._writer.close()
+        self._point = self._writer = None
+        return point
+
+    def resume(self, state: TrainerState) -> int | None:
+        """Forget what an earlier run captured after the step where training goes on.
+
+        Returns:
+            A point that ends at this very step: the earlier run may have died before it was complete.
+        """
+        for point in self.store.points():
+            if "train" in self.store.splits(point) and point:
+                self._writer_of(point).forget_after(state.global_step)
+        ended = self.schedule.ended(state)
+        if ended is not None and "train" in self.store.splits(ended):
+            self._writer_of(ended).close()
+            return ended
+        return None
+
+    def stop(self) -> None:
+        """The Trainer is as it was."""
+        vars(self.trainer).pop("training_step", None)
+
+
+def trainer_of(state: TrainerState) -> Trainer:
+    """The Trainer that is calling: callbacks are not told, so look for it among the callers.
+
+    Raises:
+        BadSetting: It is not `transformers.Trainer` that runs the callback.
+    """
+    frame = sys._getframe(1)
+    while frame is not None:
+        caller = frame.f_locals.get("self")
+        if isinstance(caller, Trainer) and caller.state is state:
+            return caller
+        frame = frame.f_back  # type: ignore[assignment]
+    raise BadSetting("rows during training need transformers.Trainer (or a subclass) to run the callback.")
+
+
+def check_trainer(trainer: Trainer, args: TrainingArguments) -> None:
+    """Refuse what changes the loss or hides the passes.
+
+    Raises:
+        BadSetting: Says what and why.
+    """
+    kind = type(trainer).__name__
+    reasons = {
+        "label_smoothing_factor": (args.label_smoothing_factor > 0, "label smoothing makes the loss another one"),
+        "compute_loss_func": (trainer.compute_loss_func is not None, "the loss is one of your own"),
+        "torch_compile": (args.torch_compile, "a compiled model hides the passes of its modules"),
+        "n_gpu": (args.n_gpu > 1, "DataParallel runs copies of the model; start one process a GPU with torchrun"),
+    }
+    for setting, (found, why) in reasons.items():
+        if found:
+            raise BadSetting(
+                f"rows during training cannot be captured with {setting}={getattr(args, setting, '…')!r}: {why}. "
+                "Change it, or capture at the end alone (during=None)."
+            )
+    if any(name in kind for name in ("DPO", "KTO", "GRPO", "RLOO", "Reward", "Distillation", "ORPO", "CPO")):
+        raise BadSetting(
+            f"{kind} does not train on the examples' own cross-entropy, so there is no gradient of a single example to "
+            "capture. Supported are Trainer, Seq2SeqTrainer and SFTTrainer."
+        )

@@ -1,0 +1,198 @@
+"""How much of an example's own gradient is in the gradient that a training step makes.
+
+A training loop divides the loss by the examples, by the tokens of this batch or of several, by accumulation steps or
+processes, and multiplies it to fit half precision; the rules change between versions. So the factor is measured. At a
+token t with logits z and label y, cross-entropy sends back
+
+    ∂L/∂z_t = c · (softmax(z_t) − onehot(y))
+
+whatever L is divided by. One number `c` an example undoes every scale at once, and a gradient that points anywhere else
+is no cross-entropy: it is refused, not guessed at.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from hf_influence.errors import UnsupportedModel
+from hf_influence.task import IGNORED, TOKENS_AT_ONCE, TOKENS_AT_ONCE_ACCELERATOR, Classification, Reduction
+
+TOLERANCE = 1e-2
+TOLERANCE_HALF = 6e-2
+FAINT = 1e-4
+"""An error vector shorter than this is mostly rounding: the factor of the other examples of the batch is used."""
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What a training step shows of each example.
+
+    Attributes:
+        scale: `[n]`, turns the gradient that the step makes through an example into that of its own loss.
+        stats: Name -> `[n]`, as in `Outcome`.
+    """
+
+    scale: Tensor
+    stats: dict[str, Tensor]
+
+
+def of_classes(task: Classification, logits: Tensor, labels: Tensor, gradient: Tensor) -> Measured:
+    """From the gradient at the logits of a classification head, both `[b, c]`."""
+    outcome = task.outcome(logits, labels)
+    own, seen = outcome.logit_gradient.double().flatten(1), gradient.double().flatten(1)  # [b, c]
+    up, down = (own * seen).sum(1), own.square().sum(1)
+    factor = _steady(up, down)
+    miss = (seen - factor[:, None] * own).norm(dim=1) / seen.norm(dim=1).clamp(min=torch.finfo(seen.dtype).tiny)
+    _check(miss, down.sqrt(), factor, _tolerance(gradient))
+    return Measured(_inverse(factor), {"loss": outcome.loss, **outcome.stats})
+
+
+def of_tokens(
+    logits: Tensor, targets: Tensor, owner: Tensor, n: int, gradient: Tensor, reduction: Reduction
+) -> Measured:
+    """From the gradient at the logits of a language model.
+
+    Every labelled token is asked for its factor, the hardest one of each example for its whole direction.
+
+    Args:
+        logits: `[b, t, v]`.
+        targets: `[b, t]`, what each position predicts, -100 for nothing.
+        owner: `[b, t]`, the example of each position.
+        n: Number of examples.
+        gradient: Of the training loss at the logits, `[b, t, v]`.
+        reduction: "mean" or "sum" over an example's labelled tokens.
+    """
+    at = (targets.flatten() != IGNORED).nonzero()[:, 0]  # [k]
+    y, who = targets.flatten()[at], owner.flatten()[at]
+    z, g = logits.flatten(0, 1), gradient.flatten(0, 1)  # [b t, v]
+    loss, margin, el2n = _judge(z, at, y)
+    p_y = torch.exp(-loss)
+    seen, own = g[at, y].to(p_y), p_y - 1  # [k], gradient at the label: c (p_y − 1)
+    count = torch.bincount(who, minlength=n)
+    mean = lambda values: _total(values, who, n) / count.clamp(min=1)  # noqa: E731  (the one thing it is used for)
+    factor = _steady(_total(seen.double() * own, who, n), _total(own.double().square(), who, n))
+    # every token of an example weighs the same
+    heavy = _total(own.double().square(), who, n).sqrt()
+    off = _total((seen.double() - factor[who] * own).square(), who, n).sqrt() / (factor.abs() * heavy)
+    _check(off, heavy / count.clamp(min=1).sqrt(), factor, _tolerance(gradient))
+    # and what comes back at the hardest token is an error vector of cross-entropy
+    hardest = torch.full((n,), -1, device=at.device, dtype=torch.long)
+    order = el2n.argsort(stable=True)
+    hardest[who[order]] = order
+    some = (hardest >= 0).nonzero()[:, 0]
+    token = hardest[some]
+    error = (
+        z[at[token]]
+        .to(p_y)
+        .softmax(1)
+        .scatter_add_(1, y[token, None], torch.full_like(y[token, None], -1, dtype=p_y.dtype))
+    )
+    arrived = g[at[token]].to(p_y)  # [n, v]
+    miss = (arrived - factor[some, None].to(p_y) * error).norm(dim=1)
+    miss = miss / arrived.norm(dim=1).clamp(min=torch.finfo(p_y.dtype).tiny)
+    _check(miss.double(), error.norm(dim=1), factor[some], _tolerance(gradient))
+    stats = {
+        "loss": mean(loss) if reduction == "mean" else _total(loss, who, n),
+        "n_tokens": count,
+        "margin": mean(margin),
+        "correct": mean((margin > 0).to(loss)),
+        "el2n": mean(el2n),
+    }
+    return Measured(_own(factor, count, reduction), stats)
+
+
+def of_log_probabilities(
+    log_p: Tensor,
+    labelled: Tensor,
+    owner: Tensor,
+    n: int,
+    gradient: Tensor,
+    reduction: Reduction,
+    correct: Tensor | None,
+) -> Measured:
+    """From the gradient at the log-probabilities of the labels, for a head that makes no logits.
+
+    There cross-entropy sends back the same `−c` at every labelled token of an example.
+
+    Args:
+        log_p: `[b, t]`.
+        labelled: `[b, t]`, which of them count.
+        owner: `[b, t]`, the example of each position.
+        n: Number of examples.
+        gradient: Of the training loss at `log_p`.
+        reduction: "mean" or "sum" over an example's labelled tokens.
+        correct: `[b, t]`, whether the label was the most probable token, if known.
+    """
+    at = labelled.flatten().nonzero()[:, 0]
+    who, loss, seen = owner.flatten()[at], -log_p.flatten()[at], -gradient.flatten()[at].double()
+    count = torch.bincount(who, minlength=n)
+    total = _total(loss, who, n)
+    factor = _total(seen, who, n) / count.clamp(min=1)
+    off = _total((seen - factor[who]).square(), who, n).sqrt() / (factor.abs() * count.sqrt())
+    _check(off, count.to(off), factor, _tolerance(gradient))
+    stats = {"loss": total / count.clamp(min=1) if reduction == "mean" else total, "n_tokens": count}
+    if correct is not None:
+        stats["correct"] = _total(correct.flatten()[at].to(loss), who, n) / count.clamp(min=1)
+    return Measured(_own(factor, count, reduction), stats)
+
+
+def _judge(z: Tensor, at: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Loss, margin and EL2N of the tokens `at` in `z [·, v]` with the labels `y`, each `[k]`, a few at a time."""
+    exact = torch.promote_types(z.dtype, torch.float32)
+    numbers = torch.empty(3, len(at), dtype=exact, device=z.device)
+    step = TOKENS_AT_ONCE if z.device.type == "cpu" else TOKENS_AT_ONCE_ACCELERATOR
+    for start in range(0, len(at), step):
+        piece = slice(start, start + step)
+        label = y[piece, None]
+        rows = z[at[piece]].to(exact)  # a copy
+        z_y = rows.gather(1, label)
+        top = rows.amax(1, keepdim=True)
+        e = rows.sub_(top).exp_()
+        total = e.sum(1, keepdim=True)
+        p_y = e.gather(1, label) / total
+        square = torch.linalg.vecdot(e, e)[:, None] / total.square()
+        best_other = e.scatter_(1, label, 0).amax(1, keepdim=True).log() + top
+        numbers[0, piece] = (total.log() + top - z_y)[:, 0]
+        numbers[1, piece] = (z_y - best_other)[:, 0]
+        numbers[2, piece] = (square - 2 * p_y + 1).clamp(min=0).sqrt()[:, 0]
+    return numbers[0], numbers[1], numbers[2]
+
+
+def _total(values: Tensor, who: Tensor, n: int) -> Tensor:
+    return values.new_zeros(n).index_add_(0, who, values)
+
+
+def _steady(up: Tensor, down: Tensor) -> Tensor:
+    """`up / down` of each example; of the whole batch where an example says too little, 0 where none says anything."""
+    together = up.sum() / down.sum().clamp(min=torch.finfo(down.dtype).tiny)
+    return torch.where(down > FAINT**2, up / down.clamp(min=FAINT**2), together)
+
+
+def _own(factor: Tensor, count: Tensor, reduction: Reduction) -> Tensor:
+    scale = _inverse(factor)
+    return scale / count.clamp(min=1) if reduction == "mean" else scale
+
+
+def _inverse(factor: Tensor) -> Tensor:
+    return torch.where(factor != 0, 1 / factor, 0.0)
+
+
+def _tolerance(gradient: Tensor) -> float:
+    return TOLERANCE_HALF if gradient.dtype in (torch.float16, torch.bfloat16) else TOLERANCE
+
+
+def _check(miss: Tensor, length: Tensor, factor: Tensor, tolerance: float) -> None:
+    finite = torch.isfinite(factor)  # half precision overflows now and then; such rows are dropped later
+    wrong = finite & (length > FAINT) & ((miss > tolerance) | (factor <= 0))
+    if not bool(wrong.any()):
+        return
+    at = int(wrong.nonzero()[0])
+    raise UnsupportedModel(
+        f"the training loss is not the mean or sum of the examples' own losses: what it sends back to the output of "
+        f"the model for example {at} of the batch is off by {float(miss[at]):.1%} of its length from the gradient of "
+        f"cross-entropy (factor {float(factor[at]):.3g}). Label smoothing, a custom compute_loss_func, token weights "
+        "and preference losses do this. Train with the plain loss, or capture at the end alone (during=None)."
+    )
