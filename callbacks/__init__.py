@@ -1,5 +1,6 @@
 """Trainer callbacks."""
 
 from hf_influence.callbacks.capture import GradientCapture
+from hf_influence.callbacks.packing import prepared
 
-__all__ = ["GradientCapture"]
+__all__ = ["GradientCapture", "prepared"]

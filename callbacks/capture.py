@@ -12,13 +12,15 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import SaveStrategy
 
 from hf_influence.callbacks.during import During, DuringTraining, Schedule, check_trainer, trainer_of
+from hf_influence.callbacks.packing import check_packing, prepared
 from hf_influence.errors import BadSetting
 from hf_influence.gradients.collect import Plan, check_collectable, collect
 from hf_influence.gradients.compress import Compressor
+from hf_influence.gradients.processes import first_process_first, rank
 from hf_influence.gradients.sweep import BatchSize
 from hf_influence.gradients.taps import Modules
 from hf_influence.store import GradientStore, check_room
@@ -43,18 +45,23 @@ class GradientCapture(TrainerCallback):
     With `during`, rows come from the Trainer's own backward passes as well, without a pass of our own. Such a row is
     the gradient of the example's own loss at the weights of its step and under the dropout of its step, whatever the
     Trainer divides the batch's loss by; it carries `step`, `epoch` and `learning_rate`. An epoch (or a step) is a
-    parameter point of the store, and query rows are collected at its end: `attribute(path, method, point=2)`.
+    parameter point of the store, and query rows are collected at its end: `attribute(path, method, point=2)`. What was
+    captured is logged after each epoch (`capture/rows`, `capture/seconds` beside the passes, `capture/lost` to overflow
+    of half precision).
 
     Args:
         path: Folder of the store.
         query_dataset: Examples that the training examples are judged by: clean, and like what the model is to do
-            well. Tokenised like the training set; stored as the split "query".
+            well. Tokenised like the training set (an SFTTrainer does it); stored as the split "query".
         during: "epochs" for one point an epoch, "steps" for one a step, `None` for the end alone.
         every: Capture every so many epochs or steps, beginning with the first.
         epochs: Capture these epochs only, counted from 1.
         at_end: Collect at the final weights, as point 0.
+        budget: GiB on the disk that the rows may take. Where all would take more, every second, third, … epoch or
+            step is captured.
         train_dataset: What to take the rows of, where that is not the dataset that the Trainer holds: with an
-            `id_column`, say, that `remove_unused_columns` takes away, or unpacked.
+            `id_column`, say, that `remove_unused_columns` takes away. Under packing the dataset that the
+            SFTTrainer is given, which holds the packed rows alone: the rows are those of `prepared(trainer, dataset)`.
         batch_size: As in `collect`, like all that follow.
         loss_reduction: "mean" or "sum" over an example's labelled tokens.
         compress: `dropout(r)` or `gaussian(r)`; whole rows without.
@@ -76,6 +83,7 @@ class GradientCapture(TrainerCallback):
         every: int = 1,
         epochs: Sequence[int] | None = None,
         at_end: bool = True,
+        budget: float | None = None,
         train_dataset: Any = None,
         batch_size: BatchSize = "auto",
         loss_reduction: Reduction = "mean",
@@ -89,6 +97,7 @@ class GradientCapture(TrainerCallback):
         self.query_dataset = query_dataset
         self.train_dataset = train_dataset
         self.at_end = at_end
+        self.budget = budget
         self.schedule = Schedule.of(during, every, epochs)
         if self.schedule is None and not at_end:
             raise BadSetting(
@@ -116,41 +125,56 @@ class GradientCapture(TrainerCallback):
         train_dataloader: Any,
         **kwargs: Any,
     ) -> None:
-        if args.world_size > 1 or args.fsdp or args.deepspeed:
+        if args.fsdp or args.deepspeed:
             raise BadSetting(
-                f"GradientCapture runs in one process, this is one of {args.world_size} (or sharded by FSDP or "
-                "DeepSpeed). Train without it, then call collect(model, dataset, path) in one process."
+                f"{'FSDP' if args.fsdp else 'DeepSpeed'} keeps a part of each weight in each process, and the gradient "
+                "of an example never exists in one place. Train with DDP (torchrun without it), or train without the "
+                "callback and call collect(model, dataset, path) on the saved adapter."
             )
         resumed = state.global_step > 0
         if self._during is not None:  # an earlier run ended in an error
             self._during.stop()
             self._during = None
+        trainer = trainer_of(state)
         with _undisturbed_randomness():
-            size = 0
-            for split, dataset, options in self._splits(args, train_dataloader):
-                need = check_collectable(
+            self.train_dataset = prepared(trainer, self.train_dataset)
+            self.query_dataset = prepared(trainer, self.query_dataset)
+            need = {
+                split: check_collectable(
                     model, dataset, self.path, split, resumed=resumed, overwrite=self.overwrite, **options
                 )
-                copies = 0 if self.schedule is None else self.schedule.copies(state, split)
-                size += need * (copies + int(self.at_end))
-            check_room(self.path, size)
-            logger.info("the gradients will take up to %.2f GiB in %s", size / 2**30, self.path)
-            if self.schedule is not None:
-                self._start(self.schedule, args, state, model, train_dataloader)
+                for split, dataset, options in self._splits(args, train_dataloader)
+            }
+            at_end = sum(need.values()) * int(self.at_end)
+            schedule, during = self.schedule, 0
+            if schedule is not None:
+                room = None if self.budget is None else int(self.budget * 2**30) - at_end
+                schedule = schedule.within(room, state, need)
+                during = schedule.size(state, need)
+            check_room(self.path, at_end + during)
+            logger.info("the gradients will take up to %.2f GiB in %s", (at_end + during) / 2**30, self.path)
+            if schedule is not None:
+                self._start(trainer, schedule, args, state, model, train_dataloader)
 
     def _start(
-        self, schedule: Schedule, args: TrainingArguments, state: TrainerState, model: nn.Module, train_dataloader: Any
+        self,
+        trainer: Trainer,
+        schedule: Schedule,
+        args: TrainingArguments,
+        state: TrainerState,
+        model: nn.Module,
+        train_dataloader: Any,
     ) -> None:
-        trainer = trainer_of(state)
         check_trainer(trainer, args)
+        check_packing(trainer, self.train_dataset)
         _, dataset, options = next(self._splits(args, train_dataloader))
         plan = Plan.of(model, dataset, **options)
-        store = GradientStore.create(self.path, plan.header, overwrite=self.overwrite)
-        if state.global_step == 0 and self.overwrite:
-            for point in store.points():
-                store.drop(point)
-        if 0 < state.global_step < state.max_steps:
-            store.drop(0)  # the end comes once more
+        with first_process_first():
+            store = GradientStore.create(self.path, plan.header, overwrite=self.overwrite)
+            if rank() == 0:
+                for point in store.points():
+                    if state.global_step == 0 or (point == 0 and state.global_step < state.max_steps):
+                        store.drop(point)  # checked above: they are to be replaced, or come once more
         self._during = during = DuringTraining(trainer, plan, store, schedule, self.settings["compress"])
         if state.global_step > 0:
             self._finish_point(args, model, train_dataloader, during.resume(state))
@@ -190,6 +214,7 @@ class GradientCapture(TrainerCallback):
     ) -> None:
         if self._during is not None:
             self._finish_point(args, model, train_dataloader, self._during.close())
+            self._during.log(control)
 
     def on_train_end(
         self,
@@ -231,8 +256,10 @@ class GradientCapture(TrainerCallback):
     def _splits(self, args: TrainingArguments, train_dataloader: Any) -> Iterator[tuple[str, Any, dict[str, Any]]]:
         common = {"data_collator": train_dataloader.collate_fn, "remove_unused_columns": args.remove_unused_columns}
         common |= self.settings
-        train = train_dataloader.dataset if self.train_dataset is None else self.train_dataset
-        yield "train", train, {**common, "id_column": self.id_column}
+        train, own = self.train_dataset, {}
+        if train is None:  # the Trainer has taken the columns away that its collator does not need
+            train, own = train_dataloader.dataset, {"remove_unused_columns": False}
+        yield "train", train, {**common, **own, "id_column": self.id_column}
         if self.query_dataset is not None:
             has_ids = self.id_column in getattr(self.query_dataset, "column_names", ())
             yield "query", self.query_dataset, {**common, "id_column": self.id_column if has_ids else None}

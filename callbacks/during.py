@@ -6,18 +6,19 @@ import logging
 import math
 import sys
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from transformers import Trainer, TrainerState, TrainingArguments
+from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments
 
-from hf_influence.errors import BadExample, BadSetting
+from hf_influence.errors import BadExample, BadSetting, StoreError
 from hf_influence.gradients.collect import Plan
 from hf_influence.gradients.compress import Compressor
 from hf_influence.gradients.positions import Positions
+from hf_influence.gradients.processes import first_process_first, rank, wait_for_all
 from hf_influence.gradients.training import Caught, TrainingWatch
 from hf_influence.store import GradientStore, RowWriter
 from hf_influence.task import CausalLM
@@ -73,12 +74,40 @@ class Schedule:
             return None
         return self.point(epoch, state.global_step)
 
-    def copies(self, state: TrainerState, split: str) -> int:
-        """How often a row of each example of a split will be kept."""
+    def size(self, state: TrainerState, need: Mapping[str, int]) -> int:
+        """Bytes that will be written at most.
+
+        Args:
+            state: Of the Trainer, for the length of the run.
+            need: Split -> bytes for a row of each of its examples.
+        """
         epochs = math.ceil(state.num_train_epochs)
         if self.during == "epochs":
-            return sum(self.point(epoch, 0) is not None for epoch in range(1, epochs + 1))
-        return math.ceil((epochs if split == "train" else state.max_steps) / self.every)
+            return sum(need.values()) * sum(self.point(epoch, 0) is not None for epoch in range(1, epochs + 1))
+        steps = math.ceil(state.max_steps / self.every)
+        return sum(
+            size * (math.ceil(epochs / self.every) if split == "train" else steps) for split, size in need.items()
+        )
+
+    def within(self, room: int | None, state: TrainerState, need: Mapping[str, int]) -> Schedule:
+        """This schedule, or one that captures less often and takes at most `room` bytes.
+
+        Raises:
+            StoreError: One point alone takes more, or the epochs were chosen one by one.
+        """
+        if room is None or self.size(state, need) <= room:
+            return self
+        most = math.ceil(state.num_train_epochs) if self.during == "epochs" else state.max_steps
+        for every in range(self.every + 1, most + 1):
+            sparser = replace(self, every=every)
+            if self.epochs is None and sparser.size(state, need) <= room:
+                logger.warning("the budget has room for every %d. of the %s only", every, self.during)
+                return sparser
+        raise StoreError(
+            f"the rows during training need {self.size(state, need) / 2**30:.2f} GiB, the budget leaves "
+            f"{max(0, room) / 2**30:.2f}, and capturing less often does not help. Keep fewer columns "
+            "(compress=dropout(16)), choose fewer epochs, or raise the budget."
+        )
 
 
 class DuringTraining:
@@ -162,11 +191,13 @@ class DuringTraining:
         if self._point == point:
             return
         self.close()
-        for split in self.store.splits(point):
-            if split != "train":  # taken at weights that training has left again
-                self.store.drop(point, split)
-        self._writer = self._writer_of(point)
-        self._writer.reopen()
+        with first_process_first():
+            if rank() == 0:
+                for split in self.store.splits(point):
+                    if split != "train":  # taken at weights that training has left again
+                        self.store.drop(point, split)
+            self._writer = self._writer_of(point)
+            self._writer.reopen()
         self._point = point
 
     def _writer_of(self, point: int) -> RowWriter:
@@ -179,6 +210,7 @@ class DuringTraining:
             ids=examples.ids,
             id_column=examples.id_column,
             point=point,
+            rank=rank(),
         )
 
     def flush(self) -> None:
@@ -188,11 +220,19 @@ class DuringTraining:
 
     def close(self) -> int | None:
         """The point is complete; its number."""
-        point = self._point
-        if self._writer is not None:
-            self._writer.close()
+        point, writer = self._point, self._writer
+        if writer is not None:
+            self._complete(writer)
         self._point = self._writer = None
         return point
+
+    def _complete(self, writer: RowWriter) -> None:
+        writer.flush()
+        wait_for_all()
+        if rank() == 0:
+            writer.gather()
+            writer.close()
+        wait_for_all()
 
     def resume(self, state: TrainerState) -> int | None:
         """Forget what an earlier run captured after the step where training goes on.
@@ -200,14 +240,25 @@ class DuringTraining:
         Returns:
             A point that ends at this very step: the earlier run may have died before it was complete.
         """
-        for point in self.store.points():
-            if "train" in self.store.splits(point) and point:
-                self._writer_of(point).forget_after(state.global_step)
+        captured = [point for point in self.store.points() if point and "train" in self.store.splits(point)]
+        with first_process_first():
+            if rank() == 0:
+                for point in captured:
+                    writer = self._writer_of(point)
+                    for part in (writer, *writer.parts()):
+                        part.forget_after(state.global_step)
         ended = self.schedule.ended(state)
-        if ended is not None and "train" in self.store.splits(ended):
-            self._writer_of(ended).close()
-            return ended
-        return None
+        if ended not in captured:
+            return None
+        self._complete(self._writer_of(ended))
+        return ended
+
+    def log(self, control: TrainerControl) -> None:
+        """Say through the Trainer what has been captured; its own logging goes on as it would."""
+        wanted = control.should_log
+        numbers = {"capture/rows": self.rows, "capture/seconds": round(self.seconds, 3), "capture/lost": self.lost}
+        self.trainer.log({name: float(value) for name, value in numbers.items()})
+        control.should_log = wanted
 
     def stop(self) -> None:
         """The Trainer is as it was."""

@@ -140,10 +140,10 @@ class Demo:
         return trainer.model
 
     def _classes(self, store: Path, train: Dataset, query: Dataset) -> dict[str, dict[str, float]]:
-        """Class detection by every method that gives a score for each query."""
+        """Class detection by every method that gives a score for each query, at the final weights."""
         found = {}
         for name, about in methods().items():
-            if "queries" in about.needs:
+            if "queries" in about.needs and "points" not in about.needs:
                 settings = {"labels": train["task"]} if "labels" in about.needs else {}
                 scores = attribute(store, name, **settings)
                 # influence counts by its size, as in the papers; how typical a query is of a class counts by its sign
@@ -153,8 +153,8 @@ class Demo:
         return found
 
     def _mistakes(self, store: Path, train: Dataset) -> dict[str, dict[str, float]]:
-        """Detection of the wrong answers by every method but those that score classes."""
-        named = [name for name, about in methods().items() if "labels" not in about.needs]
+        """Detection of the wrong answers by every method at the final weights but those that score classes."""
+        named = [name for name, about in methods().items() if not {"labels", "points"} & set(about.needs)]
         return {name: dict(mislabel_detection(attribute(store, name), train["is_wrong"])) for name in named}
 
     def _remedies(self, train: Dataset, store: Path) -> dict[str, Dataset]:

@@ -55,24 +55,26 @@ class Task(ABC):
 
 
 @dataclass(frozen=True)
-class CausalLM(Task):
-    """Next-token cross-entropy over an example's labelled tokens (label not -100), averaged or summed over them.
+class LanguageModel(Task):
+    """Cross-entropy over an example's labelled tokens (label not -100), averaged or summed over them.
 
     The gradient at the logits of token t is `w (softmax(z_t) − onehot(y_t))` with `w = 1/n_tokens` (mean) or 1 (sum).
     """
 
-    name: ClassVar[str] = "causal_lm"
     reduction: Reduction = "mean"
 
     def settings(self) -> dict[str, Any]:
         return {"name": self.name, "loss_reduction": self.reduction}
 
     @staticmethod
+    @abstractmethod
     def targets(labels: Tensor, mask: Tensor | None) -> Tensor:
-        """The label that each position predicts, `[b, t]`: the next one, -100 where that is padding or unlabelled."""
-        if mask is not None:
-            labels = labels.masked_fill(mask == 0, IGNORED)
-        return F.pad(labels[:, 1:], (0, 1), value=IGNORED)
+        """The label that each position of the output predicts, `[b, t]`, -100 for none.
+
+        Args:
+            labels: `[b, t]`.
+            mask: 0 for padding of the input, `[b, t]`.
+        """
 
     def outcome(self, logits: Tensor, labels: Tensor) -> Outcome:
         """Judge each example.
@@ -93,9 +95,42 @@ class CausalLM(Task):
         return Outcome(loss / count if self.reduction == "mean" else loss, gradient, stats)
 
 
+class CausalLM(LanguageModel):
+    """Every token predicts the next one."""
+
+    name: ClassVar[str] = "causal_lm"
+
+    @staticmethod
+    def targets(labels: Tensor, mask: Tensor | None) -> Tensor:
+        """The next label, -100 where that is padding or unlabelled."""
+        if mask is not None:
+            labels = labels.masked_fill(mask == 0, IGNORED)
+        return F.pad(labels[:, 1:], (0, 1), value=IGNORED)
+
+
+class Seq2SeqLM(LanguageModel):
+    """A decoder predicts the labels, which are its own input one place to the right."""
+
+    name: ClassVar[str] = "seq2seq_lm"
+
+    @staticmethod
+    def targets(labels: Tensor, mask: Tensor | None) -> Tensor:
+        """The labels themselves; the mask is the encoder's.
+
+        Raises:
+            BadExample: They are padded on the left.
+        """
+        if bool(((labels[:, 0] == IGNORED) & (labels != IGNORED).any(1)).any()):
+            raise BadExample(
+                "labels begin with -100, which the decoder reads as padding tokens, so the loss of an example depends "
+                "on the batch it is in. Pad the labels on the right: tokenizer.padding_side = 'right'."
+            )
+        return labels
+
+
 @dataclass(frozen=True)
 class Classification(Task):
-    """One label a sequence: cross-entropy, or the mean of binary cross-entropies or of squared errors."""
+    """One label a sequence or image: cross-entropy, or the mean of binary cross-entropies or of squared errors."""
 
     name: ClassVar[str] = "classification"
     problem: str | None = None
@@ -137,7 +172,7 @@ def task_of(model: nn.Module, loss_reduction: Reduction = "mean") -> Task:
         loss_reduction: How the tokens of one example are reduced; classification has one loss an example.
 
     Raises:
-        UnsupportedModel: The model's head is neither a causal language model nor a sequence classifier.
+        UnsupportedModel: The model's head is neither that of a language model nor that of a classifier.
     """
     if loss_reduction not in ("mean", "sum"):
         raise BadSetting(
@@ -145,13 +180,17 @@ def task_of(model: nn.Module, loss_reduction: Reduction = "mean") -> Task:
         )
     base = unwrapped(model)
     kind, name = getattr(base, "loss_type", None), type(base).__name__
-    if kind == "ForCausalLM" or name.endswith("LMHeadModel"):
-        return CausalLM(loss_reduction)
-    if kind == "ForSequenceClassification":
+    if kind in ("ForSequenceClassification", "ForImageClassification"):
         return Classification(base.config.problem_type, base.config.num_labels)
+    if getattr(getattr(base, "config", None), "is_encoder_decoder", False):
+        if hasattr(base, "prepare_decoder_input_ids_from_labels"):
+            return Seq2SeqLM(loss_reduction)
+    elif kind == "ForCausalLM" or name.endswith("LMHeadModel"):
+        return CausalLM(loss_reduction)
     raise UnsupportedModel(
-        f"{name} is neither a causal language model nor a sequence classifier, so the loss of a single example is not "
-        "known. Load the model with AutoModelForCausalLM or AutoModelForSequenceClassification."
+        f"{name} has neither the head of a language model nor that of a sequence or image classifier, so the loss of a "
+        "single example is not known. Load the model with AutoModelForCausalLM, AutoModelForSeq2SeqLM, "
+        "AutoModelForSequenceClassification or AutoModelForImageClassification."
     )
 
 

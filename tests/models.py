@@ -121,7 +121,8 @@ def own_loss(model: nn.Module, example: Example) -> Tensor:
     """The loss of one example in a batch of one without padding, by the model itself."""
     out = model(**{name: torch.tensor([value]) for name, value in example.items()})
     labels = torch.tensor(example["labels"])
-    if out.logits.dtype == torch.float64 and out.logits.ndim == 3:  # transformers would round the logits to float32
+    shifted = out.logits.ndim == 3 and not model.config.is_encoder_decoder
+    if shifted and out.logits.dtype == torch.float64:  # transformers would round the logits to float32
         return nn.functional.cross_entropy(out.logits[0, :-1], labels[1:])
     return out.loss
 

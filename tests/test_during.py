@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import models
@@ -12,10 +13,21 @@ import pytest
 import torch
 from datasets import Dataset
 from models import bert, labelled, llama, lora, padding, prompts, tiny
+from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
 from torch import Tensor, nn
-from transformers import DataCollatorWithFlattening, Trainer, TrainerCallback, TrainingArguments
+from torch.multiprocessing.reductions import StorageWeakRef
+from transformers import (
+    AutoModelForCausalLM,
+    BitsAndBytesConfig,
+    DataCollatorWithFlattening,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
 
 from hf_influence.callbacks import GradientCapture
+from hf_influence.errors import BadExample, BadSetting, StoreError, UnsupportedModel
+from hf_influence.gradients import dropout, gaussian
 from hf_influence.store import GradientStore, Rows
 
 EXAMPLES = prompts(10)
@@ -123,7 +135,7 @@ def assert_exact(
     for micro in run.micros:
         if micro.epoch == epoch:
             seen |= own_gradients(model, micro, **settings)
-    model.load_state_dict(after)
+    model.load_state_dict(after, strict=False)  # tied weights have one name
     want = [seen[key(data[position])] for position in rows.positions.tolist()]
     assert len(want) == len(seen)
     assert models.worst_error(rows, want) <= tolerance
@@ -141,6 +153,47 @@ def classifier() -> Any:
     return lora(
         bert(num_labels=3), ["query", "value"], dtype=torch.float32, modules_to_save=["classifier"], task_type="SEQ_CLS"
     )
+
+
+def adapted(targets: list[str], make: Callable[[], nn.Module] = llama, **config: Any) -> Callable[[], Any]:
+    def made() -> Any:
+        torch.manual_seed(0)
+        return lora(make(), targets, dtype=torch.float32, **config)
+
+    return made
+
+
+def two_adapters() -> Any:
+    """The second of two adapters is active."""
+    model = tiny(torch.float32)
+    model.add_adapter("second", LoraConfig(r=2, target_modules=["q_proj", "o_proj"]))
+    model.set_adapter("second")
+    for name, weight in model.named_parameters():
+        if "second" in name:
+            nn.init.normal_(weight, std=0.2)
+    return model
+
+
+def quantised(**config: Any) -> Callable[[], Any]:
+    def made() -> Any:
+        torch.manual_seed(0)
+        with TemporaryDirectory() as folder:
+            llama().save_pretrained(folder)
+            quantise = BitsAndBytesConfig(**config)
+            base = AutoModelForCausalLM.from_pretrained(folder, quantization_config=quantise, device_map={"": "cpu"})
+        model = get_peft_model(
+            prepare_model_for_kbit_training(base, use_gradient_checkpointing=False),
+            LoraConfig(r=3, lora_dropout=0.1, target_modules=["q_proj", "v_proj"]),
+        )
+        for weight in model.parameters():
+            if weight.requires_grad:
+                nn.init.normal_(weight, std=0.2)
+        return model
+
+    return made
+
+
+FOUR_BIT = quantised(load_in_4bit=True, bnb_4bit_compute_dtype=torch.float32)
 
 
 @dataclass
@@ -184,10 +237,18 @@ MATRIX = {
     "packing, accumulation": Setting(
         {"gradient_accumulation_steps": 2}, packed_llama, collate=DataCollatorWithFlattening()
     ),
+    "rank-stabilised": Setting(make=adapted(["q_proj", "v_proj", "down_proj"], use_rslora=True)),
+    "embeddings": Setting(make=adapted(["embed_tokens", "q_proj"])),
+    "conv1d": Setting(make=adapted(["c_attn"], models.gpt2)),
+    "two adapters": Setting(make=two_adapters),
+    "4 bit": Setting(make=FOUR_BIT),
+    "4 bit, checkpointing": Setting(checkpointed(False), FOUR_BIT),
+    "8 bit": Setting(make=quantised(load_in_8bit=True)),
     "packing, no dropout": Setting(make=lambda: packed_llama(lora_dropout=0.0), collate=DataCollatorWithFlattening()),
 }
 
 
+@pytest.mark.filterwarnings("ignore:.*MatMul8bitLt.*", "ignore:.*fan_in_fan_out.*")
 @pytest.mark.parametrize("name", MATRIX)
 def test_every_row_equals_autograd(tmp_path: Path, name: str) -> None:
     s = MATRIX[name]
@@ -200,3 +261,270 @@ def test_every_row_equals_autograd(tmp_path: Path, name: str) -> None:
         assert len(rows) == len(s.data) - (len(s.data) % 3 if name == "drop last" else 0)
         assert_exact(run, rows, s.data, epoch, s.tolerance, autocast=s.autocast)
         assert (rows.stats["epoch"] == epoch).all()
+
+
+def weights_and_logs(run: Any) -> tuple[dict[str, Tensor], Any, list[Any]]:
+    optimizer = run.optimizer.state_dict()["state"]
+    logs = [(log["loss"], log["grad_norm"]) for log in run.state.log_history if "loss" in log]
+    return {name: w.detach().clone() for name, w in run.model.named_parameters()}, optimizer, logs
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointing_goes_on_saving_memory(tmp_path: Path, reentrant: bool) -> None:
+    """Between the passes no input of an adapter is alive: the second pass makes it again."""
+    inputs: list[Any] = []
+    alive: list[int] = []
+
+    class Looking(Trainer):
+        def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+            inputs.clear()
+            loss = super().compute_loss(*args, **kwargs)
+            alive.append(sum(not storage.expired() for storage in inputs))
+            return loss
+
+    model = tiny(torch.float32)
+    for name, module in model.named_modules():
+        if name.endswith("lora_B.default"):  # no tensor of the model's own outlives the layer there
+            module.register_forward_pre_hook(lambda _, args: inputs.append(StorageWeakRef(args[0].untyped_storage())))
+    capture = GradientCapture(tmp_path / "rows", during="epochs", at_end=False)
+    train(model, tmp_path, capture, kind=Looking, **checkpointed(reentrant))
+    assert len(inputs) >= 4
+    assert set(alive) == {0}
+
+
+SETTINGS_OF_CAPTURE: dict[str, dict[str, Any]] = {
+    "whole": {},
+    "dropout": {"compress": dropout(5)},
+    "gaussian": {"compress": gaussian(5)},
+    "steps": {"during": "steps", "every": 2},
+}
+
+
+@pytest.mark.parametrize("name", SETTINGS_OF_CAPTURE)
+@pytest.mark.parametrize("options", [{}, checkpointed(True), {"bf16": True}], ids=["plain", "reentrant", "bf16"])
+def test_training_is_bit_identical_with_and_without_capture(tmp_path: Path, name: str, options: dict[str, Any]) -> None:
+    settings = {"during": "epochs", **SETTINGS_OF_CAPTURE[name]}
+    capture = GradientCapture(tmp_path / "rows", QUERIES, **settings)
+    runs = []
+    for callbacks in ([], [capture]):
+        model = tiny(torch.float32)
+        hooks = models.state_of(model)["hooks"]
+        run = train(model, tmp_path / "out", *callbacks, kind=Trainer, gradient_accumulation_steps=2, **options)
+        if not options:
+            assert models.state_of(model)["hooks"] == hooks
+        assert "training_step" not in vars(run)
+        runs.append(weights_and_logs(run))
+    torch.testing.assert_close(runs[0], runs[1], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("compress", [dropout(5), gaussian(5)])
+def test_compressed_rows_are_whole_rows_compressed(tmp_path: Path, compress: Any) -> None:
+    stores = []
+    for name, settings in (("whole", {}), ("compressed", {"compress": compress})):
+        torch.manual_seed(0)
+        capture = GradientCapture(tmp_path / name, during="epochs", at_end=False, **settings)
+        train(tiny(torch.float32), tmp_path, capture, kind=Trainer)
+        stores.append(GradientStore.open(tmp_path / name))
+    whole, small = (store.rows("train", 2) for store in stores)
+    for block in whole.blocks:
+        fit = compress.fit(block, whole.blocks[block])
+        torch.testing.assert_close(small.block(block), fit(whole.block(block)), rtol=1e-4, atol=1e-6)
+
+
+def test_points_of_steps_hold_the_examples_of_the_step_and_queries_at_its_weights(tmp_path: Path) -> None:
+    capture = GradientCapture(tmp_path / "rows", QUERIES, during="steps", every=3)
+    run = train(tiny(torch.float32), tmp_path, capture)
+    store = GradientStore.open(capture.path)
+    assert store.points() == [0, 1, 4, 7]
+    micros = dict(enumerate(run.micros, 1))
+    for point in (1, 4, 7):
+        rows = store.rows("train", point)
+        want = own_gradients(run.model, micros[point])
+        assert len(rows) == len(want)
+        assert (rows.stats["step"] == point).all()
+        assert models.worst_error(rows, [want[key(EXAMPLES[at])] for at in rows.positions.tolist()]) < 1e-5
+        assert len(store.rows("query", point)) == len(QUERIES)
+
+
+def test_chosen_epochs_alone_are_captured(tmp_path: Path) -> None:
+    capture = GradientCapture(tmp_path / "rows", during="epochs", epochs=[2], at_end=False)
+    train(tiny(torch.float32), tmp_path, capture, num_train_epochs=3)
+    assert GradientStore.open(capture.path).points() == [2]
+
+
+def test_a_row_says_where_it_was_taken(tmp_path: Path) -> None:
+    capture = GradientCapture(tmp_path / "rows", during="epochs", at_end=False)
+    run = train(tiny(torch.float32), tmp_path, capture, kind=Recording)
+    stats = GradientStore.open(capture.path).rows("train", 2).stats
+    assert sorted(set(stats["step"].tolist())) == [5, 6, 7, 8]
+    rates = {log["step"]: log["learning_rate"] for log in run.state.log_history if "loss" in log}
+    for step, rate in zip(stats["step"].tolist(), stats["learning_rate"].tolist(), strict=True):
+        assert rate == pytest.approx(rates[step])
+    assert set(stats) >= {"loss", "margin", "el2n", "correct", "n_tokens", "length", "hash", "grad_norm"}
+
+
+def test_equal_examples_each_get_a_row(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    data = [*EXAMPLES, EXAMPLES[0], EXAMPLES[0]]
+    capture = GradientCapture(tmp_path / "rows", during="epochs", at_end=False)
+    with caplog.at_level("WARNING"):
+        train(tiny(torch.float32), tmp_path, capture, data=data)
+    assert "2 training examples are equal to earlier ones" in caplog.text
+    assert len(GradientStore.open(capture.path).rows("train", 1)) == 12
+
+
+def test_a_budget_thins_out_the_epochs(tmp_path: Path) -> None:
+    model = tiny(torch.float32)
+    one_epoch = sum(w.numel() for w in model.parameters() if w.requires_grad) * 4 * len(EXAMPLES) / 2**30
+    settings: dict[str, Any] = {"during": "epochs", "at_end": False}
+    capture = GradientCapture(tmp_path / "rows", budget=2.5 * one_epoch, **settings)
+    train(model, tmp_path, capture, num_train_epochs=4)
+    assert GradientStore.open(capture.path).points() == [1, 3]
+    with pytest.raises(StoreError, match=r"(?s)capturing less often does not help.*compress=dropout"):
+        train(model, tmp_path, GradientCapture(tmp_path / "more", budget=0.5 * one_epoch, **settings))
+
+
+@pytest.mark.parametrize("strategy", ["epoch", "steps"])
+def test_what_was_captured_is_logged_beside_the_losses(tmp_path: Path, strategy: str) -> None:
+    logs = []
+    for callbacks in ([], [GradientCapture(tmp_path / "rows", during="epochs", at_end=False)]):
+        run = train(tiny(torch.float32), tmp_path, *callbacks, logging_strategy=strategy)
+        logs.append([{k: v for k, v in log.items() if k in ("loss", "epoch")} for log in run.state.log_history])
+    captured = [log for log in run.state.log_history if "capture/rows" in log]
+    assert [log["capture/rows"] for log in captured] == [10, 20]
+    assert [log for log in logs[1] if "loss" in log] == [log for log in logs[0] if "loss" in log]
+
+
+class Stumbling(Trainer):
+    """Fails in the middle of a step."""
+
+    error: BaseException
+    where = "forward"
+    steps = 0
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        type(self).steps += 1
+        if type(self).steps % 3 == 0 and self.where == "step":
+            raise self.error
+        return super().training_step(*args, **kwargs)
+
+    def compute_loss(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        out = super().compute_loss(model, inputs, *args, **kwargs)
+        if type(self).steps % 3 == 0 and self.where == "forward":
+            raise self.error
+        return out
+
+
+@pytest.mark.parametrize("where", ["forward", "step"])
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), RuntimeError("no")])
+def test_no_hook_is_left_when_training_is_cut_short(tmp_path: Path, where: str, error: BaseException) -> None:
+    model = tiny(torch.float32)
+    hooks = models.state_of(model)["hooks"]
+    capture = GradientCapture(tmp_path / "rows", during="epochs")
+    kind = type("Fails", (Stumbling,), {"error": error, "where": where, "steps": 0})
+    with pytest.raises(type(error)):
+        train(model, tmp_path, capture, kind=kind)
+    assert models.state_of(model)["hooks"] == hooks
+
+
+def test_a_callback_can_be_used_again_after_an_error(tmp_path: Path) -> None:
+    capture = GradientCapture(tmp_path / "rows", during="epochs", at_end=False)
+    kind = type("Fails", (Stumbling,), {"error": RuntimeError("no"), "steps": 0})
+    with pytest.raises(RuntimeError, match="no"):
+        train(tiny(torch.float32), tmp_path, capture, kind=kind)
+    capture.overwrite = True
+    train(tiny(torch.float32), tmp_path, capture, kind=Trainer)
+    assert len(GradientStore.open(capture.path).rows("train", 2)) == len(EXAMPLES)
+
+
+def test_training_that_stops_early_keeps_what_was_seen(tmp_path: Path) -> None:
+    capture = GradientCapture(tmp_path / "rows", during="epochs", at_end=False)
+    train(tiny(torch.float32), tmp_path, capture, max_steps=6)
+    store = GradientStore.open(capture.path)
+    assert len(store.rows("train", 1)) == 10
+    assert len(store.rows("train", 2)) == 6
+
+
+class OwnLoss(Trainer):
+    """A loss that is not the examples' cross-entropy."""
+
+    def compute_loss(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        logits = model(**inputs).logits
+        return logits.square().mean()
+
+
+class TokenWeights(Trainer):
+    """Cross-entropy that weighs later tokens more."""
+
+    def compute_loss(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        labels = inputs.pop("labels")[:, 1:]
+        logits = model(**inputs).logits[:, :-1]
+        loss = nn.functional.cross_entropy(logits.transpose(1, 2), labels, reduction="none")
+        return (loss * torch.arange(loss.shape[1])).mean()
+
+
+class Weighted(Trainer):
+    """Cross-entropy that weighs whole examples."""
+
+    def compute_loss(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        labels = inputs.pop("labels")[:, 1:]
+        logits = model(**inputs).logits[:, :-1]
+        loss = nn.functional.cross_entropy(logits.transpose(1, 2), labels, reduction="none").sum(1)
+        return (loss * torch.tensor([0.5, 3.0, 7.0])[: len(loss)]).sum()
+
+
+def test_weights_of_whole_examples_are_divided_out(tmp_path: Path) -> None:
+    capture = GradientCapture(tmp_path / "rows", during="epochs", at_end=False)
+    kind = type("WeightedRecording", (Recording, Weighted), {})
+    run = train(tiny(torch.float32), tmp_path, capture, kind=kind)
+    assert_exact(run, GradientStore.open(capture.path).rows("train", 2), EXAMPLES, 2)
+
+
+def shuffling(features: list[dict[str, Any]]) -> dict[str, Tensor]:
+    """A collator that changes the examples at random."""
+    batch = padding()(features)
+    return {**batch, "input_ids": torch.where(torch.rand(batch["input_ids"].shape) < 0.5, 7, batch["input_ids"])}
+
+
+def padded_labels(features: list[dict[str, Any]]) -> dict[str, Tensor]:
+    batch = padding()(features)
+    return {**batch, "labels": batch["input_ids"].clone()}
+
+
+REFUSED: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
+    "label smoothing": ({"label_smoothing_factor": 0.1}, BadSetting, "label smoothing makes the loss another one"),
+    "own loss": ({"kind": OwnLoss}, UnsupportedModel, "not the mean or sum of the examples' own losses"),
+    "token weights": ({"kind": TokenWeights}, UnsupportedModel, "not the mean or sum of the examples' own losses"),
+    "dora": ({"model": adapted(["q_proj"], use_dora=True)}, UnsupportedModel, "lora_magnitude_vector"),
+    "compile": ({"torch_compile": True}, BadSetting, "torch_compile=True.*hides the passes"),
+    "random collator": ({"collate": shuffling}, BadExample, "not in the dataset of 10"),
+    "labels on padding": ({"collate": padded_labels}, BadExample, "labels other than -100 stand on padding"),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")  # from the set-up for torch_compile
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_would_make_rows_wrong_is_refused_with_a_reason(tmp_path: Path, case: str) -> None:
+    options, error, message = REFUSED[case]
+    capture = GradientCapture(tmp_path / "rows", during="epochs", at_end=False)
+    options = {"kind": Trainer, **options}
+    model = options.pop("model", lambda: tiny(torch.float32))()
+    hooks = models.state_of(model)["hooks"]
+    with pytest.raises(error, match=f"(?s){message}"):
+        train(model, tmp_path, capture, **options)
+    assert models.state_of(model)["hooks"] == hooks
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"during": "batches"},
+        {"during": None, "at_end": False},
+        {"during": "epochs", "every": 0},
+        {"every": 2},
+        {"during": "steps", "epochs": [1]},
+        {"during": "epochs", "epochs": []},
+    ],
+)
+def test_settings_that_make_no_sense_are_refused(tmp_path: Path, settings: dict[str, Any]) -> None:
+    with pytest.raises(BadSetting):
+        GradientCapture(tmp_path, **settings)

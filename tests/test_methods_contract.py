@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from stores import Blocks, make_store
+from stores import Blocks, make_trained_store
 
 import hf_influence.store.rows
 from hf_influence.attribution import attribute, methods
@@ -29,12 +29,12 @@ def random_blocks(n: int, seed: int, widths: tuple[int, ...] = (9, 30)) -> Block
 def statistics(n: int) -> dict[str, torch.Tensor]:
     """All that any method asks for."""
     generator = torch.Generator().manual_seed(7)
-    names = {need for about in TABLE.values() for need in about.needs} - {"rows", "queries", "labels"}
+    names = {need for about in TABLE.values() for need in about.needs} - {"rows", "queries", "labels", "points"}
     return {name: torch.rand(n, generator=generator) for name in sorted(names)} | {"label": torch.arange(n) % 2}
 
 
 def make(path: Path, n: int = 20, m: int = 4, widths: tuple[int, ...] = (9, 30)) -> GradientStore:
-    return make_store(path, random_blocks(n, 1, widths), random_blocks(m, 2, widths), stats=statistics(n))
+    return make_trained_store(path, random_blocks(n, 1, widths), random_blocks(m, 2, widths), stats=statistics(n))
 
 
 def hashes(store: GradientStore) -> dict[str, str]:
@@ -58,7 +58,9 @@ def test_chunks_and_shards_do_not_change_the_scores(
     tmp_path: Path, method: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     expected = attribute(make(tmp_path / "a"), method).values
-    store = make_store(tmp_path / "b", random_blocks(20, 1), random_blocks(4, 2), stats=statistics(20), shards=7)
+    store = make_trained_store(
+        tmp_path / "b", random_blocks(20, 1), random_blocks(4, 2), stats=statistics(20), shards=7
+    )
     monkeypatch.setattr(hf_influence.store.rows, "CHUNK_BYTES", 500)
     torch.testing.assert_close(attribute(store, method).values, expected)
 
@@ -68,8 +70,8 @@ def test_permuted_rows_have_permuted_scores(tmp_path: Path, method: str) -> None
     train, query, stats = random_blocks(20, 1), random_blocks(4, 2), statistics(20)
     ids = [f"example {i}" for i in range(20)]
     order = torch.randperm(20, generator=torch.Generator().manual_seed(3))
-    straight = make_store(tmp_path / "a", train, query, stats=stats, ids=ids)
-    permuted = make_store(
+    straight = make_trained_store(tmp_path / "a", train, query, stats=stats, ids=ids)
+    permuted = make_trained_store(
         tmp_path / "b",
         {name: g[order] for name, g in train.items()},
         query,
@@ -87,7 +89,7 @@ def test_copy_of_the_query_is_worth_keeping_and_its_mislabelled_copy_is_not(tmp_
     for name, v in query.items():  # class 1 looks like the query, class 0 like its opposite
         train[name] = 0.3 * train[name] + 0.5 * side[:, None] * v
         train[name][11], train[name][10] = v[0], -v[0]
-    scores = attribute(make_store(tmp_path, train, query, stats={"label": label}), method).values[:, 0]
+    scores = attribute(make_trained_store(tmp_path, train, query, stats={"label": label}), method).values[:, 0]
     assert (scores <= scores[11]).double().mean() > 0.9
     assert (scores >= scores[10]).double().mean() > 0.9
     assert scores[10] < scores[11]
@@ -117,7 +119,7 @@ def test_zero_gradients_give_finite_scores(tmp_path: Path, method: str) -> None:
     train, query = random_blocks(6, 1), random_blocks(3, 2)
     train["layer0.weight"].zero_()
     train["layer1.weight"][2] = 0
-    assert attribute(make_store(tmp_path, train, query, stats=statistics(6)), method).values.isfinite().all()
+    assert attribute(make_trained_store(tmp_path, train, query, stats=statistics(6)), method).values.isfinite().all()
 
 
 @every_method

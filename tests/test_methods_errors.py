@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from stores import make_store
+from stores import make_store, make_trained_store
 
 from hf_influence.attribution import attribute, methods
 from hf_influence.errors import BadExample, BadSetting, MissingRows, StoreError, StoreMismatch, UnknownMethod
@@ -60,7 +60,7 @@ def test_missing_store(tmp_path: Path) -> None:
 @pytest.mark.parametrize("method", [name for name, about in methods().items() if "queries" in about.needs])
 def test_missing_queries_say_how_to_collect_them(tmp_path: Path, method: str) -> None:
     with pytest.raises(MissingRows, match=r"'query'.*collect\(.*split='query'"):
-        attribute(make_store(tmp_path, TRAIN, stats=LABELS), method)
+        attribute(make_trained_store(tmp_path, TRAIN, stats=LABELS), method)
 
 
 def test_mean_of_no_queries(tmp_path: Path) -> None:
@@ -94,7 +94,7 @@ def test_rows_that_are_not_finite_are_refused_by_name(tmp_path: Path, method: st
     train["layer"][4, 2] = bad
     query = {"layer": QUERY["layer"][:, :width]}
     with pytest.raises(BadExample, match=r"example 4 in .*train .*\(block layer\)"):
-        attribute(make_store(tmp_path, train, query, stats=LABELS), method)
+        attribute(make_trained_store(tmp_path, train, query, stats=LABELS), method)
 
 
 def test_queries_that_are_not_finite_are_refused_by_name(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from models import autograd_row, bert, labelled, llama, lora, own_loss, padding, prompts, stored, tiny
 from torch import nn
-from transformers import T5Config, T5ForConditionalGeneration
+from transformers import T5Config, T5ForQuestionAnswering
 
 from hf_influence.errors import BadExample, BadSetting, UnsupportedModel
 from hf_influence.gradients import collect
@@ -104,9 +104,9 @@ def test_a_classifier_is_one_task_before_and_after_it_has_named_its_problem(tmp_
 def test_other_reductions_and_heads_are_refused() -> None:
     with pytest.raises(BadSetting, match="loss_reduction='max': choose 'mean' or 'sum'"):
         task_of(llama(), "max")  # type: ignore[arg-type]
-    t5 = T5ForConditionalGeneration(T5Config(vocab_size=8, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2))
+    t5 = T5ForQuestionAnswering(T5Config(vocab_size=8, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2))
     for model in (t5, llama().model):
-        with pytest.raises(UnsupportedModel, match="AutoModelForCausalLM or AutoModelForSequenceClassification"):
+        with pytest.raises(UnsupportedModel, match="AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoModelFor"):
             task_of(model)
 
 

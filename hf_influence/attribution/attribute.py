@@ -18,7 +18,7 @@ def attribute(
     *,
     train_split: str = "train",
     query_split: str = "query",
-    point: int = 0,
+    point: int | None = None,
     **settings: Any,
 ) -> Scores:
     """Score every training example of a store. Higher = more worth keeping.
@@ -31,27 +31,29 @@ def attribute(
         method: A name in the table of methods; `hf-influence methods` lists them.
         train_split: The split to score.
         query_split: The split to compare with, for a method that compares with queries.
-        point: The parameter point at which the gradients were taken.
+        point: The parameter point at which the gradients were taken; by default 0, the weights after training. A method
+            over several points has a setting `points` instead: by default all points of training.
         **settings: The settings of the method.
 
     Returns:
-        `Scores` of shape `[n_train, n_query]` in dataset order; one column for a method without queries.
+        `Scores` of shape `[n_train, n_query]` in dataset order; one column for a method without queries. A method over
+        several points scores the examples that any of them holds.
 
     Raises:
         UnknownMethod: No method of that name.
         BadSetting: A setting that the method does not have, or a value that it cannot use.
-        MissingRows: The store does not hold what the method needs, queries for instance.
-        StoreMismatch: The store is compressed in a way that the method cannot use.
+        MissingRows: The store does not hold what the method needs, queries or points of training for instance.
+        StoreMismatch: The store is compressed in a way that the method cannot use, or its points are of different
+            datasets.
         BadExample: A row holds NaN or infinity.
     """
     chosen = make_method(method, settings)
-    rows = Selection(
-        store if isinstance(store, GradientStore) else GradientStore.open(store), train_split, query_split, point
-    )
+    opened = store if isinstance(store, GradientStore) else GradientStore.open(store)
+    rows = chosen.select(Selection(opened, train_split, query_split), point)
     values = chosen.score(rows)
     with_queries = "queries" in chosen.needs
-    check_finite(values, rows.train, *([rows.query] if with_queries else []))
-    where = {"train_split": train_split, "point": point} | ({"query_split": query_split} if with_queries else {})
-    return Scores(
-        values, rows.train.ids, method, where | chosen.record(rows), chosen.columns(rows), rows.train.id_column
-    )
+    check_finite(values, *(part.train for part in rows.parts), *(part.query for part in rows.parts if with_queries))
+    where: dict[str, Any] = {"train_split": train_split}
+    where |= {} if "points" in chosen.needs else {"point": rows.points[0]}
+    where |= {"query_split": query_split} if with_queries else {}
+    return Scores(values, rows.ids, method, where | chosen.record(rows), chosen.columns(rows), rows.train.id_column)

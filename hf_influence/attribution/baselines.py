@@ -11,7 +11,7 @@ from torch import Tensor
 
 from hf_influence.attribution.method import Method
 from hf_influence.attribution.selection import Selection
-from hf_influence.errors import MissingRows
+from hf_influence.attribution.statistic import statistic
 
 
 @dataclass(kw_only=True)
@@ -25,19 +25,8 @@ class Statistic(Method):
         cls.needs, cls.sign = (statistic,), sign
 
     def score(self, rows: Selection) -> Tensor:
-        """Scores `[n, 1]`.
-
-        Raises:
-            MissingRows: The statistic was not collected.
-        """
-        (statistic,) = self.needs
-        stats = rows.train.stats
-        if len(rows.train) and statistic not in stats:
-            raise MissingRows(
-                f"{rows.train.folder} does not hold the statistic {statistic!r} that method '{self.name}' needs (it "
-                f"has: {', '.join(sorted(stats)) or 'none'}). It is collected where the task has it."
-            )
-        return self.sign * stats.get(statistic, torch.zeros(0)).to(rows.train.dtype)[:, None]
+        """Scores `[n, 1]`; MissingRows if the statistic was not collected."""
+        return self.sign * statistic(rows.train, self.needs[0], self.name).to(rows.train.dtype)[:, None]
 
 
 @dataclass(kw_only=True)
@@ -48,7 +37,7 @@ class Loss(Statistic, name="loss", statistic="loss", sign=-1):
 
     Cost: none; the loss is stored with the rows.
     Use when: always, as the bar that any other method has to pass.
-    See also: Margin, El2n.
+    See also: LossMean (over training), Margin, El2n.
     Source: the small-loss rule; Arpit et al., A Closer Look at Memorization, ICML 2017.
     """
 
@@ -61,7 +50,7 @@ class El2n(Statistic, name="el2n", statistic="el2n", sign=-1):
 
     Cost: none; the statistic is stored with the rows.
     Use when: as a baseline for classification, best early in training.
-    See also: Loss, Margin.
+    See also: El2nMean (over training), Loss, Margin.
     Source: Paul et al., Deep Learning on a Data Diet, NeurIPS 2021.
     """
 
@@ -74,7 +63,7 @@ class Margin(Statistic, name="margin", statistic="margin", sign=1):
 
     Cost: none; the statistic is stored with the rows.
     Use when: as a baseline for mislabelled data; wrong labels tend to have negative margins.
-    See also: Loss, El2n.
+    See also: Aum (over training), Loss, El2n.
     Source: Pleiss et al., Identifying Mislabeled Data using the Area Under the Margin Ranking, NeurIPS 2020.
     """
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -25,11 +25,11 @@ class InnerProduct(Identity, Method, name="ip"):
 
     Cost: one pass over the rows, O(n q d); memory for the queries of one block.
     Use when: a first look, or when the rows come from several checkpoints anyway.
-    See also: Cosine (long gradients do not dominate), DataInf and Fisher (with curvature).
+    See also: Cosine (long gradients do not dominate), DataInf and Fisher (with curvature), TracIn (over training).
     Source: Pruthi et al., TracIn, NeurIPS 2020; Revisiting Inner Product (IP Ensemble), eq. 2.
     """
 
-    needs = ("rows", "queries")
+    needs: ClassVar[tuple[str, ...]] = ("rows", "queries")
 
     queries: str = field(default="each", metadata={"choices": ("each", "mean")})
     """One column for each query, or one column for their mean."""

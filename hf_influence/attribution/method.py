@@ -26,7 +26,8 @@ class About:
         name: What `attribute(store, method=...)` takes.
         summary: What you get, in a sentence.
         formula: How it is computed, in the notation of the paper.
-        needs: What must be stored: "rows", "queries" (rows of the query split), "labels", or a statistic by its name.
+        needs: What must be stored: "rows", "queries" (rows of the query split), "points" (what is needed at points of
+            training), "labels", or a statistic by its name.
         cost: Time and memory, in words.
         use: When to choose it.
         source: Where it comes from.
@@ -49,7 +50,8 @@ class Method(ABC):
 
     A subclass with a name is added to the table: `class DataInf(MeanInverse, InnerProduct, name="datainf")`. Its
     docstring has a summary, an indented formula, and paragraphs "Cost:", "Use when:" and "Source:". A field may carry
-    `metadata` with the bounds "above", "below", "least" or the "choices" that its value must respect.
+    `metadata` with the bounds "above", "below", "least" or the "choices" that its value must respect. It sees the rows
+    at one parameter point, unless it is one of `OverPoints`.
     """
 
     name: ClassVar[str]
@@ -66,6 +68,10 @@ class Method(ABC):
             value = getattr(self, setting.name)
             if wrong := "" if value is None and setting.default is None else _wrong(value, **setting.metadata):
                 raise BadSetting(f"method '{self.name}': {setting.name}={value!r} must be {wrong}.")
+
+    def select(self, rows: Selection, point: int | None) -> Selection:
+        """The rows that the method looks at: those of the point asked for, or of point 0."""
+        return rows.at(point or 0)
 
     @abstractmethod
     def score(self, rows: Selection) -> Tensor:

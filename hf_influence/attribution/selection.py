@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Any
 
+import torch
+from torch import Tensor
+
+from hf_influence.errors import MissingRows, StoreMismatch
 from hf_influence.gradients.compress import Compressor
 from hf_influence.store import GradientStore, Rows
 
@@ -18,25 +23,70 @@ class Selection:
         store: The store.
         train_split: The split to score.
         query_split: The split to compare with.
-        point: The parameter point.
+        points: The parameter points; one, but for a method that goes over several.
         view: What the rows are seen through.
     """
 
     store: GradientStore
     train_split: str = "train"
     query_split: str = "query"
-    point: int = 0
+    points: tuple[int, ...] = (0,)
     view: Callable[[Rows], Rows] = lambda rows: rows
 
     @cached_property
     def train(self) -> Rows:
-        """The rows of the training examples; MissingRows if there are none."""
-        return self.view(self.store.rows(self.train_split, self.point))
+        """The rows of the training examples, at the first point; MissingRows if there are none."""
+        return self.view(self.store.rows(self.train_split, self.points[0]))
 
     @cached_property
     def query(self) -> Rows:
-        """The rows of the queries; MissingRows, which says how to collect them, if there are none."""
-        return self.view(self.store.rows(self.query_split, self.point))
+        """The rows of the queries, at the first point; MissingRows, which says how to collect, if there are none."""
+        return self.view(self.store.rows(self.query_split, self.points[0]))
+
+    @cached_property
+    def parts(self) -> list[Selection]:
+        """This selection at each of its points."""
+        return [self] if len(self.points) == 1 else [self.at(point) for point in self.points]
+
+    @cached_property
+    def positions(self) -> Tensor:
+        """Where the examples that any of the points holds stand in the dataset, ascending, `[n]`."""
+        return torch.cat([part.train.positions for part in self.parts]).unique()
+
+    @cached_property
+    def ids(self) -> list[Any]:
+        """The examples that any of the points holds, in dataset order."""
+        names = {
+            k: v for part in self.parts for k, v in zip(part.train.positions.tolist(), part.train.ids, strict=True)
+        }
+        return [names[position] for position in self.positions.tolist()]
+
+    def places(self, part: Selection) -> Tensor:
+        """Where the training rows of one of the `parts` belong among `ids`, `[rows of the part]`."""
+        return torch.searchsorted(self.positions, part.train.positions)
+
+    def at(self, point: int) -> Selection:
+        """The same splits at one point."""
+        return replace(self, points=(point,))
+
+    def over(self, points: Sequence[int] | None, *, queries: bool) -> Selection:
+        """The same splits at several points, in ascending order.
+
+        Args:
+            points: Which; by default all whose training rows were captured in training steps.
+            queries: Query rows are wanted as well.
+
+        Raises:
+            MissingRows: There are no such points, or one of them lacks what is wanted.
+            StoreMismatch: The points hold rows of different datasets.
+        """
+        several = replace(self, points=tuple(self._training_points() if points is None else sorted(set(points))))
+        first = several.parts[0]
+        for part in several.parts:
+            _same_examples(first.train, part.train)
+            if queries:
+                part._check_queries(first)
+        return several
 
     def compressed(self, compressor: Compressor) -> Selection:
         """The same whole rows, compressed while they are read."""
@@ -44,3 +94,61 @@ class Selection:
         maps = {name: compressor.fit(name, width) for name, width in blocks.items()}
         widths = {name: min(compressor.r, width) for name, width in blocks.items()}
         return replace(self, view=lambda rows: rows.mapped(maps, widths))
+
+    def _training_points(self) -> list[int]:
+        """The points with rows from training steps: those carry the step. Point 0 is never one of them."""
+        path = str(self.store.path)
+        held = [point for point in self.store.points() if self.train_split in self.store.splits(point)]
+        chosen, cut_short = [], None
+        for point in filter(None, held):
+            try:
+                rows = self.store.rows(self.train_split, point)
+            except MissingRows as error:
+                cut_short = error
+                continue
+            if "step" in rows.stats or not len(rows):
+                chosen.append(point)
+        if cut_short:
+            instead = f" Or go over the other points of training alone: points={chosen}." if chosen else ""
+            raise MissingRows(f"{cut_short}{instead}") from cut_short
+        if not chosen:
+            raise MissingRows(
+                f"{path} holds no rows of the split {self.train_split!r} from training steps (points with rows of it: "
+                f"{', '.join(map(str, held)) or 'none'}), and the method goes over the points of training. Capture "
+                f'them: GradientCapture({path!r}, during="epochs"). Rows that were collected at checkpoints will do '
+                "too: name their points with points=[…]."
+            )
+        return chosen
+
+    def _check_queries(self, first: Selection) -> None:
+        """The queries are there, and are those of the first point."""
+        point, split, path = self.points[0], self.query_split, str(self.store.path)
+        if split not in self.store.splits(point):
+            raise MissingRows(
+                f"{path} holds no rows of the split {split!r} at point {point} (it has: "
+                f"{', '.join(self.store.splits(point)) or 'none'}), and the method compares each point's training rows "
+                f"with queries at that point. Capture both: GradientCapture({path!r}, query_dataset=…, "
+                f'during="epochs"); or, with the weights of that point, collect(model, dataset, {path!r}, '
+                f"split={split!r}, point={point}); or leave the point out with points=[…]."
+            )
+        _same_examples(first.query, self.query)
+        if odd := sorted(set(first.query.positions.tolist()) ^ set(self.query.positions.tolist())):
+            raise MissingRows(
+                f"{path}: the points {first.points[0]} and {point} do not hold the same queries of the split {split!r} "
+                f"(first that only one of them has: position {odd[0]} in the dataset), so there is no sum over the "
+                "points for each query. Collect all queries at every point, or choose points with points=[…]."
+            )
+
+
+def _same_examples(one: Rows, other: Rows) -> None:
+    """Rows at two points can be put side by side.
+
+    Raises:
+        StoreMismatch: They are of different datasets.
+    """
+    if one.dataset != other.dataset or one.id_column != other.id_column:
+        raise StoreMismatch(
+            f"{one.folder} and {other.folder} hold rows of different datasets (fingerprints {one.dataset} and "
+            f"{other.dataset}, id columns {one.id_column!r} and {other.id_column!r}), so their examples cannot be "
+            "brought together. Name the points that belong together with points=[…], or use a store for each."
+        )

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_influence.errors import BadExample, BadSetting
+from hf_influence.gradients.packing import Packing
 from hf_influence.task import IGNORED, LABELS, labels_of, unwrapped
 
 SURVEYED = 1024
@@ -88,12 +89,12 @@ class Examples:
 
         Raises:
             BadExample: It has no labels.
-            BadSetting: The collator makes more or less than one row of one example.
+            BadSetting: The collator makes more or less than one row of one example, or an example is packed.
         """
         batch = self.collated(positions)
         rows = len(labels_of(dict(batch)))
         if rows == len(positions):
-            return batch
+            return _unpacked(batch)
         alone = [self.collated([position]) for position in positions]
         for one in alone:
             rows = len(labels_of(dict(one)))
@@ -102,6 +103,7 @@ class Examples:
                     f"the data_collator made {rows} rows of one example. Every example needs a row of its own: use a "
                     "collator that pads."
                 )
+            _unpacked(one)
         return self._pad([{name: one[name][0] for name in one if name not in PACKED} for one in alone])
 
     def collated(self, positions: Sequence[int]) -> dict[str, Any]:
@@ -109,9 +111,9 @@ class Examples:
         return dict(self._collate(self[positions]))
 
     def survey(self) -> tuple[str, list[int]]:
-        """One pass over the examples without the model: a hash of their tokens and labels, and their lengths.
+        """One pass over the examples without the model: a hash of their tokens or pixels and labels, and their lengths.
 
-        Examples without token ids count by their labels alone, and all have length 1.
+        Other inputs do not count, and the length of an example without token ids is 1.
         """
         digest = hashlib.sha256()
         lengths = []
@@ -119,6 +121,8 @@ class Examples:
             for row in self[range(start, min(start + SURVEYED, len(self)))]:
                 known = {name: row[name] for name in ("input_ids", *LABELS) if name in row}
                 digest.update(json.dumps(known, default=_plain).encode())
+                if "pixel_values" in row:
+                    digest.update(torch.as_tensor(row["pixel_values"]).contiguous().numpy().tobytes())
                 lengths.append(len(row["input_ids"]) if "input_ids" in row else 1)
         return digest.hexdigest()[:16], lengths
 
@@ -132,6 +136,25 @@ class Examples:
         if not all(isinstance(value, (int, str)) for value in ids) or len(set(ids)) != len(ids):
             raise BadExample(f"the id column {id_column!r} must hold a different integer or string for each example.")
         return ids
+
+
+def _unpacked(batch: dict[str, Any]) -> dict[str, Any]:
+    """The same.
+
+    Raises:
+        BadSetting: A row of it holds several examples.
+    """
+    places, mask = batch.get("position_ids"), batch.get("attention_mask")
+    if isinstance(places, Tensor) and places.ndim == 2:
+        packing = Packing.of(places, mask if isinstance(mask, Tensor) and mask.shape == places.shape else None)
+        if packing is not None:
+            raise BadSetting(
+                f"the dataset holds packed rows: {len(packing.source)} examples in {len(places)} of them. A row of "
+                "gradients is to be that of one example, so pass the examples as they were before packing: "
+                "GradientCapture(path, train_dataset=…) with the dataset that the trainer was given, or "
+                "collect(model, prepared(trainer, dataset), path)."
+            )
+    return batch
 
 
 def forward_arguments(model: nn.Module) -> list[str]:
@@ -158,21 +181,27 @@ def padding_with(pad_token_id: int) -> Collator:
     return collate
 
 
-def padding_to_the_right(batch: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Roll each example to the left edge, so that its positions are those it has alone, in any model.
+def by_token(batch: dict[str, Any], mask: Tensor) -> set[str]:
+    """The names of what goes by input token: all that has the shape of the mask and is not a decoder's.
 
-    All that has the shape of the attention mask is taken to go by token: keep a label a sequence out of it.
+    Labels of sequences, or of a decoder, may have that shape by chance: keep them out of the batch.
     """
+    return {
+        name
+        for name, value in batch.items()
+        if isinstance(value, Tensor) and value.shape == mask.shape and not name.startswith("decoder_")
+    }
+
+
+def padding_to_the_right(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Roll each example to the left edge, so that its positions are those it has alone, in any model."""
     mask = batch.get("attention_mask")
     if not isinstance(mask, Tensor) or mask.ndim != 2 or bool(mask[:, 0].all()):
         return batch
     lead = mask.to(torch.long).argmax(1)  # [b], tokens of padding on the left
     t = mask.shape[1]
     source = (torch.arange(t, device=mask.device) + lead[:, None]) % t  # [b, t]
-    return {
-        name: value.gather(1, source) if isinstance(value, Tensor) and value.shape == mask.shape else value
-        for name, value in batch.items()
-    }
+    return {**batch, **{name: batch[name].gather(1, source) for name in by_token(batch, mask)}}
 
 
 def _plain(value: Any) -> Any:

@@ -30,12 +30,18 @@ class RowCatcher:
 
     The rows of a call are formed in the closure of that very call, from its own input; so a module that is used twice,
     or run again by gradient checkpointing, comes out right. Nothing of the model's computation changes.
+
+    Attributes:
+        rows_in_batch: Examples of the batch, to check by; `None` if not known.
+        packing: Of a batch whose rows are not its examples.
+        recomputed: The model uses gradient checkpointing, so what is remembered of an input is not to be kept, either.
     """
 
     def __init__(self, taps: Sequence[Tap], compress: Compressor | None = None):
         self.shapes = {tap.parameter: tap.shape for tap in taps}
         self.rows_in_batch: int | None = None
         self.packing: Packing | None = None
+        self.recomputed = False
         self._rows: dict[str, Tensor] = {}
         self._handles: list[Any] = []
         self._by_module: dict[int, list[Tap]] = {}
@@ -99,13 +105,16 @@ class RowCatcher:
             To be called with the gradient at its output, `[b, t, o]`: adds the rows of this call.
         """
         taps = self._by_module.get(id(module), [])
-        tokens = _tokens(x) if x.is_floating_point() else x
-        noted = [(tap, tap.rule.remember(tokens, self._entries(tap.parameter, x.device))) for tap in taps]
+        tokens = self._tokens(x) if x.is_floating_point() else self._tokens(x[..., None])[..., 0]
+        noted = _kept(
+            [tap.rule.remember(tokens, self._entries(tap.parameter, x.device)) for tap in taps], self.recomputed
+        )
 
         def back(g: Tensor) -> None:
             exact = torch.promote_types(g.dtype, torch.float32)
-            g = _tokens(g.detach()).to(exact)
-            for tap, seen in noted:
+            g = self._tokens(g.detach()).to(exact)
+            for tap, seen in zip(taps, noted(), strict=True):
+                self._check_apart(tap, g)
                 seen = seen.to(exact) if seen.is_floating_point() else seen
                 if self.packing is None:
                     self._add(tap, seen, g)
@@ -114,14 +123,28 @@ class RowCatcher:
 
         return back
 
-    def _add(self, tap: Tap, seen: Tensor, g: Tensor) -> None:
-        name = tap.parameter
-        if self.rows_in_batch not in (None, len(g)):
+    def _tokens(self, values: Tensor) -> Tensor:
+        """`[b, d] -> [b, 1, d]`, `[b, …, d] -> [b, t, d]`; all that is seen with one example belongs to it."""
+        if self.rows_in_batch == 1:
+            return values.flatten(0, -2)[None]
+        return values[:, None] if values.ndim == 2 else values.flatten(1, -2)
+
+    def _check_apart(self, tap: Tap, g: Tensor) -> None:
+        if self.packing is None:
+            apart = self.rows_in_batch in (None, len(g))
+        else:
+            apart = g.shape[:2].numel() == self.packing.owner.numel()
+        if not apart:
             raise UnsupportedModel(
                 f"{tap.module_name} saw {len(g)} rows in a batch of {self.rows_in_batch} examples: it does not keep "
-                "examples apart along the first dimension (mixture-of-experts routing and OPT's feed-forward layers do "
-                f"this), so its gradient cannot be told apart by example. Leave it out with skip=[{name!r}]."
+                "examples apart along the first dimension (the experts of a mixture, OPT's feed-forward layers and "
+                "DeBERTa's relative positions do this), so its gradient cannot be told apart by example. Take one "
+                "example at a time (batch_size=1; per_device_train_batch_size=1 in training), or leave it out with "
+                f"skip=[{tap.parameter!r}, …]."
             )
+
+    def _add(self, tap: Tap, seen: Tensor, g: Tensor) -> None:
+        name = tap.parameter
         row = tap.rule.row(seen, g, self._keep.get(name))
         if name in self._project:
             row = self._project[name](row)
@@ -134,9 +157,21 @@ class RowCatcher:
         return keep
 
 
-def _tokens(values: Tensor) -> Tensor:
-    """`[b, d] -> [b, 1, d]`, `[b, …, d] -> [b, t, d]`."""
-    return values[:, None] if values.ndim == 2 else values.flatten(1, -2)
+class _Saved(torch.autograd.Function):
+    """Lets autograd keep tensors as it keeps those of the model: gradient checkpointing drops and recomputes them."""
+
+    @staticmethod
+    def forward(ctx: Any, trigger: Tensor, *tensors: Tensor) -> Tensor:
+        ctx.save_for_backward(*tensors)
+        return trigger.new_zeros(())
+
+
+def _kept(tensors: list[Tensor], recomputed: bool) -> Callable[[], Sequence[Tensor]]:
+    """A function that gives the tensors back, once, during the backward pass."""
+    if not recomputed:
+        return lambda: tensors
+    node: Any = _Saved.apply(torch.zeros((), requires_grad=True), *tensors).grad_fn
+    return lambda: node.saved_tensors
 
 
 @contextmanager

@@ -18,9 +18,10 @@ from hf_influence.gradients.capture import RowCatcher
 from hf_influence.gradients.compress import Compressor
 from hf_influence.gradients.fixed import FixedWeights
 from hf_influence.gradients.identity import adapter_identity, model_identity
+from hf_influence.gradients.processes import first_process_first, rank, wait_for_all, world
 from hf_influence.gradients.sweep import BatchSize, check_batch_size, sweep
 from hf_influence.gradients.taps import Modules, Tap, find_taps
-from hf_influence.store import GradientStore, Header
+from hf_influence.store import GradientStore, Header, RowWriter
 from hf_influence.task import Classification, Reduction, Task, labels_of, task_of
 
 
@@ -45,13 +46,15 @@ def collect(
 
     Runs in evaluation mode (no dropout) with one batched forward and backward for all examples of a batch. The rows
     are the same whatever the batch size, the order and the side of the padding. The model comes back as it was:
-    weights, modes, `requires_grad` and `.grad`. Stopped half way, the same call goes on where it stopped.
+    weights, modes, `requires_grad` and `.grad`. Stopped half way, the same call goes on where it stopped. Several
+    processes (torch.distributed) share the work: all of them must call.
 
     Cost: a forward and backward pass over the dataset, somewhat less than training for one epoch. Disk: four bytes for
     each trainable parameter and example, or `4 r` bytes for each parameter tensor and example with `compress`.
 
     Args:
-        model: A causal language model or sequence classifier of transformers, with a LoRA adapter of PEFT.
+        model: A language model (causal or encoder-decoder) or a classifier of sequences or images of transformers, with
+            a LoRA adapter of PEFT.
         dataset: Tokenised examples with labels, map-style.
         path: Folder of the store; made if it is not there.
         split: "train" for the examples to be judged, "query" for those that judge; any other name for more.
@@ -82,18 +85,27 @@ def collect(
     examples = plan.examples
     fingerprint, lengths = examples.survey()
     adapter = adapter_identity(model)
-    store = GradientStore.create(path, plan.header, overwrite=overwrite)
-    writer = store.writer(
-        split,
-        adapter=adapter,
-        dataset=fingerprint,
-        n=len(examples),
-        ids=examples.ids,
-        id_column=id_column,
-        point=point,
-        overwrite=overwrite,
-    )
-    todo = [i for i in range(len(examples)) if i not in writer.done]
+
+    def writer_of(rank: int) -> RowWriter:
+        store = GradientStore.create(path, plan.header, overwrite=overwrite)
+        return store.writer(
+            split,
+            adapter=adapter,
+            dataset=fingerprint,
+            n=len(examples),
+            ids=examples.ids,
+            id_column=id_column,
+            point=point,
+            rank=rank,
+            overwrite=overwrite,
+        )
+
+    with first_process_first():
+        writer = writer_of(rank())
+        if rank() == 0:
+            writer.gather()  # an interrupted run of several processes may have left parts
+    wait_for_all()
+    todo = [i for i in range(len(examples)) if i not in writer.done][rank() :: world()]
     if todo:
         resting = FixedWeights(model, plan.task, RowCatcher(plan.taps, compress))
         title = f"gradients of {split}"
@@ -102,6 +114,11 @@ def collect(
             for positions, (rows, stats) in batches:
                 _check_finite(rows, stats, positions, examples.ids)
                 writer.append(positions, rows, stats)
+    wait_for_all()
+    if rank() == 0:
+        writer.gather()
+    wait_for_all()
+    store = GradientStore.open(path)
     empty = (store.rows(split, point).stats["n_tokens"] == 0).nonzero().flatten().tolist()
     if empty:
         warnings.warn(
@@ -177,9 +194,10 @@ def check_collectable(
     if (Path(path) / "store.json").is_file() and not overwrite:
         store = GradientStore.open(path)
         store.header.check(plan.header, store.path)
-        if store.splits() and not resumed:
+        splits = {split for point in store.points() for split in store.splits(point)}
+        if splits and not resumed:
             raise StoreMismatch(
-                f"{path} holds rows of an earlier run (splits: {', '.join(store.splits())}), and after training the "
+                f"{path} holds rows of an earlier run (splits: {', '.join(sorted(splits))}), and after training the "
                 "weights will be others. Choose another folder, or pass overwrite=True to replace them."
             )
     return plan.header.row_bytes() * len(plan.examples)

@@ -14,7 +14,7 @@ from hf_influence.gradients.batches import forward_arguments, padding_to_the_rig
 from hf_influence.gradients.capture import RowCatcher
 from hf_influence.gradients.identity import content_hash
 from hf_influence.gradients.lora import fused_lora
-from hf_influence.task import IGNORED, CausalLM, Outcome, Task, labels_of
+from hf_influence.task import IGNORED, CausalLM, LanguageModel, Outcome, Seq2SeqLM, Task, labels_of, unwrapped
 
 
 class FixedWeights:
@@ -23,8 +23,8 @@ class FixedWeights:
     Inside it the model is in evaluation mode and every parameter is frozen, so the backward pass carries gradients of
     activations alone; the rows are formed by the catcher's hooks. On the way out everything is as it was.
 
-    Only the loss of the labelled tokens is computed: a causal model's head sees the labelled positions of each example
-    and nothing else.
+    Only the loss of the labelled tokens is computed: a language model's head sees the labelled positions of each
+    example and nothing else.
     """
 
     def __init__(self, model: nn.Module, task: Task, catcher: RowCatcher):
@@ -68,7 +68,7 @@ class FixedWeights:
     def _judge(self, batch: dict[str, Any]) -> tuple[Tensor, Outcome, dict[str, Tensor]]:
         batch = {name: value.to(self.device) if isinstance(value, Tensor) else value for name, value in batch.items()}
         per_token = isinstance(self.task, CausalLM)
-        labels = None if per_token else labels_of(batch)  # labels of whole examples have no padding to move
+        labels = None if per_token else labels_of(batch)  # labels of whole examples and decoders stay where they are
         batch = padding_to_the_right(batch)
         labels = labels_of(batch) if labels is None else labels
         mask = batch.get("attention_mask")
@@ -82,7 +82,9 @@ class FixedWeights:
             inputs["use_cache"] = False
         main = inputs["input_ids"] if "input_ids" in inputs else next(iter(inputs.values()))
         self.catcher.rows_in_batch = len(main)
-        if isinstance(self.task, CausalLM):
+        if isinstance(self.task, Seq2SeqLM) and "decoder_input_ids" not in inputs:
+            inputs["decoder_input_ids"] = unwrapped(self.model).prepare_decoder_input_ids_from_labels(labels)
+        if isinstance(self.task, LanguageModel):
             logits, targets = self._labelled_logits(inputs, self.task.targets(labels, mask))
         else:
             logits, targets = self.model(**inputs).logits, labels

@@ -46,13 +46,13 @@ def content_hash(
     """One number for the real tokens and labels of each example, `[b]` int64, wherever it stands in a batch.
 
     Neither padding on either side nor packing changes it, nor does the label of the first token, which nothing
-    predicts. Computed on the device of the batch. Two examples share it (but for a chance of 2⁻⁶⁴) only if they are the
-    same.
+    predicts, nor a label of -100 of a decoder. Computed on the device of the batch. Two examples share it (but for a
+    chance of 2⁻⁶⁴) only if they are the same.
 
     Args:
         ids: Token ids `[b, t]`, or any other input `[b, …]` that stands for the example.
         mask: 0 for padding, `[b, t]`.
-        labels: `[b]`, `[b, c]` or, with the shape of `ids`, a label a token.
+        labels: `[b]`, `[b, c]` (a decoder's too) or, with the shape of `ids`, a label a token.
         per_token: Which of these.
         packing: Of a batch whose rows hold several examples; `[n]` comes back then.
     """
@@ -76,7 +76,8 @@ def content_hash(
     code = value.sum(1)
     if not per_token:
         label = _integers(labels).reshape(len(ids), -1)  # [b, c]
-        code = code + _mixed(label * _ODD[2] + torch.arange(label.shape[1], device=ids.device) * _ODD[1] + 1).sum(1)
+        mixed = _mixed(label * _ODD[2] + torch.arange(label.shape[1], device=ids.device) * _ODD[1] + 1)
+        code = code + mixed.masked_fill(label == IGNORED, 0).sum(1)
     return code
 
 

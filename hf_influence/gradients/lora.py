@@ -12,9 +12,10 @@ import torch.nn.functional as F
 from peft.tuners.lora import Embedding as LoraEmbedding
 from peft.tuners.lora import Linear as LoraLinear
 from peft.tuners.lora import LoraLayer
+from peft.tuners.lora.layer import ParamWrapper
 from torch import Tensor, nn
 
-__all__ = ["LoraEmbedding", "embedding_factors", "fused_lora", "lora_layers"]
+__all__ = ["LoraEmbedding", "adapted_parameters", "embedding_factors", "fused_lora", "lora_layers"]
 
 Watch = Callable[[nn.Module, Tensor], Callable[[Tensor], None]]
 """Takes a module and its input `[b, t, i]`; gives what is to be called with the gradient at its output `[b, t, o]`."""
@@ -23,6 +24,20 @@ Watch = Callable[[nn.Module, Tensor], Callable[[Tensor], None]]
 def lora_layers(model: nn.Module) -> list[tuple[str, LoraLayer]]:
     """The LoRA layers of a model, by name."""
     return [(name, module) for name, module in model.named_modules() if isinstance(module, LoraLayer)]
+
+
+def adapted_parameters(model: nn.Module) -> dict[int, str]:
+    """Bare parameters under LoRA (`target_parameters`; fused experts, say): `id` of a factor's weight -> their name.
+
+    The factors sit in linear layers that are never called.
+    """
+    return {
+        id(weight): layer.parameter_name
+        for _, layer in lora_layers(model)
+        if isinstance(layer, ParamWrapper)
+        for factors in (layer.lora_A, layer.lora_B)
+        for weight in factors.parameters()
+    }
 
 
 def embedding_factors(layer: LoraEmbedding, adapter: str) -> tuple[Tensor, Tensor, Tensor | float]:
@@ -43,7 +58,7 @@ def fused_lora(model: nn.Module, watch: Watch) -> Iterator[None]:
 
     The same numbers as PEFT's layer up to rounding of the adapter's part: unlike with a merged weight `W + s B A`, the
     frozen weight is not rounded anew, which a deep model amplifies (SmolLM2: 3e-5 of a row, against 1e-6). Layers that
-    are more than that (quantised, DoRA, several active adapters, hooked) run as they are.
+    are more than that (quantised, DoRA, several active adapters, hooked, under autocast) run as they are.
 
     Args:
         model: To be run in evaluation mode, its trainable parameters still marked by `requires_grad`.
@@ -72,6 +87,9 @@ def _active(layer: Any) -> list[str]:
 def _forward(
     layer: Any, name: str, down: Tensor, up: Tensor, trained_bias: bool, trigger: Tensor, watch: Watch, x: Tensor
 ) -> Tensor:
+    if torch.is_autocast_enabled(x.device.type):  # accelerate switches it on inside the model's forward
+        plain: Tensor = type(layer).forward(layer, x)
+        return plain
     out: Tensor = _PlainLora.apply(x, trigger, layer, name, down, up, trained_bias, watch)
     return out
 
@@ -84,8 +102,6 @@ def _is_plain(layer: Any) -> bool:
         return False
     a, b, base = layer.lora_A[active[0]], layer.lora_B[active[0]], layer.base_layer
     if b.bias is not None or not a.weight.dtype == b.weight.dtype == base.weight.dtype:
-        return False
-    if torch.is_autocast_enabled(base.weight.device.type):
         return False
     return not any(m._forward_hooks or m._forward_pre_hooks or hasattr(m, "_hf_hook") for m in (layer, base))
 

@@ -28,7 +28,8 @@ def losses(
     The same numbers as the statistics that `collect` stores, in evaluation mode. Cost: a forward pass over the dataset.
 
     Args:
-        model: A causal language model or sequence classifier of transformers, with or without an adapter.
+        model: A language model (causal or encoder-decoder) or a classifier of sequences or images of transformers, with
+            or without an adapter.
         dataset: As in `collect`, like all that follow.
         data_collator: See there.
         batch_size: See there.
@@ -39,7 +40,7 @@ def losses(
         Statistic -> `[n]` in dataset order: loss, n_tokens, margin, correct, el2n, length, hash (and label).
 
     Raises:
-        UnsupportedModel: The model is neither of the two kinds.
+        UnsupportedModel: The model is of no such kind.
         BadExample: An empty dataset, or missing labels.
     """
     check_batch_size(batch_size)

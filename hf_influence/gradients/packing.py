@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from hf_influence.errors import UnsupportedModel
+from hf_influence.task import unwrapped
+
+LEAK = 2e-2
+"""Relative change of a hidden state that is no rounding; a leak changes it by some .3, rounding by 1e-7 or nothing."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +69,75 @@ class Packing:
         places[at] = place
         return cls(owner, places.view_as(owner), source)
 
+    def seconds(self) -> Tensor:
+        """The tokens that have another example before them in their row, `[b, t]`."""
+        first = self.owner.masked_fill(self.owner < 0, len(self.source)).amin(1, keepdim=True)
+        return self.owner > first
+
     def unpack(self, values: Tensor) -> Tensor:
         """One example a row, zeros behind its end: `[b, t, …] -> [n, l, …]`."""
         flat = values.flatten(0, 1)
         return torch.cat([flat, flat.new_zeros(1, *flat.shape[1:])])[self.source]
+
+
+@contextmanager
+def kept_apart(model: nn.Module, packing: Packing) -> Iterator[None]:
+    """See to it that the examples of a packed batch do not see each other, in the first call of the model.
+
+    Whether they do depends on the attention, on the cache and on the version of both, so it is tried out: the backbone
+    runs once more on what it was called with, and again with other tokens in the first example of each row. Neither
+    gradients nor random numbers nor modes are touched.
+
+    Raises:
+        UnsupportedModel: The other examples came out different, or it could not be tried out.
+    """
+    backbone = getattr(unwrapped(model), "base_model", unwrapped(model))
+    changes: list[float] = []
+
+    def try_out(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        handle.remove()
+        ids = args[0] if args else kwargs.get("input_ids")
+        if isinstance(ids, Tensor) and ids.shape == packing.owner.shape:
+            changes.append(_leak(module, ids, args[1:], {k: v for k, v in kwargs.items() if k != "input_ids"}, packing))
+            if not changes[0] <= LEAK:
+                raise UnsupportedModel(
+                    "the examples of a packed batch see each other: with other tokens in the first one, the hidden "
+                    f"states of those behind it change by up to {changes[0]:.0%}. So no row would be the gradient of "
+                    "its example alone, and training itself mixes the examples. Load the model with "
+                    'attn_implementation="flash_attention_2", or train without a cache (use_cache=False in '
+                    "TrainingArguments and model.config: with eager and sdpa attention a cache hides where examples "
+                    "begin), or pad instead of packing."
+                )
+
+    handle = backbone.register_forward_pre_hook(try_out, with_kwargs=True)
+    try:
+        yield
+    finally:
+        handle.remove()
+    if not changes:
+        raise UnsupportedModel(
+            f"the input_ids of a packed batch do not reach {type(backbone).__name__}, so whether it keeps the examples "
+            "apart cannot be tried out. Train without packing, or capture at the end alone (during=None)."
+        )
+
+
+def _leak(module: nn.Module, ids: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any], packing: Packing) -> float:
+    """How much the hidden state of any later example changes with the first of its row, relative to its length."""
+    seconds = packing.seconds()
+    other = torch.where(seconds | (packing.owner < 0), ids, (ids + 1) % (ids.max() + 1))
+    with _at_rest(module, ids.device):
+        was, now = (module(tokens, *args, **kwargs)[0][seconds].float() for tokens in (ids, other))  # [k, d]
+    return float(((now - was).norm(dim=1) / was.norm(dim=1)).max())
+
+
+@contextmanager
+def _at_rest(model: nn.Module, device: torch.device) -> Iterator[None]:
+    """Evaluation mode without gradients; randomness and modes are as before afterwards."""
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        with torch.no_grad(), torch.random.fork_rng([device] if device.type == "cuda" else []):
+            model.eval()
+            yield
+    finally:
+        for module, mode in modes:
+            module.training = mode

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from hf_influence.errors import BadSetting, UnsupportedModel
-from hf_influence.gradients.lora import LoraEmbedding, embedding_factors, lora_layers
+from hf_influence.gradients.lora import LoraEmbedding, adapted_parameters, embedding_factors, lora_layers
 from hf_influence.gradients.rules import Rule, bias, linear, looked_up, one_hot, transposed
 
 Modules = Literal["lora", "trainable"]
@@ -64,11 +64,12 @@ def find_taps(model: nn.Module, modules: Modules = "lora", skip: Sequence[str] =
             "(inference mode, or loaded without is_trainable=True)?"
         )
     names = {id(weight): name for name, weight in wanted.items()}
+    uncalled = adapted_parameters(model)
     taps = [
         Tap(names[id(weight)], list(weight.shape), module, module_name, rule)
         for module_name, module in model.named_modules()
         for weight, rule in _rules_of(module)
-        if id(weight) in names
+        if id(weight) in names and id(weight) not in uncalled
     ]
     _check_coverage(model, wanted, names, {tap.parameter for tap in taps})
     order = {name: position for position, name in enumerate(wanted)}
@@ -109,6 +110,9 @@ def _check_coverage(model: nn.Module, wanted: dict[str, Any], names: dict[int, s
     owner = {
         name: type(model.get_submodule(name.rpartition(".")[0])).__name__ for name in wanted if name not in covered
     }
+    for weight, adapted in adapted_parameters(model).items():
+        if weight in names:
+            owner[names[weight]] = f"LoRA on the parameter {adapted}"
     for module in model.modules():  # a weight that is tied to a covered one is used here as well
         if not isinstance(module, nn.ParameterDict):
             known = {id(weight) for weight, _ in _rules_of(module)}

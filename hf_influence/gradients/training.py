@@ -10,7 +10,7 @@ caught.rows, caught.stats        # the gradient of each example's own loss, what
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,10 +21,10 @@ from hf_influence.errors import BadExample, BadSetting, UnsupportedModel
 from hf_influence.gradients.capture import RowCatcher
 from hf_influence.gradients.compress import Compressor
 from hf_influence.gradients.identity import content_hash
-from hf_influence.gradients.packing import Packing
+from hf_influence.gradients.packing import Packing, kept_apart
 from hf_influence.gradients.scale import Measured, of_classes, of_log_probabilities, of_tokens
 from hf_influence.gradients.taps import Tap
-from hf_influence.task import IGNORED, CausalLM, Classification, Task, labels_of, unwrapped
+from hf_influence.task import IGNORED, CausalLM, Classification, LanguageModel, Task, labels_of, unwrapped
 
 MAIN_INPUTS = ("input_ids", "pixel_values", "inputs_embeds")
 
@@ -47,7 +47,7 @@ class Batch:
     """What the model is given in one training step.
 
     Attributes:
-        labels: `[b]`, `[b, c]` or, for a language model, `[b, t]`.
+        labels: `[b]`, `[b, c]` or, for a language model, `[b, t]` (a decoder has a `t` of its own).
         code: Hash of the contents of each example, `[n]`.
         length: Tokens of each example, `[n]`.
         packing: Where several examples share a row.
@@ -107,6 +107,7 @@ class TrainingWatch:
         self.catcher = RowCatcher(taps, compress)
         self._batch: Batch | None = None
         self._measured: Measured | None = None
+        self._tried = False
 
     @contextmanager
     def step(self, inputs: dict[str, Any]) -> Iterator[Caught]:
@@ -123,11 +124,17 @@ class TrainingWatch:
         self._measured = None
         self.catcher.packing = batch.packing
         self.catcher.rows_in_batch = len(batch.code)
+        self.catcher.recomputed = any(
+            getattr(module, "gradient_checkpointing", False) for module in self.model.modules()
+        )
         # below PEFT, as accelerate turns the outputs of the outermost model into float32 copies
         handle = unwrapped(self.model).register_forward_hook(self._watch_output)
+        untried = batch.packing if not self._tried and batch.packing and batch.packing.seconds().any() else None
         try:
             self.catcher.attach()
-            yield caught
+            with kept_apart(self.model, untried) if untried else nullcontext():
+                yield caught
+            self._tried |= untried is not None
             caught.rows, caught.stats = self._take(batch)
         finally:
             handle.remove()
@@ -151,6 +158,12 @@ class TrainingWatch:
     def _watch_output(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         if not (torch.is_grad_enabled() and module.training) or self._batch is None:
             return
+        if isinstance(aux := getattr(output, "aux_loss", None), Tensor) and aux.requires_grad:
+            raise UnsupportedModel(
+                f"{type(module).__name__} adds a load-balancing loss of its experts, which is one of the whole batch "
+                "and not of any example. Set model.config.output_router_logits = False (router_aux_loss_coef=0.0 in "
+                "SFTConfig), or capture at the end alone (during=None)."
+            )
         batch = self._batch
         log_p, logits = getattr(output, "log_probs", None), getattr(output, "logits", None)
         if logits is None and isinstance(output, tuple):
@@ -171,7 +184,7 @@ class TrainingWatch:
         task = self.task
 
         def back(g: Tensor) -> None:
-            if isinstance(task, CausalLM):
+            if isinstance(task, LanguageModel):
                 targets, owner, n = self._targets(batch)
                 if z.shape[:2] != targets.shape:
                     raise BadSetting(f"logits of shape {list(z.shape)} for labels of shape {list(targets.shape)}.")
@@ -182,7 +195,7 @@ class TrainingWatch:
         logits.register_hook(back)
 
     def _watch_log_probabilities(self, batch: Batch, log_p: Tensor, top: Tensor | None) -> None:
-        assert isinstance(self.task, CausalLM)
+        assert isinstance(self.task, LanguageModel)
         reduction = self.task.reduction
         values = log_p.detach()
 
@@ -193,10 +206,10 @@ class TrainingWatch:
 
         log_p.register_hook(back)
 
-    @staticmethod
-    def _targets(batch: Batch) -> tuple[Tensor, Tensor, int]:
+    def _targets(self, batch: Batch) -> tuple[Tensor, Tensor, int]:
         """What each position predicts `[b, t]`, whose token it is `[b, t]`, and the number of examples."""
-        targets = CausalLM.targets(batch.labels, None)
+        assert isinstance(self.task, LanguageModel)
+        targets = self.task.targets(batch.labels, None)
         if batch.packing is None:
             owner = torch.arange(len(targets), device=targets.device)[:, None].expand_as(targets)
             return targets, owner, len(targets)

@@ -12,12 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from hf_influence.errors import StoreError, StoreMismatch
-from hf_influence.gradients.batches import Collator
+from hf_influence.gradients.batches import Collator, by_token
 from hf_influence.gradients.collect import Plan
 from hf_influence.gradients.compress import compressor_of
 from hf_influence.gradients.identity import adapter_identity
 from hf_influence.store import GradientStore, Rows
-from hf_influence.task import IGNORED, LABELS, CausalLM
+from hf_influence.task import IGNORED, LABELS, CausalLM, LanguageModel
 
 TOLERANCE = 1e-3
 TOLERANCE_HALF = 5e-2
@@ -143,13 +143,13 @@ def _read(rows: Rows, name: str, chosen: list[int]) -> Tensor:
 
 def _gradient(model: nn.Module, plan: Plan, position: int, names: list[str]) -> dict[str, Tensor]:
     """The gradient of one example's own loss at the named parameters; zeros where no token is labelled."""
-    batch = _unpadded(plan.examples.batch([position]), by_token=isinstance(plan.task, CausalLM))
+    batch = _unpadded(plan.examples.batch([position]), labels_too=isinstance(plan.task, CausalLM))
     device = next(model.parameters()).device
     batch = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()}
     weights = dict(model.named_parameters())
     factor = 1
-    if isinstance(plan.task, CausalLM):
-        n_tokens = int((batch["labels"][:, 1:] != IGNORED).sum())
+    if isinstance(plan.task, LanguageModel):
+        n_tokens = int((plan.task.targets(batch["labels"], None) != IGNORED).sum())
         if n_tokens == 0:
             return {name: torch.zeros_like(weights[name]) for name in names}
         factor = n_tokens if plan.task.reduction == "sum" else 1
@@ -160,13 +160,12 @@ def _gradient(model: nn.Module, plan: Plan, position: int, names: list[str]) -> 
         )
 
 
-def _unpadded(batch: dict[str, Any], by_token: bool) -> dict[str, Any]:
+def _unpadded(batch: dict[str, Any], labels_too: bool) -> dict[str, Any]:
     """A batch of one as the model sees the example alone, its labels under the name `labels`."""
     mask = batch.get("attention_mask")
     labels = next(name for name in LABELS if isinstance(batch.get(name), Tensor))
     if isinstance(mask, Tensor) and mask.ndim == 2:
-        cut = {name for name, value in batch.items() if isinstance(value, Tensor) and value.shape == mask.shape}
-        cut -= set() if by_token else {labels}
+        cut = by_token(batch, mask) - (set() if labels_too else {labels})
         real = mask[0] != 0
         batch = {name: value[:, real] if name in cut else value for name, value in batch.items()}
     return {**{name: value for name, value in batch.items() if name not in LABELS}, "labels": batch[labels]}

@@ -126,6 +126,7 @@ class GradientStore:
         ids: Sequence[Any] | None = None,
         id_column: str | None = None,
         point: int = 0,
+        rank: int = 0,
         overwrite: bool = False,
     ) -> RowWriter:
         """Start or continue a split.
@@ -139,6 +140,8 @@ class GradientStore:
             ids: Their ids, where they are not 0 … n-1.
             id_column: The column that holds those.
             point: The parameter point.
+            rank: Of several processes that share the work, each writes to a folder of its own until the writer of
+                rank 0 gathers them.
             overwrite: Delete what is there of another adapter state or dataset, instead of refusing.
 
         Raises:
@@ -160,9 +163,13 @@ class GradientStore:
                     "Gradients at different weights cannot be compared: collect all splits with the same trained "
                     "model, or into another folder."
                 )
+        about = Manifest(dataset, n, None if ids is None else list(ids), id_column)
+        if rank > 0:
+            writer = RowWriter(folder / split / f"rank-{rank}", self.header, about)
+            writer.done |= RowWriter(folder / split, self.header, about).done
+            return writer
         folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / "point.json", {"adapter": adapter})
-        about = Manifest(dataset, n, None if ids is None else list(ids), id_column)
         try:
             writer = RowWriter(folder / split, self.header, about)
         except StoreError:

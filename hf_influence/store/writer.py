@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import time
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -11,7 +12,7 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from hf_influence.errors import StoreError, StoreMismatch
@@ -97,6 +98,24 @@ class RowWriter:
         self._thread.shutdown()
         self.manifest.closed = True
         self._list()
+
+    def parts(self) -> list[RowWriter]:
+        """What other processes have written to this split and is not gathered yet."""
+        folders = sorted(self.folder.glob("rank-*"))
+        return [RowWriter(folder, self.header, Manifest.read(folder)) for folder in folders]
+
+    def gather(self) -> None:
+        """Take over the rows of all other processes; an example that two of them saw counts once."""
+        self.flush()
+        for part in self.parts():
+            for shard in part.manifest.shards:
+                tensors = load_file(part.folder / shard["file"])
+                new = [at for at, position in enumerate(tensors["index"].tolist()) if position not in self.done]
+                if new:
+                    every = len(new) == len(tensors["index"])
+                    self._write([tensors if every else {key: values[new] for key, values in tensors.items()}])
+                    self.done.update(tensors["index"][new].tolist())
+            shutil.rmtree(part.folder)
 
     def reopen(self) -> None:
         """More is to come after all."""

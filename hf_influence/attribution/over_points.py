@@ -1,0 +1,44 @@
+"""Methods that look at an example at several parameter points."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from hf_influence.attribution.method import Method
+from hf_influence.attribution.selection import Selection
+from hf_influence.errors import BadSetting
+
+
+@dataclass(kw_only=True)
+class OverPoints(Method):
+    """A method that goes over the points of training: `rows.parts` has a selection for each.
+
+    Scored are the examples that any of the points holds; `rows.places(part)` says where those of one point belong.
+    """
+
+    points: Sequence[int] | None = None
+    """The points to go over, in any order; by default all whose rows were captured in training steps."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        points = self.points
+        if points is not None and (
+            isinstance(points, str)
+            or not isinstance(points, Sequence)
+            or not points
+            or not all(isinstance(point, int) and point >= 0 for point in points)
+        ):
+            raise BadSetting(f"method '{self.name}': points={points!r} must be a list of point numbers, at least one.")
+
+    def select(self, rows: Selection, point: int | None) -> Selection:
+        if point is not None:
+            raise BadSetting(
+                f"method '{self.name}' goes over several points, so point={point} has no meaning for it. Pass "
+                f"points=[{point}] for that point alone, or nothing for all points of training."
+            )
+        return rows.over(self.points, queries="queries" in self.needs)
+
+    def record(self, rows: Selection) -> dict[str, Any]:
+        return super().record(rows) | {"points": list(rows.points)}

@@ -1,0 +1,24 @@
+"""What was noted about the examples while their rows were captured."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from hf_influence.errors import MissingRows
+from hf_influence.store import Rows
+
+
+def statistic(rows: Rows, name: str, method: str) -> Tensor:
+    """One number of each example in dataset order, `[n]`.
+
+    Raises:
+        MissingRows: It was not collected.
+    """
+    stats = rows.stats
+    if len(rows) and name not in stats:
+        raise MissingRows(
+            f"{rows.folder} does not hold the statistic {name!r} that method '{method}' needs (it has: "
+            f"{', '.join(sorted(stats)) or 'none'}). It is collected where the task has it."
+        )
+    return stats.get(name, torch.zeros(0))

@@ -1,0 +1,280 @@
+"""TRL's SFTTrainer: rows of the original examples, whatever it makes of them; packed examples that see each other."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from datasets import Dataset
+from models import VOCABULARY, Example, autograd_row, llama, lora, prompts, tiny, worst_error
+from test_during import EXAMPLES, train
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from torch import Tensor, nn
+from transformers import DataCollatorWithFlattening, MixtralConfig, MixtralForCausalLM, PreTrainedTokenizerFast
+
+from hf_influence import collect
+from hf_influence.callbacks import GradientCapture, prepared
+from hf_influence.errors import BadSetting, UnsupportedModel
+from hf_influence.gradients.packing import Packing, kept_apart
+from hf_influence.store import GradientStore, Rows
+
+trl = pytest.importorskip("trl")
+
+SPECIAL = ["<unk>", "<pad>", "<s>", "</s>", "user", "assistant"]
+WORDS = [*SPECIAL, *(f"w{i}" for i in range(VOCABULARY - len(SPECIAL)))]
+TEMPLATE = (
+    "{% for m in messages %}{{ m['role'] }} {% if m['role'] == 'assistant' %}{% generation %}{{ m['content'] }} "
+    "</s>{% endgeneration %}{% else %}{{ m['content'] }} {% endif %}{% endfor %}"
+)
+
+
+def tokenizer() -> Any:
+    """One token a word."""
+    words = Tokenizer(WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>"))
+    words.pre_tokenizer = Whitespace()
+    made = PreTrainedTokenizerFast(
+        tokenizer_object=words, unk_token="<unk>", pad_token="<pad>", bos_token="<s>", eos_token="</s>"
+    )
+    made.chat_template = TEMPLATE
+    return made
+
+
+def text(ids: list[int]) -> str:
+    return " ".join(WORDS[6 + i % 40] for i in ids)
+
+
+def texts(n: int = 9, seed: int = 0) -> Dataset:
+    return Dataset.from_list([{"text": text(row["input_ids"])} for row in prompts(n, seed)])
+
+
+def completions() -> Dataset:
+    rows = [row["input_ids"] for row in prompts(9)]
+    return Dataset.from_list([{"prompt": text(ids[:2]) + " ", "completion": text(ids[2:])} for ids in rows])
+
+
+def conversations() -> Dataset:
+    turns = [[text(row["input_ids"][i::3]) for i in range(3)] for row in prompts(9)]
+    talk = [
+        [
+            {"role": role, "content": said}
+            for role, said in zip(("user", "assistant", "user", "assistant"), [*turn, turn[0]], strict=True)
+        ]
+        for turn in turns
+    ]
+    return Dataset.from_list([{"messages": messages} for messages in talk])
+
+
+class Recording(trl.SFTTrainer):  # type: ignore[misc,name-defined]
+    """Remembers the weights that every step started from."""
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
+        weights = {name: w.detach().clone() for name, w in self.model.named_parameters() if w.requires_grad}
+        self.seen.append((self.state.global_step + 1, weights))
+        return super().training_step(model, inputs, *args, **kwargs)
+
+
+def trainer_of(folder: Path, data: Dataset, *callbacks: GradientCapture, **options: Any) -> Any:
+    settings = {
+        "num_train_epochs": 2,
+        "per_device_train_batch_size": 2,
+        "gradient_accumulation_steps": 2,
+        "learning_rate": 1e-2,
+        "bf16": False,
+        "activation_checkpointing": False,
+        "save_strategy": "no",
+        "max_length": None,
+        **options,
+    }
+    args = trl.SFTConfig(str(folder), use_cpu=True, report_to=[], disable_tqdm=True, **settings)
+    model = tiny(torch.float32, lora_dropout=0.0)
+    run = Recording(model, args, train_dataset=data, processing_class=tokenizer(), callbacks=list(callbacks))
+    run.seen = []
+    return run
+
+
+def expected(run: Any, rows: Rows, examples: list[Example]) -> list[dict[str, Tensor]]:
+    """The gradient of each row's example alone, at the weights of the row's step."""
+    at = dict(reversed(run.seen))
+    own = {name: weight for name, weight in run.model.named_parameters() if weight.requires_grad}
+    run.model.activation_checkpointing_disable()
+    after = {name: weight.detach().clone() for name, weight in own.items()}
+    want = []
+    for position, step in zip(rows.positions.tolist(), rows.stats["step"].tolist(), strict=True):
+        _load(own, at[step])
+        want.append(autograd_row(run.model, examples[position]))
+    _load(own, after)
+    return want
+
+
+def _load(weights: dict[str, Tensor], values: dict[str, Tensor]) -> None:
+    with torch.no_grad():
+        for name, value in values.items():
+            weights[name].copy_(value)
+
+
+def examples_in(dataset: Dataset) -> list[Example]:
+    return [{"input_ids": row["input_ids"], "labels": row["labels"]} for row in dataset]
+
+
+@dataclass
+class Setting:
+    """One row of the matrix."""
+
+    data: Dataset = field(default_factory=texts)
+    options: dict[str, Any] = field(default_factory=dict)
+    given: bool = False
+    """Whether the callback is given the dataset that the trainer is given."""
+
+
+def packing(strategy: str, max_length: int, **options: Any) -> dict[str, Any]:
+    return {"packing": True, "packing_strategy": strategy, "max_length": max_length, **options}
+
+
+MATRIX = {
+    "text": Setting(),
+    "checkpointing": Setting(options={"activation_checkpointing": True}),
+    "cut": Setting(options={"max_length": 6}),
+    "completions": Setting(completions()),
+    "completions, the end kept": Setting(completions(), {"max_length": 6, "truncation_mode": "keep_end"}, given=True),
+    "assistant": Setting(conversations(), {"assistant_only_loss": True}),
+    "padding-free": Setting(options={"padding_free": True}),
+    "padding-free assistant": Setting(conversations(), {"padding_free": True, "assistant_only_loss": True}, given=True),
+    "bfd": Setting(options=packing("bfd", 16), given=True),
+    "bfd, cut and shuffled": Setting(completions(), packing("bfd", 8, shuffle_dataset=True), given=True),
+    "bfd, checkpointing": Setting(options=packing("bfd", 16, activation_checkpointing=True), given=True),
+    "bfd, pieces": Setting(options=packing("bfd_split", 8), given=True),
+    "wrapped": Setting(options=packing("wrapped", 10)),
+}
+
+
+@pytest.mark.filterwarnings("ignore:The `'keep_end'` truncation mode is deprecated:FutureWarning")
+@pytest.mark.parametrize("name", MATRIX)
+def test_every_row_equals_autograd(tmp_path: Path, name: str) -> None:
+    s = MATRIX[name]
+    capture = GradientCapture(tmp_path / "rows", during="epochs", train_dataset=s.data if s.given else None)
+    run = trainer_of(tmp_path, s.data, capture, **s.options)
+    run.train()
+    examples = examples_in(prepared(run, s.data) if s.given else run.train_dataset)
+    if name not in ("bfd, pieces", "wrapped"):
+        assert len(examples) == len(s.data)
+    store = GradientStore.open(capture.path)
+    assert store.points() == [0, 1, 2]
+    for epoch in (1, 2):
+        rows = store.rows("train", epoch)
+        assert sorted(rows.positions.tolist()) == list(range(len(examples)))
+        assert worst_error(rows, expected(run, rows, examples)) <= 1e-5
+    end = store.rows("train", 0)
+    assert worst_error(end, [autograd_row(run.model, examples[i]) for i in end.positions.tolist()]) <= 1e-5
+
+
+@pytest.mark.parametrize("options", [{}, {"padding_free": True}, packing("bfd", 16)], ids=["padded", "flat", "packed"])
+@pytest.mark.parametrize("tokenised", [False, True], ids=["raw", "tokenised"])
+def test_queries_are_prepared_as_the_trainer_prepares(tmp_path: Path, options: dict[str, Any], tokenised: bool) -> None:
+    queries = texts(3, seed=1)
+    if tokenised:
+        queries = prepared(trainer_of(tmp_path, texts()), queries)
+    capture = GradientCapture(tmp_path / "rows", queries, train_dataset=texts())
+    run = trainer_of(tmp_path, texts(), capture, **options)
+    run.train()
+    store = GradientStore.open(capture.path)
+    for split, data in (("train", texts()), ("query", texts(3, seed=1))):
+        examples = examples_in(prepared(run, data))
+        assert worst_error(store.rows(split), [autograd_row(run.model, row) for row in examples]) <= 1e-5
+    offline = collect(run.model, prepared(run, texts()), tmp_path / "offline", data_collator=run.data_collator)
+    want, got = store.rows("train"), offline.rows("train")
+    assert all(torch.equal(got.block(name), want.block(name)) for name in want.blocks)
+
+
+def test_prepared_keeps_the_order_and_names_the_source(tmp_path: Path) -> None:
+    data = completions()
+    ids = [tokenizer()(row["prompt"] + row["completion"] + "</s>")["input_ids"] for row in data]
+    run = trainer_of(tmp_path, data, **packing("bfd", 3, shuffle_dataset=True))
+    rows = prepared(run, data)
+    assert rows["input_ids"] == [row[:3] for row in ids]
+    assert rows["labels"] == [[-100, -100, row[2]] for row in ids]
+    assert prepared(run, rows)["input_ids"] == rows["input_ids"]
+    run = trainer_of(tmp_path, data, **packing("bfd_split", 8))
+    pieces = prepared(run, data)
+    assert pieces["source"] == [i for i, row in enumerate(ids) for _ in range(0, len(row), 8)]
+    assert list(chain(*pieces["input_ids"])) == list(chain(*ids))
+    assert prepared(run, pieces)["source"] == pieces["source"]
+
+
+def test_packed_rows_are_not_taken_for_examples(tmp_path: Path) -> None:
+    for during in (None, "epochs"):
+        run = trainer_of(tmp_path, texts(), GradientCapture(tmp_path / "rows", during=during), **packing("bfd", 24))
+        with pytest.raises(BadSetting, match=r"packed rows.* train_dataset"):
+            run.train()
+    with pytest.raises(BadSetting, match="packed already"):
+        prepared(run, run.train_dataset)
+
+
+def test_wrapped_packing_has_no_rows_of_examples(tmp_path: Path) -> None:
+    capture = GradientCapture(tmp_path / "rows", during="epochs", train_dataset=texts())
+    run = trainer_of(tmp_path, texts(), capture, **packing("wrapped", 10))
+    with pytest.raises(BadSetting, match=r"see each other.*bfd"):
+        run.train()
+
+
+def test_a_loss_of_another_kind_is_refused(tmp_path: Path) -> None:
+    run = trainer_of(tmp_path, texts(), GradientCapture(tmp_path / "rows", during="epochs"), loss_type="dft")
+    with pytest.raises(UnsupportedModel, match="not the mean or sum"):
+        run.train()
+
+
+def flat_llama(attention: str) -> Any:
+    torch.manual_seed(0)
+    return lora(llama(attn_implementation=attention), ["q_proj", "v_proj"], dtype=torch.float32)
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_packed_examples_that_see_each_other_are_refused(tmp_path: Path, attention: str) -> None:
+    capture = GradientCapture(tmp_path / "rows", during="epochs")
+    model = flat_llama(attention)
+    with pytest.raises(UnsupportedModel, match=r"see each other.*use_cache=False"):
+        train(model, tmp_path, capture, collate=DataCollatorWithFlattening(), use_cache=True)
+    assert not any(module._forward_pre_hooks or module._forward_hooks for module in model.modules())
+    capture = GradientCapture(tmp_path / "rows", during="epochs", overwrite=True)
+    train(flat_llama(attention), tmp_path, capture, use_cache=True)  # padded, they do not
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_trying_out_leaves_training_alone(tmp_path: Path, attention: str) -> None:
+    weights = []
+    for callbacks in ([], [GradientCapture(tmp_path / "rows", during="epochs", at_end=False)]):
+        model = flat_llama(attention)
+        train(model, tmp_path, *callbacks, collate=DataCollatorWithFlattening())
+        weights.append({name: weight.detach().clone() for name, weight in model.named_parameters()})
+        assert not any(module._forward_pre_hooks for module in model.modules())
+    torch.testing.assert_close(weights[0], weights[1], rtol=0, atol=0)
+    assert len(GradientStore.open(tmp_path / "rows").rows("train", 1)) == len(EXAMPLES)
+
+
+def test_what_cannot_be_tried_out_is_refused() -> None:
+    packing = Packing.of(torch.tensor([[0, 1, 2, 0, 1]]))
+    assert packing is not None
+    with pytest.raises(UnsupportedModel, match="cannot be tried out"), kept_apart(flat_llama("eager"), packing):
+        pass
+
+
+def test_a_loss_of_the_experts_is_refused(tmp_path: Path) -> None:
+    config = MixtralConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=16,
+        intermediate_size=8,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        num_local_experts=2,
+        output_router_logits=True,
+        pad_token_id=1,
+    )
+    model = lora(MixtralForCausalLM(config), ["q_proj"], dtype=torch.float32)
+    with pytest.raises(UnsupportedModel, match="output_router_logits"):
+        train(model, tmp_path, GradientCapture(tmp_path / "rows", during="epochs"))
