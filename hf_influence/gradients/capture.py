@@ -115,7 +115,8 @@ class RowCatcher:
             g = self._tokens(g.detach()).to(exact)
             for tap, seen in zip(taps, noted(), strict=True):
                 self._check_apart(tap, g)
-                seen = seen.to(exact) if seen.is_floating_point() else seen
+                if seen.is_floating_point() and seen.dtype != exact:
+                    seen = seen.to(exact)
                 if self.packing is None:
                     self._add(tap, seen, g)
                 else:

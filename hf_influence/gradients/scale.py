@@ -18,7 +18,10 @@ import torch
 from torch import Tensor
 
 from hf_influence.errors import UnsupportedModel
-from hf_influence.task import IGNORED, TOKENS_AT_ONCE, TOKENS_AT_ONCE_ACCELERATOR, Classification, Reduction
+from hf_influence.task import IGNORED, TOKENS_AT_ONCE_ACCELERATOR, Classification, Reduction
+
+TOKENS_AT_ONCE = 32
+"""Few enough for the probabilities over a vocabulary to stay in the cache of a processor."""
 
 TOLERANCE = 1e-2
 TOLERANCE_HALF = 6e-2
@@ -153,7 +156,7 @@ def _judge(z: Tensor, at: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         e = rows.sub_(top).exp_()
         total = e.sum(1, keepdim=True)
         p_y = e.gather(1, label) / total
-        square = torch.linalg.vecdot(e, e)[:, None] / total.square()
+        square = (torch.linalg.vector_norm(e, dim=1, keepdim=True) / total).square()
         best_other = e.scatter_(1, label, 0).amax(1, keepdim=True).log() + top
         numbers[0, piece] = (total.log() + top - z_y)[:, 0]
         numbers[1, piece] = (z_y - best_other)[:, 0]

@@ -148,12 +148,16 @@ class TrainingWatch:
                 f"the loss did not reach the output of {type(self.model).__name__} in this step, so its scale is not "
                 "known. Capture at the end alone (during=None)."
             )
-        scale = self._measured.scale
-        square = scale.new_zeros(len(scale))
+        norms = []
         for row in rows.values():
-            row.mul_(scale[:, None])
-            square += torch.linalg.vecdot(row, row)
-        return rows, {**self._measured.stats, "length": batch.length, "hash": batch.code, "grad_norm": square.sqrt()}
+            row.mul_(self._measured.scale.to(row.dtype)[:, None])
+            norms.append(torch.linalg.vector_norm(row, dim=1))
+        return rows, {
+            **self._measured.stats,
+            "length": batch.length,
+            "hash": batch.code,
+            "grad_norm": torch.stack(norms).norm(dim=0),
+        }
 
     def _watch_output(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         if not (torch.is_grad_enabled() and module.training) or self._batch is None:
