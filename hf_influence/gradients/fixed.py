@@ -14,6 +14,7 @@ from hf_influence.gradients.batches import forward_arguments, padding_to_the_rig
 from hf_influence.gradients.capture import RowCatcher
 from hf_influence.gradients.identity import content_hash
 from hf_influence.gradients.lora import fused_lora
+from hf_influence.gradients.modes import evaluating
 from hf_influence.task import IGNORED, CausalLM, LanguageModel, Outcome, Seq2SeqLM, Task, labels_of, unwrapped
 
 
@@ -145,15 +146,12 @@ def _head_sees(model: nn.Module, position: Tensor) -> Iterator[None]:
 @contextmanager
 def _resting(model: nn.Module) -> Iterator[None]:
     """Evaluation mode and frozen parameters, for as long as the block lasts."""
-    modes = [(module, module.training) for module in model.modules()]
     flags = [(weight, weight.requires_grad) for weight in model.parameters()]
-    try:
-        model.eval()
-        for weight, _ in flags:
-            weight.requires_grad_(False)
-        yield
-    finally:
-        for weight, flag in flags:
-            weight.requires_grad_(flag)
-        for module, mode in modes:
-            module.training = mode
+    with evaluating(model):
+        try:
+            for weight, _ in flags:
+                weight.requires_grad_(False)
+            yield
+        finally:
+            for weight, flag in flags:
+                weight.requires_grad_(flag)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_influence.errors import UnsupportedModel
+from hf_influence.gradients.modes import evaluating
 from hf_influence.task import unwrapped
 
 LEAK = 2e-2
@@ -125,19 +126,7 @@ def _leak(module: nn.Module, ids: Tensor, args: tuple[Any, ...], kwargs: dict[st
     """How much the hidden state of any later example changes with the first of its row, relative to its length."""
     seconds = packing.seconds()
     other = torch.where(seconds | (packing.owner < 0), ids, (ids + 1) % (ids.max() + 1))
-    with _at_rest(module, ids.device):
+    randomness = torch.random.fork_rng([ids.device] if ids.device.type == "cuda" else [])
+    with torch.no_grad(), randomness, evaluating(module):
         was, now = (module(tokens, *args, **kwargs)[0][seconds].float() for tokens in (ids, other))  # [k, d]
     return float(((now - was).norm(dim=1) / was.norm(dim=1)).max())
-
-
-@contextmanager
-def _at_rest(model: nn.Module, device: torch.device) -> Iterator[None]:
-    """Evaluation mode without gradients; randomness and modes are as before afterwards."""
-    modes = [(module, module.training) for module in model.modules()]
-    try:
-        with torch.no_grad(), torch.random.fork_rng([device] if device.type == "cuda" else []):
-            model.eval()
-            yield
-    finally:
-        for module, mode in modes:
-            module.training = mode

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +14,7 @@ from hf_influence.gradients.batches import Collator, by_token
 from hf_influence.gradients.collect import Plan
 from hf_influence.gradients.compress import compressor_of
 from hf_influence.gradients.identity import adapter_identity
+from hf_influence.gradients.modes import evaluating
 from hf_influence.store import GradientStore, Rows
 from hf_influence.task import IGNORED, LABELS, CausalLM, LanguageModel
 
@@ -72,7 +71,7 @@ def verify(
     chosen = random.Random(seed).sample(range(len(rows)), min(k, len(rows)))
     stored = {name: _read(rows, name, chosen) for name in rows.blocks}
     compress, worst = compressor_of(store.header.compress), 0.0
-    with _evaluating(model):
+    with evaluating(model):
         for at, position in enumerate(chosen):
             difference = length = 0.0
             for name, g in _gradient(model, plan, position, list(rows.blocks)).items():
@@ -169,14 +168,3 @@ def _unpadded(batch: dict[str, Any], labels_too: bool) -> dict[str, Any]:
         real = mask[0] != 0
         batch = {name: value[:, real] if name in cut else value for name, value in batch.items()}
     return {**{name: value for name, value in batch.items() if name not in LABELS}, "labels": batch[labels]}
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    modes = [(module, module.training) for module in model.modules()]
-    try:
-        model.eval()
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode

@@ -9,6 +9,8 @@ rows to the writer, which writes beside the steps after it. The first rounds are
 rounds of the ratio within a round, and the mean time of all steps is compared as well, as that has the writing in it.
 
 Memory is the peak of a process that trains in one of the three ways, over that of plain training.
+
+TABLE
 """
 
 from __future__ import annotations
