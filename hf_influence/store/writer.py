@@ -20,7 +20,7 @@ from hf_influence.store.files import open_shard, sha256, write_json
 from hf_influence.store.header import Header
 from hf_influence.store.rows import Manifest
 
-SHARD_BYTES = 64 << 20
+SHARD_BYTES = 8 << 20
 SHARD_SECONDS = 60.0
 
 
