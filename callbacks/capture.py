@@ -177,7 +177,7 @@ class GradientCapture(TrainerCallback):
                         store.drop(point)  # checked above: they are to be replaced, or come once more
         self._during = during = DuringTraining(trainer, plan, store, schedule, self.settings["compress"])
         if state.global_step > 0:
-            self._finish_point(args, model, train_dataloader, during.resume(state))
+            self._finish_point(args, during.resume(state), model=model, train_dataloader=train_dataloader)
 
     def on_epoch_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -185,35 +185,19 @@ class GradientCapture(TrainerCallback):
         if self._during is not None:
             self._during.epoch = int(state.epoch + 1e-6) + 1
 
-    def on_step_end(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        *,
-        model: nn.Module,
-        train_dataloader: Any,
-        **kwargs: Any,
-    ) -> None:
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if self._during is None:
             return
         if self._during.schedule.during == "steps":
-            self._finish_point(args, model, train_dataloader, self._during.close())
+            self._finish_point(args, self._during.close(), **kwargs)
         if control.should_save or (control.should_evaluate and args.save_strategy == SaveStrategy.BEST):
             self._during.flush()  # before the checkpoint from which training may be resumed
 
     def on_epoch_end(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        *,
-        model: nn.Module,
-        train_dataloader: Any,
-        **kwargs: Any,
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         if self._during is not None:
-            self._finish_point(args, model, train_dataloader, self._during.close())
+            self._finish_point(args, self._during.close(), **kwargs)
             self._during.log(control)
 
     def on_train_end(
@@ -243,9 +227,9 @@ class GradientCapture(TrainerCallback):
                 )
 
     def _finish_point(
-        self, args: TrainingArguments, model: nn.Module, train_dataloader: Any, point: int | None
+        self, args: TrainingArguments, point: int | None, *, model: nn.Module, train_dataloader: Any, **_: Any
     ) -> None:
-        """Collect the query rows at the weights with which a point ends."""
+        """Collect the query rows at the weights with which a point ends; takes what an event of the Trainer gives."""
         if point is None:
             return
         with _undisturbed_randomness():

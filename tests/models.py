@@ -29,7 +29,7 @@ from hf_influence.store import Rows
 
 Example = dict[str, Any]
 VOCABULARY, WIDTH, PAD = 48, 16, 1
-_ENCODER = {
+ENCODER = {
     "vocab_size": VOCABULARY,
     "hidden_size": WIDTH,
     "intermediate_size": 24,
@@ -38,17 +38,15 @@ _ENCODER = {
     "max_position_embeddings": 40,
     "pad_token_id": PAD,
 }
-_ENDS = {"bos_token_id": 2, "eos_token_id": 3}
+ENDS = {"bos_token_id": 2, "eos_token_id": 3}
 
 
 def llama(**config: Any) -> nn.Module:
-    return LlamaForCausalLM(LlamaConfig(**_ENCODER, num_key_value_heads=1, **config))
+    return LlamaForCausalLM(LlamaConfig(**ENCODER, num_key_value_heads=1, **config))
 
 
 def gpt2() -> nn.Module:
-    return GPT2LMHeadModel(
-        GPT2Config(vocab_size=VOCABULARY, n_embd=WIDTH, n_layer=2, n_head=2, n_positions=40, **_ENDS)
-    )
+    return GPT2LMHeadModel(GPT2Config(vocab_size=VOCABULARY, n_embd=WIDTH, n_layer=2, n_head=2, n_positions=40, **ENDS))
 
 
 def opt() -> nn.Module:
@@ -62,17 +60,17 @@ def opt() -> nn.Module:
             max_position_embeddings=40,
             word_embed_proj_dim=8,
             pad_token_id=PAD,
-            **_ENDS,
+            **ENDS,
         )
     )
 
 
 def bert(**config: Any) -> nn.Module:
-    return BertForSequenceClassification(BertConfig(**_ENCODER, **config))
+    return BertForSequenceClassification(BertConfig(**ENCODER, **config))
 
 
 def roberta() -> nn.Module:
-    return RobertaForSequenceClassification(RobertaConfig(**_ENCODER, num_labels=3))
+    return RobertaForSequenceClassification(RobertaConfig(**ENCODER, num_labels=3))
 
 
 def lora(

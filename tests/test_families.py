@@ -10,7 +10,21 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
-from models import PAD, VOCABULARY, WIDTH, Example, autograd_row, labelled, lora, padding, prompts, stored, worst_error
+from models import (
+    ENCODER,
+    ENDS,
+    PAD,
+    VOCABULARY,
+    WIDTH,
+    Example,
+    autograd_row,
+    labelled,
+    lora,
+    padding,
+    prompts,
+    stored,
+    worst_error,
+)
 from torch import Tensor, nn
 from torch.utils.data import SequentialSampler
 from transformers import (
@@ -33,17 +47,7 @@ from hf_influence.store import GradientStore
 
 N, BATCH = 6, 3
 TOLERANCE = 1e-5
-SIZE = {
-    "vocab_size": VOCABULARY,
-    "hidden_size": WIDTH,
-    "intermediate_size": 24,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "max_position_embeddings": 40,
-    "pad_token_id": PAD,
-    "bos_token_id": 2,
-    "eos_token_id": 3,
-}
+SIZE = {**ENCODER, **ENDS}
 GROUPED = {**SIZE, "num_key_value_heads": 1, "head_dim": 8}
 Collate = Callable[[list[Example]], dict[str, Tensor]]
 

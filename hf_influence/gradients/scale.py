@@ -76,9 +76,10 @@ def of_tokens(
     seen, own = g[at, y].to(p_y), p_y - 1  # [k], gradient at the label: c (p_y − 1)
     count = torch.bincount(who, minlength=n)
     mean = lambda values: _total(values, who, n) / count.clamp(min=1)  # noqa: E731  (the one thing it is used for)
-    factor = _steady(_total(seen.double() * own, who, n), _total(own.double().square(), who, n))
+    square = _total(own.double().square(), who, n)  # [n]
+    factor = _steady(_total(seen.double() * own, who, n), square)
     # every token of an example weighs the same
-    heavy = _total(own.double().square(), who, n).sqrt()
+    heavy = square.sqrt()
     off = _total((seen.double() - factor[who] * own).square(), who, n).sqrt() / (factor.abs() * heavy)
     _check(off, heavy / count.clamp(min=1).sqrt(), factor, _tolerance(gradient))
     # and what comes back at the hardest token is an error vector of cross-entropy

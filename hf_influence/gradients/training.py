@@ -4,7 +4,6 @@ watch = TrainingWatch(model, task, taps, compress)
 with watch.step(inputs) as caught:
     loop.forward_and_backward(inputs)
 caught.rows, caught.stats        # the gradient of each example's own loss, whatever the loop divides it by
-
 """
 
 from __future__ import annotations

@@ -142,8 +142,7 @@ class RowWriter:
                 "training continues. Resume from a checkpoint of the run that wrote it, or pass overwrite=True and "
                 "train from the start."
             )
-        self.manifest.shards = kept
-        self.reopen()
+        self.manifest.shards, self.manifest.closed = kept, False
         self._list()
         for shard in gone:
             (self.folder / shard["file"]).unlink()
