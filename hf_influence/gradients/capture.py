@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from hf_influence.errors import UnsupportedModel
 from hf_influence.gradients.compress import Compressor
 from hf_influence.gradients.packing import Packing
-from hf_influence.gradients.rules import Entries
+from hf_influence.gradients.rules import Entries, outer, outer_of_many
 from hf_influence.gradients.taps import Modules, Tap, find_taps
 
 
@@ -43,6 +43,7 @@ class RowCatcher:
         self.packing: Packing | None = None
         self.recomputed = False
         self._rows: dict[str, Tensor] = {}
+        self._later: list[tuple[str, tuple[Tensor, Tensor, Entries]]] = []
         self._handles: list[Any] = []
         self._by_module: dict[int, list[Tap]] = {}
         for tap in taps:
@@ -64,7 +65,7 @@ class RowCatcher:
     def detach(self) -> None:
         while self._handles:
             self._handles.pop().remove()
-        self._rows.clear()
+        self.clear()
 
     def take(self) -> dict[str, Tensor]:
         """The rows of the batch that was just run backward, parameter name -> `[b, d]`, in the order of the model.
@@ -72,6 +73,9 @@ class RowCatcher:
         Raises:
             UnsupportedModel: A tapped module took no part in it.
         """
+        for (name, _), row in zip(self._later, outer_of_many([factors for _, factors in self._later]), strict=True):
+            self._sum(name, row)
+        self._later.clear()
         missing = [name for name in self.shapes if name not in self._rows]
         if missing:
             raise UnsupportedModel(
@@ -86,6 +90,7 @@ class RowCatcher:
     def clear(self) -> None:
         """Forget the rows of a batch that failed."""
         self._rows.clear()
+        self._later.clear()
 
     def _watch(self, module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
         if not torch.is_grad_enabled():
@@ -111,16 +116,10 @@ class RowCatcher:
         )
 
         def back(g: Tensor) -> None:
-            exact = torch.promote_types(g.dtype, torch.float32)
-            g = self._tokens(g.detach()).to(exact)
+            g = self._tokens(g.detach())
             for tap, seen in zip(taps, noted(), strict=True):
                 self._check_apart(tap, g)
-                if seen.is_floating_point() and seen.dtype != exact:
-                    seen = seen.to(exact)
-                if self.packing is None:
-                    self._add(tap, seen, g)
-                else:
-                    self._add(tap, self.packing.unpack(seen), self.packing.unpack(g))
+                self._add(tap, *tap.rule.factors(seen, g, self._entries(tap.parameter, g.device)))
 
         return back
 
@@ -144,11 +143,21 @@ class RowCatcher:
                 f"skip=[{tap.parameter!r}, …]."
             )
 
-    def _add(self, tap: Tap, seen: Tensor, g: Tensor) -> None:
+    def _add(self, tap: Tap, left: Tensor, right: Tensor) -> None:
+        left, right = _exact(left), _exact(right)
+        if self.packing is not None:
+            left, right = self.packing.unpack(left), self.packing.unpack(right)
         name = tap.parameter
-        row = tap.rule.row(seen, g, self._keep.get(name))
+        keep = self._keep.get(name)
+        if keep is not None and keep.at is not None and tap.rule.row is outer:
+            self._later.append((name, (left, right, keep)))
+            return
+        row = tap.rule.row(left, right, keep)
         if name in self._project:
             row = self._project[name](row)
+        self._sum(name, row)
+
+    def _sum(self, name: str, row: Tensor) -> None:
         self._rows[name] = self._rows[name] + row if name in self._rows else row
 
     def _entries(self, name: str, device: torch.device) -> Entries | None:
@@ -156,6 +165,13 @@ class RowCatcher:
         if keep is not None and keep.i.device != device:
             keep = self._keep[name] = keep.to(device)
         return keep
+
+
+def _exact(values: Tensor) -> Tensor:
+    """At least float32; token ids stay what they are."""
+    if not values.is_floating_point():
+        return values
+    return values.to(torch.promote_types(values.dtype, torch.float32))
 
 
 class _Saved(torch.autograd.Function):

@@ -8,97 +8,144 @@ where one factor comes from the layer's input and the other from the gradient at
 to remember of the input when the forward pass goes by, and how to form the row when the gradient comes back.
 
 Entries instead of the whole: `left[..., i] * right[..., j]` summed over tokens gives the entries `(i, j)` alone. Only
-those columns of the input are remembered, and the full gradient never exists.
+those columns of the input are remembered, and the full gradient never exists. A factor as slim as a LoRA rank is left
+whole: multiplying all of it is faster than picking its columns.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+SLIM = 32
+"""Columns up to which a factor is not worth picking from."""
+
 
 @dataclass(frozen=True)
 class Entries:
-    """Positions in a parameter `[m, n]`, as rows `i` and columns `j`, each `[k]`."""
+    """Positions in a parameter `[m, n]`, as rows `i` and columns `j`, each `[k]`.
+
+    Attributes:
+        left: The columns to pick from the left factor, `None` to keep all of it.
+        right: The same of the right one; at most one of them is kept whole.
+        at: Where the entries lie in the flattened product of what was kept; `None` if both were picked.
+    """
 
     i: Tensor
     j: Tensor
+    left: Tensor | None
+    right: Tensor | None
+    at: Tensor | None
 
     @classmethod
     def of(cls, columns: list[int], shape: list[int]) -> Entries:
         """From positions in the flattened parameter."""
         flat = torch.tensor(columns)
-        n = shape[-1] if len(shape) > 1 else 1
-        return cls(flat // n, flat % n)
+        m, n = shape if len(shape) > 1 else (shape[0], 1)
+        i, j, k = flat // n, flat % n, torch.arange(len(flat))
+        if len(shape) == 1 or min(m, n) > SLIM:
+            return cls(i, j, i, j, None)
+        return cls(i, j, i, None, k * n + j) if n <= m else cls(i, j, None, j, i * len(flat) + k)
 
     def to(self, device: torch.device) -> Entries:
-        return Entries(self.i.to(device), self.j.to(device))
+        parts = (self.i, self.j, self.left, self.right, self.at)
+        return Entries(*(None if part is None else part.to(device) for part in parts))  # type: ignore[arg-type]
 
 
 class Rule(NamedTuple):
     """How the rows of one parameter come about.
 
     remember: `(x [b, t, i] or token ids [b, t], entries) -> [b, t, …]`, at the forward pass.
-    row: `(what was remembered, g [b, t, o], entries) -> [b, d]`, at the backward pass.
+    factors: `(what was remembered, g [b, t, o], entries) -> left, right`, at the backward pass, each `[b, t, …]`.
+    row: `(left, right, entries) -> [b, d]`.
     """
 
     remember: Callable[[Tensor, Entries | None], Tensor]
+    factors: Callable[[Tensor, Tensor, Entries | None], tuple[Tensor, Tensor]]
     row: Callable[[Tensor, Tensor, Entries | None], Tensor]
 
 
-def linear() -> Rule:
-    """A weight `[o, i]`: `y = x Wᵀ`."""
-    return Rule(_on_the_right, lambda x, g, keep: _outer(_on_the_left(g, keep), x, keep))
-
-
-def transposed() -> Rule:
-    """A weight `[i, o]`: `y = x W`."""
-    return Rule(_on_the_left, lambda x, g, keep: _outer(x, _on_the_right(g, keep), keep))
-
-
-def bias() -> Rule:
-    """A bias `[o]`; the input does not matter."""
-    return Rule(lambda x, keep: x.new_empty(*x.shape[:2], 0), lambda _, g, keep: _on_the_left(g, keep).sum(1))
-
-
-def one_hot(left: Callable[[Tensor], Tensor], size: int) -> Rule:
-    """A weight `[m, size]` whose columns are chosen by token ids; `left(g)` is `[b, t, m]`."""
-
-    def row(ids: Tensor, g: Tensor, keep: Entries | None) -> Tensor:
-        a = left(g)
-        if keep is not None:
-            return _outer(_on_the_left(a, keep), ids.to(a), keep)  # ids: [b, t, k], which of the entries it is
-        rows = a.new_zeros(len(ids), a.shape[2], size)
-        return rows.scatter_add_(2, ids[:, None, :].expand(-1, a.shape[2], -1), a.transpose(1, 2)).flatten(1)
-
-    return Rule(lambda ids, keep: ids if keep is None else ids[..., None] == keep.j, row)
-
-
-def looked_up(table: Callable[[], Tensor]) -> Rule:
-    """A weight `[m, n]` behind a frozen look-up table `[size, n]`: its input is `table[ids]`."""
-    after = linear()
-    return Rule(lambda ids, keep: after.remember(table()[ids], keep), after.row)
-
-
-def _outer(left: Tensor, right: Tensor, keep: Entries | None) -> Tensor:
-    """`[b, t, m], [b, t, n] -> [b, m n]`; of chosen entries `[b, t, k], [b, t, k] -> [b, k]`."""
+def outer(left: Tensor, right: Tensor, keep: Entries | None) -> Tensor:
+    """`[b, t, m], [b, t, n] -> [b, m n]`; of chosen entries, `[b, t, m or k], [b, t, n or k] -> [b, k]`."""
     if keep is not None:
-        return (left * right).sum(1)
+        if keep.at is None:
+            return (left * right).sum(1)
+        return torch.bmm(left.transpose(1, 2), right).flatten(1).index_select(1, keep.at)
     if left.shape[2] <= right.shape[2]:
         return torch.bmm(left.transpose(1, 2), right).flatten(1)
     # a product with its long side last is several times faster
     return torch.bmm(right.transpose(1, 2), left).transpose(1, 2).flatten(1)
 
 
+def outer_of_many(factors: Sequence[tuple[Tensor, Tensor, Entries]]) -> list[Tensor]:
+    """`outer` for the chosen entries of many parameters, in one product for all that have the same shape."""
+    alike: dict[tuple[torch.Size, torch.Size], list[int]] = {}
+    for number, (left, right, _) in enumerate(factors):
+        alike.setdefault((left.shape, right.shape), []).append(number)
+    rows: dict[int, Tensor] = {}
+    for numbers in alike.values():
+        lefts, rights, keeps = zip(*(factors[number] for number in numbers), strict=True)
+        product = torch.matmul(torch.stack(lefts).transpose(2, 3), torch.stack(rights)).flatten(2)  # [p, b, m k]
+        at = torch.stack([keep.at for keep in keeps])[:, None]  # [p, 1, k]
+        rows |= dict(zip(numbers, product.gather(2, at.expand(-1, product.shape[1], -1)), strict=True))
+    return [rows[number] for number in range(len(factors))]
+
+
+def linear() -> Rule:
+    """A weight `[o, i]`: `y = x Wᵀ`."""
+    return Rule(_on_the_right, lambda x, g, keep: (_on_the_left(g, keep), x), outer)
+
+
+def transposed() -> Rule:
+    """A weight `[i, o]`: `y = x W`."""
+    return Rule(_on_the_left, lambda x, g, keep: (x, _on_the_right(g, keep)), outer)
+
+
+def bias() -> Rule:
+    """A bias `[o]`; the input does not matter."""
+    return Rule(
+        lambda x, keep: x.new_empty(*x.shape[:2], 0),
+        lambda nothing, g, keep: (_on_the_left(g, keep), nothing),
+        lambda g, _, keep: g.sum(1),
+    )
+
+
+def one_hot(left: Callable[[Tensor], Tensor], size: int) -> Rule:
+    """A weight `[m, size]` whose columns are chosen by token ids; `left(g)` is `[b, t, m]`."""
+
+    def row(a: Tensor, ids: Tensor, keep: Entries | None) -> Tensor:
+        if keep is not None:
+            return (a * ids).sum(1)  # [b, t, k] both; ids say which of the entries a token is
+        rows = a.new_zeros(len(ids), a.shape[2], size)
+        return rows.scatter_add_(2, ids[:, None, :].expand(-1, a.shape[2], -1), a.transpose(1, 2)).flatten(1)
+
+    return Rule(
+        lambda ids, keep: ids if keep is None else ids[..., None] == keep.j,
+        lambda ids, g, keep: (left(g) if keep is None else _picked(left(g), keep.i), ids),
+        row,
+    )
+
+
+def looked_up(table: Callable[[], Tensor]) -> Rule:
+    """A weight `[m, n]` behind a frozen look-up table `[size, n]`: its input is `table[ids]`."""
+    after = linear()
+    return after._replace(remember=lambda ids, keep: after.remember(table()[ids], keep))
+
+
 def _on_the_left(values: Tensor, keep: Entries | None) -> Tensor:
-    """The columns that the entries need of a left factor, `[b, t, m] -> [b, t, k]`."""
-    return values if keep is None else values.index_select(2, keep.i)
+    """The columns that the entries need of a left factor, `[b, t, m] -> [b, t, m or k]`."""
+    return values if keep is None or keep.left is None else _picked(values, keep.left)
 
 
 def _on_the_right(values: Tensor, keep: Entries | None) -> Tensor:
-    """The columns that the entries need of a right factor, `[b, t, n] -> [b, t, k]`."""
-    return values if keep is None else values.index_select(2, keep.j)
+    """The columns that the entries need of a right factor, `[b, t, n] -> [b, t, n or k]`."""
+    return values if keep is None or keep.right is None else _picked(values, keep.right)
+
+
+def _picked(values: Tensor, columns: Tensor) -> Tensor:
+    """`[b, t, d] -> [b, t, k]`; twice as fast in two dimensions as in three."""
+    return values.flatten(0, 1).index_select(1, columns).unflatten(0, values.shape[:2])

@@ -8,6 +8,7 @@ from fnmatch import fnmatchcase
 from functools import partial
 from typing import Any, Literal
 
+import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -97,6 +98,7 @@ def _rules_of(module: nn.Module) -> list[tuple[Tensor, Rule]]:
 def _before_up(layer: Any, adapter: str, g: Tensor) -> Tensor:
     """The gradient behind `B`, `[b, t, r]`."""
     _, up, scale = embedding_factors(layer, adapter)
+    g = g.to(torch.promote_types(g.dtype, torch.float32))
     return g @ (up.detach() * scale).to(g)
 
 
