@@ -110,7 +110,9 @@ def test_targets_that_are_no_classes_are_not_counted():
 @pytest.mark.parametrize(
     "rule",
     [{}, {"drop": 0.1, "keep": 0.9}]
-    + [{name: bad} for name in ("drop", "keep") for bad in (True, 1.0, -1, -0.1, float("nan"), "5%", [1])],
+    + [{name: bad} for name in ("drop", "keep") for bad in (True, 1.0, -1, -0.1, float("nan"), "5%", [1])]
+    + [{"keep_tokens": bad} for bad in (0.5, -1, "many")]
+    + [{"drop": 1, "keep_tokens": 5}],
     ids=str,
 )
 def test_rules_that_mean_nothing_are_refused(rule):
@@ -126,7 +128,7 @@ def test_rules_that_mean_nothing_are_refused(rule):
         ({"keep": 0}, numbered(3), [0, 1, 2], BadSetting, "leaves none of the 3 rows"),
         ({"keep": 4}, numbered(3), [0, 1, 2], BadSetting, "more rows than the 3"),
         ({"drop": 1}, numbered(0), [0, 1, 2], BadExample, "no rows"),
-        ({"drop": 1}, DatasetDict({"train": numbered(3)}), [0, 1, 2], BadExample, r"dataset\['train'\]"),
+        ({"drop": 1}, DatasetDict({"test": numbered(3)}), [0, 1, 2], BadExample, "splits .*'test'.* no 'train'"),
         ({"drop": 1}, [{"row": 0}], [0], BadExample, "list is not a datasets.Dataset"),
         ({"drop": 1}, numbered(3), ["a", "b", "c"], BadSetting, "3 of the 3 ids .* index .* 'a'"),
         ({"drop": 1}, numbered(3), [1, 2, 3], BadSetting, "1 of the 3 ids .* first is 3"),
@@ -141,3 +143,56 @@ def test_what_does_not_fit_is_named(rule, dataset, ids, error, message):
     id_column, ids = ids if isinstance(ids, tuple) else (None, ids)
     with pytest.raises(error, match=message):
         DatasetFilter(**rule).apply(dataset, scores_of([float(i) for i in range(len(ids))], ids, id_column))
+
+
+def test_a_split_of_a_dataset_dict_is_filtered_and_the_others_stay():
+    splits = DatasetDict({"train": numbered(3), "test": numbered(2)})
+    kept = DatasetFilter(drop=1).apply(splits, scores_of([1.0, 0.0, 2.0]))
+    assert {name: split["row"][:] for name, split in kept.items()} == {"train": [0, 2], "test": [0, 1]}
+    kept = DatasetFilter(drop=1).apply(splits, scores_of([1.0, 0.0]), split="test")
+    assert {name: split["row"][:] for name, split in kept.items()} == {"train": [0, 1, 2], "test": [0]}
+
+
+@pytest.mark.parametrize(
+    ("rule", "kept"), [({"drop": 0.5}, [1, 3, 4]), ({"keep": 1}, [3, 4]), ({"drop": 1}, [1, 2, 3, 4])], ids=str
+)
+def test_each_group_is_cut_for_itself(rule, kept):
+    dataset = numbered(6, task=["a", "a", "a", "a", "b", "b"])
+    kept_rows = DatasetFilter(**rule, within="task").apply(dataset, scores_of([1.0, 3.0, 2.0, 4.0, -1.0, -2.0]))
+    assert kept_rows["row"][:] == kept
+
+
+def test_the_best_rows_that_fit_a_budget_of_tokens_stay():
+    dataset = numbered(4, input_ids=[[1] * 5, [1] * 3, [1] * 4, [1]])
+    scores = scores_of([0.0, 3.0, 2.0, 1.0])
+    for budget, kept in ((8, [1, 2, 3]), (7, [1, 2]), (13, [0, 1, 2, 3]), (3, [1])):
+        assert DatasetFilter(keep_tokens=budget).apply(dataset, scores)["row"][:] == kept
+    with pytest.raises(BadSetting, match="leaves none"):
+        DatasetFilter(keep_tokens=2).apply(dataset, scores)
+    with pytest.raises(BadExample, match="tokens="):
+        DatasetFilter(keep_tokens=2).apply(numbered(4), scores)
+
+
+def test_several_scores_drop_what_they_agree_on():
+    one, other = scores_of([0.0, 1.0, 2.0, 3.0]), scores_of([-5.0, 3.0, -6.0, 9.0])
+    both = DatasetFilter(drop=2)
+    assert both.apply(numbered(4), [one, other])["row"][:] == [1, 2, 3]
+    assert str(both.report).startswith("kept 3 of 4 rows by self_ip + self_ip(), drop=2")
+    assert both.report.removed == ((0, pytest.approx(1 / 6), 0),)  # places 0 and 1/3
+    assert DatasetFilter(drop=2, agree=1).apply(numbered(4), [one, other])["row"][:] == [3]
+    with pytest.raises(BadSetting, match="agree=3 of 2"):
+        DatasetFilter(drop=2, agree=3).apply(numbered(4), [one, other])
+
+
+def test_a_threshold_chooses_the_number_of_rows():
+    scores = scores_of([0.9, -3.0, 1.1, 1.0, -2.9])
+    trim = DatasetFilter(drop="otsu")
+    assert trim.apply(numbered(5), scores)["row"][:] == [0, 2, 3]
+    assert "drop='otsu'" in str(trim.report)
+    assert DatasetFilter(drop="negative").apply(numbered(5), scores)["row"][:] == [0, 2, 3]
+    assert DatasetFilter(drop=lambda values: values.mean(1) < -2.95).apply(numbered(5), scores)["row"][:] == [
+        0,
+        2,
+        3,
+        4,
+    ]

@@ -1,0 +1,7 @@
+"""Scores and a dataset in, a better dataset out."""
+
+from hf_influence.filter.dataset_filter import DatasetFilter
+from hf_influence.filter.report import FilterReport, Removed
+from hf_influence.filter.thresholds import discovery
+
+__all__ = ["DatasetFilter", "FilterReport", "Removed", "discovery"]

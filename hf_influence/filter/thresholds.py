@@ -1,0 +1,142 @@
+"""Where to cut: how many rows of a ranking are to go, read off the scores themselves.
+
+    DatasetFilter(drop="otsu")        # the two groups that differ most
+    DatasetFilter(drop="mixture")     # rows that rather belong to the lower of two bell curves
+    DatasetFilter(drop="negative")    # rows that are predicted to do harm
+    DatasetFilter(drop=discovery(0.1))  # rows that do harm for sure, at most a tenth of them by chance
+
+A threshold is a function from the scores `[n, q]` to one flag a row, `[n]`: true for rows that go. Higher scores are
+more worth keeping, so the flags are always those of the lowest.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from sklearn.mixture import GaussianMixture
+from torch import Tensor
+
+from hf_influence.errors import BadSetting
+
+Threshold = Callable[[Tensor], Tensor]
+"""Scores `[n, q]` -> which rows go, `[n]`."""
+
+PERMUTATIONS = 2000
+
+
+def otsu(values: Tensor) -> Tensor:
+    """The cut between two groups of rows that makes the means of the groups differ most.
+
+        cut = argmax_c  w_low(c) w_high(c) (μ_low(c) − μ_high(c))²        over all cuts between two rows
+
+    It always finds two groups, also where there are none: on clean data it still drops up to half of the rows.
+
+    Source: Otsu 1979; for influence, Kong et al., ICLR 2022, and GEX, section 5.2.
+    """
+    mean = values.double().mean(1)
+    if len(mean) < 2 or mean.min() == mean.max():
+        return torch.zeros(len(mean), dtype=torch.bool)
+    ordered = mean.sort().values
+    n, total = len(mean), ordered.sum()
+    low = torch.arange(1, n, dtype=torch.float64)
+    sums = ordered.cumsum(0)[:-1]
+    between = low * (n - low) * (sums / low - (total - sums) / (n - low)).square()
+    between[ordered[1:] == ordered[:-1]] = -1  # equal scores stay together
+    return mean <= ordered[int(between.argmax())]
+
+
+def mixture(values: Tensor) -> Tensor:
+    """The rows that belong to the lower of two normal distributions with more than even odds.
+
+    Two components are fitted to the mean scores; where one component explains them as well (by the Bayesian information
+    criterion), no row goes. So clean data stay whole, unlike with `otsu`.
+
+    Source: Arazo et al., Unsupervised Label Noise Modeling, ICML 2019, there for losses.
+    """
+    mean = values.double().mean(1)
+    if len(mean) < 4 or mean.min() == mean.max():
+        return torch.zeros(len(mean), dtype=torch.bool)
+    scaled = ((mean - mean.mean()) / mean.std()).numpy()[:, None]
+    one, two = (GaussianMixture(k, n_init=5, random_state=0).fit(scaled) for k in (1, 2))
+    if two.bic(scaled) >= one.bic(scaled):
+        return torch.zeros(len(mean), dtype=torch.bool)
+    lower = int(two.means_[:, 0].argmin())
+    odds = torch.from_numpy(two.predict_proba(scaled)[:, lower]) > 0.5
+    # a wide lower component claims the far end of the other side as well; only what lies below goes
+    return odds & (torch.from_numpy(scaled[:, 0]) < float(two.means_[1 - lower, 0]))
+
+
+def negative(values: Tensor) -> Tensor:
+    """The rows with a mean score below zero: without them the queries' loss is predicted to fall.
+
+    Raises:
+        BadSetting: No score is above zero, as with self-influence or losses, where zero means nothing.
+    """
+    mean = values.double().mean(1)
+    if len(mean) and mean.max() <= 0:
+        raise BadSetting(
+            "no score is above zero, so zero does not part good from bad (self-influence, losses and outlier scores "
+            'are all negative). Use drop="mixture", drop="otsu" or a share.'
+        )
+    return mean < 0
+
+
+def discovery(rate: float, permutations: int = PERMUTATIONS, seed: int = 0) -> Threshold:
+    """Rows that harm the queries beyond chance; of those dropped at most `rate` by mistake, in expectation.
+
+    If a row did not matter, the signs of its scores would not either. So the mean score of row i is compared with its
+    means under random signs ε of the queries, the same for all rows, which keeps the rows' dependence:
+
+        p_i = (1 + #{ mean_j ε_j s_ij ≤ mean_j s_ij }) / (1 + permutations)
+
+    and the rows with p below the line of Benjamini and Hochberg go. It needs a score a query, and enough queries.
+
+    Args:
+        rate: Accepted share of mistakes among the dropped rows, in (0, 1).
+        permutations: Random sign patterns.
+        seed: Of them.
+
+    Raises:
+        BadSetting: A rate out of range; when it is applied, scores with fewer than 8 queries.
+
+    Source: Benjamini & Hochberg 1995; sign-flip test.
+    """
+    if not 0 < rate < 1:
+        raise BadSetting(f"discovery({rate!r}): the accepted share of mistakes must lie between 0 and 1.")
+    return partial(_discovered, rate=rate, permutations=permutations, seed=seed)
+
+
+def _discovered(values: Tensor, rate: float, permutations: int, seed: int) -> Tensor:
+    n, q = values.shape
+    if q < 8:
+        raise BadSetting(
+            f"the scores have {q} column(s), and whether a row harms beyond chance shows in its scores for many "
+            "queries (at least 8). Use a method that compares with each query, queries='each'."
+        )
+    values = values.double()
+    signs = torch.randint(0, 2, (permutations, q), generator=torch.Generator().manual_seed(seed)) * 2.0 - 1  # [p, q]
+    mean = values.mean(1)
+    as_low = torch.zeros(n, dtype=torch.float64)
+    for piece in signs.double().split(256):
+        as_low += (values @ piece.T / q <= mean[:, None]).sum(1)
+    p = (1 + as_low) / (1 + permutations)
+    ordered, order = p.sort()
+    under = (ordered <= rate * torch.arange(1, n + 1) / n).nonzero()
+    gone = torch.zeros(n, dtype=torch.bool)
+    if len(under):
+        gone[order[: int(under[-1]) + 1]] = True
+    return gone
+
+
+THRESHOLDS: dict[str, Threshold] = {"otsu": otsu, "mixture": mixture, "negative": negative}
+
+
+def name_of(threshold: str | Threshold) -> str:
+    """How a report calls it, such as "otsu" or "discovery(0.1, …)"."""
+    if isinstance(threshold, str):
+        return threshold
+    if isinstance(threshold, partial) and threshold.func is _discovered:
+        return "discovery({rate}, permutations={permutations}, seed={seed})".format(**threshold.keywords)
+    return getattr(threshold, "__name__", type(threshold).__name__)
