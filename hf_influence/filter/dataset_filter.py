@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
@@ -15,6 +14,7 @@ from datasets import Dataset, DatasetDict
 from torch import Tensor
 
 from hf_influence.errors import BadExample, BadSetting
+from hf_influence.filter.matching import in_dataset_order, positions
 from hf_influence.filter.report import FilterReport, Removed, group_sizes
 from hf_influence.filter.thresholds import THRESHOLDS, Threshold, name_of
 from hf_influence.scores import Scores
@@ -110,16 +110,11 @@ class DatasetFilter:
             return DatasetDict({**dataset, split: self.apply(dataset[split], scores)})
         rankings = [scores] if isinstance(scores, Scores) else list(scores)
         needed = self._votes(len(rankings))
-        for one in rankings:
-            self._check(dataset, one.id_column)
+        values = [in_dataset_order(dataset, one) for one in rankings]  # each [n, q]
         n = len(dataset)
-        values, names = [], {}  # of each ranking [n, q], in dataset order
-        for one in rankings:
-            position = self._positions(dataset, one)  # [n], row of the dataset for each row of the scores
-            ordered = torch.empty(one.values.shape, dtype=torch.float64)
-            ordered[position] = one.values.detach().cpu().double()
-            values.append(ordered)
-            names = dict(zip(position.tolist(), one.ids, strict=True))  # row of the dataset -> id
+        names = dict(zip(positions(dataset, rankings[0]).tolist(), rankings[0].ids, strict=True))  # row -> id
+        if self.columns and (taken := [column for column in _ADDED if column in dataset.column_names]):
+            raise BadExample(f"the dataset has {taken} already. Rename or remove them, or leave columns=False.")
         mean = values[0].mean(1) if len(values) == 1 else torch.stack([_places(v.mean(1)) for v in values]).mean(0)
         order = mean.argsort(stable=True)  # [n], worst first
         rank = order.argsort()  # [n]
@@ -209,51 +204,6 @@ class DatasetFilter:
                 f"{dataset.column_names}. Name the column of tokens: DatasetFilter(keep_tokens=…, tokens='…')."
             )
         return torch.tensor([len(value) for value in dataset.with_format(None)[self.tokens]])
-
-    def _check(self, dataset: Dataset, id_column: str | None) -> None:
-        if not isinstance(dataset, Dataset):
-            raise BadExample(
-                f"{type(dataset).__name__} is not a datasets.Dataset, which is what is filtered. Make one with "
-                "Dataset.from_list, Dataset.from_pandas or, for a stream, Dataset.from_generator."
-            )
-        if len(dataset) == 0:
-            raise BadExample("the dataset has no rows, so there is nothing to filter. Check how it was loaded.")
-        if self.columns and (taken := [column for column in _ADDED if column in dataset.column_names]):
-            raise BadExample(f"the dataset has {taken} already. Rename or remove them, or leave columns=False.")
-        if id_column is not None and id_column not in dataset.column_names:
-            raise BadExample(
-                f"no column '{id_column}' among {dataset.column_names}, which the scores name their examples by. "
-                "Filter the dataset that was scored, with that column."
-            )
-
-    def _positions(self, dataset: Dataset, scores: Scores) -> torch.Tensor:
-        """Row of the dataset for each row of the scores, `[n]`; each row exactly once."""
-        n, id_column = len(dataset), scores.id_column
-        if len(scores) != n:
-            raise BadSetting(
-                f"the scores cover {len(scores)} examples and the dataset has {n} rows: they belong to another "
-                "dataset, or to another version of it. Filter the one that was scored, or score this one."
-            )
-        ids = range(n) if id_column is None else dataset.with_format(None)[id_column][:]
-        row = {id_: i for i, id_ in enumerate(ids)}
-        if len(row) < n:
-            twice = next(id_ for id_, count in Counter(ids).items() if count > 1)
-            raise BadExample(
-                f"id {twice!r} occurs more than once in column '{id_column}', so its score could mean either row. Use "
-                "a column of unique ids."
-            )
-        if unknown := [id_ for id_ in scores.ids if id_ not in row]:
-            where = f"in column '{id_column}'" if id_column else f"an index of the dataset (0 to {n - 1})"
-            raise BadSetting(
-                f"{len(unknown)} of the {n} ids of the scores are not {where}; the first is {unknown[0]!r}. Filter the "
-                "dataset that was scored."
-            )
-        if len(set(scores.ids)) < n:
-            twice = next(id_ for id_, count in Counter(scores.ids).items() if count > 1)
-            raise BadSetting(
-                f"the scores have id {twice!r} more than once, so some rows have none. Score the dataset anew."
-            )
-        return torch.tensor([row[id_] for id_ in scores.ids])
 
 
 def _places(values: Tensor) -> Tensor:

@@ -1,0 +1,80 @@
+"""Which row of a dataset a score belongs to."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from datasets import Dataset
+from torch import Tensor
+
+from hf_influence.errors import BadExample, BadSetting
+from hf_influence.scores import Scores
+
+
+def in_dataset_order(dataset: Dataset, scores: Scores) -> Tensor:
+    """The values of the scores, `[n, q]` in float64, one row for each row of the dataset; errors as in `positions`."""
+    ordered = torch.empty(scores.values.shape, dtype=torch.float64)
+    ordered[positions(dataset, scores)] = scores.values.detach().cpu().double()
+    return ordered
+
+
+def positions(dataset: Dataset, scores: Scores) -> Tensor:
+    """Row of the dataset for each row of the scores, `[n]`; each row exactly once.
+
+    Raises:
+        BadExample: Not a `datasets.Dataset`, no rows, or no such id column.
+        BadSetting: Scores of another dataset.
+    """
+    _check(dataset, scores.id_column)
+    n, id_column = len(dataset), scores.id_column
+    if len(scores) != n:
+        raise BadSetting(
+            f"the scores cover {len(scores)} examples and the dataset has {n} rows: they belong to another "
+            "dataset, or to another version of it. Filter the one that was scored, or score this one."
+        )
+    ids = range(n) if id_column is None else dataset.with_format(None)[id_column][:]
+    row = {id_: i for i, id_ in enumerate(ids)}
+    if len(row) < n:
+        twice = next(id_ for id_, count in Counter(ids).items() if count > 1)
+        raise BadExample(
+            f"id {twice!r} occurs more than once in column '{id_column}', so its score could mean either row. Use "
+            "a column of unique ids."
+        )
+    if unknown := [id_ for id_ in scores.ids if id_ not in row]:
+        where = f"in column '{id_column}'" if id_column else f"an index of the dataset (0 to {n - 1})"
+        raise BadSetting(
+            f"{len(unknown)} of the {n} ids of the scores are not {where}; the first is {unknown[0]!r}. Filter the "
+            "dataset that was scored."
+        )
+    if len(set(scores.ids)) < n:
+        twice = next(id_ for id_, count in Counter(scores.ids).items() if count > 1)
+        raise BadSetting(
+            f"the scores have id {twice!r} more than once, so some rows have none. Score the dataset anew."
+        )
+    return torch.tensor([row[id_] for id_ in scores.ids])
+
+
+def rows_named(dataset: Dataset, ids: Sequence[Any], id_column: str | None) -> list[int]:
+    """The rows of the dataset with these ids."""
+    if id_column is None:
+        return [int(name) for name in ids]
+    row = {name: i for i, name in enumerate(dataset.with_format(None)[id_column][:])}
+    return [row[name] for name in ids]
+
+
+def _check(dataset: Dataset, id_column: str | None) -> None:
+    if not isinstance(dataset, Dataset):
+        raise BadExample(
+            f"{type(dataset).__name__} is not a datasets.Dataset, which is what is filtered. Make one with "
+            "Dataset.from_list, Dataset.from_pandas or, for a stream, Dataset.from_generator."
+        )
+    if len(dataset) == 0:
+        raise BadExample("the dataset has no rows, so there is nothing to filter. Check how it was loaded.")
+    if id_column is not None and id_column not in dataset.column_names:
+        raise BadExample(
+            f"no column '{id_column}' among {dataset.column_names}, which the scores name their examples by. "
+            "Filter the dataset that was scored, with that column."
+        )

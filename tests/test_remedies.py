@@ -1,0 +1,122 @@
+"""Relabelling and reweighting: what changes, what stays, and what is refused."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from datasets import ClassLabel, Dataset, Features, Value
+
+from hf_influence.errors import BadExample, BadSetting
+from hf_influence.filter import DatasetFilter, Relabel, Reweight
+from hf_influence.scores import Scores
+
+PHI = torch.tensor([[0.7, 0.2, 0.1], [0.1, 0.3, 0.6], [0.05, 0.05, 0.9], [0.2, 0.5, 0.3]], dtype=torch.float64)
+
+
+def rows(labels, **columns):
+    return Dataset.from_dict({"text": [f"row {i}" for i in range(len(labels))], "label": labels, **columns})
+
+
+def scores_of(values, ids=None, id_column=None):
+    return Scores(torch.tensor(values)[:, None], ids or list(range(len(values))), "ip", id_column=id_column)
+
+
+def test_suspicious_rows_get_the_other_label_or_the_likeliest_other_one():
+    scores = scores_of([3.0, -1.0, 2.0, -2.0])
+    flip = Relabel(suspects=DatasetFilter(drop=2), how="flip")
+    assert flip.apply(rows([0, 1, 1, 0]), scores)["label"][:] == [0, 0, 1, 1]
+    assert flip.changed == (3, 1)
+    predicted = Relabel(suspects=DatasetFilter(drop=2))
+    assert predicted.apply(rows([0, 2, 1, 1]), scores, PHI)["label"][:] == [0, 1, 1, 2]  # never the label it has
+
+
+def test_soft_labels_follow_the_formula():
+    soft = Relabel(suspects=DatasetFilter(drop=1), how="soft")
+    new = torch.tensor(soft.apply(rows([0, 2, 1, 1]), scores_of([1.0, -1.0, 1.0, 1.0]), PHI)["label"][:])
+    expected = torch.eye(3)[[0, 2, 1, 1]]
+    expected[1] = torch.tensor([math.log(0.4) / (2 * math.log(0.1)), math.log(0.4) / (2 * math.log(0.3)), 0])
+    torch.testing.assert_close(new, expected)
+
+
+def test_soft_labels_of_two_classes_are_flipped_ones():
+    phi = torch.tensor([[0.25, 0.75], [1.0, 0.0]])
+    soft = Relabel(suspects=DatasetFilter(drop=1), how="soft")
+    for row, scores in enumerate(([-1.0, 1.0], [1.0, -1.0])):
+        new = soft.apply(rows([0, 0]), scores_of(scores), phi)["label"][:]
+        assert new[row] == [0.0, 1.0]
+        assert new[1 - row] == [1.0, 0.0]
+
+
+def test_suggestions_change_nothing_and_name_old_and_new_labels():
+    data = rows([0, 1, 1, 0], id=["a", "b", "c", "d"])
+    backwards = scores_of([-2.0, 2.0, -1.0, 3.0], ["d", "c", "b", "a"], "id")
+    review = Relabel(suspects=DatasetFilter(drop=2), how="flip").suggest(data, backwards)
+    assert review.select_columns(["id", "row", "score", "label_before", "label_after", "label"]).to_dict() == {
+        "id": ["d", "b"],
+        "row": [3, 1],
+        "score": [-2.0, -1.0],
+        "label_before": [0, 1],
+        "label_after": [1, 0],
+        "label": [0, 1],
+    }
+    assert data["label"][:] == [0, 1, 1, 0]
+
+
+def test_features_and_order_of_columns_stay():
+    features = Features({"label": ClassLabel(names=["bad", "good"]), "text": Value("string")})
+    data = Dataset.from_dict({"label": [0, 1], "text": ["a", "b"]}, features=features).with_format("numpy")
+    new = Relabel(suspects=DatasetFilter(drop=1), how="flip").apply(data, scores_of([1.0, 0.0]))
+    assert new.features == features
+    assert new.column_names == ["label", "text"]
+    assert new.format["type"] == "numpy"
+    assert new["label"][:].tolist() == [0, 0]
+
+
+@pytest.mark.parametrize(
+    ("how", "data", "probabilities", "error", "message"),
+    [
+        ("flip", rows([0, 2]), None, BadSetting, "two classes"),
+        ("predicted", rows([0, 1]), None, BadSetting, "needs the model's probabilities"),
+        ("predicted", rows([0, 2]), [[0.5, 0.5], [0.5, 0.5]], BadSetting, "one column a class"),
+        ("soft", rows([0, 1]), [[2.0, -1.0], [0.5, 0.5]], BadSetting, "softmax"),
+        ("flip", rows([0.5, 1.0]), None, BadExample, "no class number"),
+        ("flip", rows([0, 1]).remove_columns("label"), None, BadExample, "no column 'label'"),
+    ],
+)
+def test_what_cannot_be_relabelled_is_named(how, data, probabilities, error, message):
+    with pytest.raises(error, match=message):
+        Relabel(suspects=DatasetFilter(drop=1), how=how).apply(data, scores_of([0.0, 1.0]), probabilities)
+    with pytest.raises(BadSetting, match="no way to relabel"):
+        Relabel(suspects=DatasetFilter(drop=1), how="guess")
+
+
+@pytest.mark.parametrize("how", ["softmax", "clipped", "ranks"])
+def test_weights_grow_with_the_scores_and_have_mean_one(how):
+    values = [3.0, -1.0, 0.5, 0.5, -20.0]
+    weight = np.array(Reweight(how=how).apply(rows([0] * 5), scores_of(values))["weight"][:])
+    assert weight.mean() == pytest.approx(1)
+    assert (weight >= 0).all()
+    assert (np.diff(weight[np.argsort(values)]) >= 0).all()
+    assert weight[2] == weight[3]
+    equal = Reweight(how=how).apply(rows([0] * 3), scores_of([1.0, 1.0, 1.0]))["weight"][:]
+    assert equal == pytest.approx([1, 1, 1])
+
+
+def test_weights_are_those_of_the_formula():
+    values = torch.tensor([2.0, 0.0, 1.0, -3.0], dtype=torch.float64)
+    z = (values - values.mean()) / values.std(correction=0)
+    scores = scores_of(values.tolist(), [2, 0, 3, 1])
+    weight = torch.tensor(Reweight(temperature=0.5).apply(rows([0] * 4), scores)["weight"][:], dtype=torch.float64)
+    torch.testing.assert_close(weight[[2, 0, 3, 1]], 4 * torch.softmax(z / 0.5, 0))
+    ranks = Reweight(how="ranks").apply(rows([0] * 4), scores)["weight"][:]
+    assert ranks == pytest.approx([0.8, 0.4, 1.6, 1.2])
+
+
+def test_bad_weights_are_refused():
+    with pytest.raises(BadSetting, match="no way to weigh"):
+        Reweight(how="strange")
+    with pytest.raises(BadSetting, match="above 0"):
+        Reweight(temperature=0)
+    with pytest.raises(BadExample, match="already"):
+        Reweight(column="text").apply(rows([0]), scores_of([1.0]))
