@@ -2,5 +2,6 @@
 
 from hf_influence.callbacks.capture import GradientCapture
 from hf_influence.callbacks.packing import prepared
+from hf_influence.callbacks.weighted import WeightedTrainer
 
-__all__ = ["GradientCapture", "prepared"]
+__all__ = ["GradientCapture", "WeightedTrainer", "prepared"]

@@ -1,0 +1,117 @@
+"""WeightedTrainer: training in which every example counts as much as its weight says."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.data import Sampler, WeightedRandomSampler
+from transformers import Trainer
+
+from hf_influence.errors import BadExample, BadSetting
+from hf_influence.task import IGNORED, Classification, LanguageModel, task_of
+
+By = Literal["loss", "sampling"]
+
+
+class WeightedTrainer(Trainer):
+    """A Trainer for a dataset with a column of weights, such as `Reweight` makes; all else is as ever.
+
+        weighted = Reweight().apply(train, scores)
+        WeightedTrainer(model=model, args=args, train_dataset=weighted, data_collator=collator).train()
+
+    With `by="loss"` the loss of example i counts w_i times: with weights of 1 the loss is the plain Trainer's,
+
+        L = Σ_i w_i Σ_t ℓ_it / number of labelled tokens (of examples, for a classifier) of the optimiser step
+
+    With `by="sampling"` the loss is plain, and examples are drawn with replacement in proportion to their weights, as
+    many an epoch as there are.
+
+    Labels of a classifier may be vectors of class probabilities, as `Relabel(how="soft")` makes them.
+
+    Args:
+        weight_column: The column of weights, each at least 0.
+        by: "loss" or "sampling".
+
+    Raises:
+        BadSetting: Another loss function of your own, or an unknown `by`.
+        BadExample: When training starts: no such column, or a weight below 0.
+    """
+
+    def __init__(self, *args: Any, weight_column: str = "weight", by: By = "loss", **kwargs: Any):
+        if by not in ("loss", "sampling"):
+            raise BadSetting(f"by={by!r}: choose 'loss' or 'sampling'.")
+        if kwargs.get("compute_loss_func") is not None:
+            raise BadSetting("WeightedTrainer has a loss function of its own: leave out compute_loss_func.")
+        self.weight_column = weight_column
+        self.by = by
+        self._weights: Tensor | None = None
+        super().__init__(*args, compute_loss_func=self._loss, **kwargs)
+        self._task = task_of(self.model)
+
+    def _set_signature_columns_if_needed(self) -> None:
+        super()._set_signature_columns_if_needed()
+        if self.by == "loss" and self.weight_column not in self._signature_columns:
+            self._signature_columns.append(self.weight_column)
+
+    def get_train_dataloader(self) -> Any:
+        columns = getattr(self.train_dataset, "column_names", None)
+        if columns is not None and self.weight_column not in columns:
+            raise BadExample(
+                f"the training set has no column {self.weight_column!r} (it has {columns}). Make one: "
+                "Reweight().apply(dataset, scores), or name yours with weight_column=…."
+            )
+        if columns is not None:
+            weights = torch.as_tensor(self.train_dataset.with_format(None)[self.weight_column][:])
+            if not bool((weights >= 0).all()) or not bool(torch.isfinite(weights).all()) or weights.sum() == 0:
+                raise BadExample(
+                    f"the column {self.weight_column!r} must hold finite weights of at least 0, not all of them 0 "
+                    f"(the smallest is {float(weights.min()):g})."
+                )
+        return super().get_train_dataloader()
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int] | None:
+        if self.by == "loss":
+            return super()._get_train_sampler(train_dataset)
+        weights = torch.as_tensor(self.train_dataset.with_format(None)[self.weight_column][:]).double()
+        generator = torch.Generator().manual_seed(
+            self.args.data_seed if self.args.data_seed is not None else self.args.seed
+        )
+        return WeightedRandomSampler(weights.tolist(), len(weights), replacement=True, generator=generator)
+
+    def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        self._weights = inputs.pop(self.weight_column, None)
+        if self._weights is None and model.training and self.by == "loss":
+            raise BadExample(
+                f"the batch has no {self.weight_column!r}: the collator has dropped it. Let it pass, or use "
+                "by='sampling'."
+            )
+        return super().compute_loss(model, inputs, *args, **kwargs)
+
+    def _loss(self, outputs: Any, labels: Tensor, num_items_in_batch: Tensor | int | None = None) -> Tensor:
+        logits = outputs["logits"] if isinstance(outputs, dict) else outputs[1]
+        if isinstance(self._task, LanguageModel):
+            targets = self._task.targets(labels, None)  # [b, t]
+            loss = F.cross_entropy(logits.float().transpose(1, 2), targets, ignore_index=IGNORED, reduction="none")
+            each, count = loss.sum(1), (targets != IGNORED).sum()
+        else:
+            each = _of_classes(self._task, logits.float(), labels)
+            count = torch.tensor(len(each), device=logits.device)
+            if num_items_in_batch is not None and labels.ndim == 2:
+                num_items_in_batch = num_items_in_batch // labels.shape[1]  # the Trainer counts every entry
+        if self._weights is not None:
+            each = each * self._weights.to(each)
+        total: Tensor = each.sum() / (count.clamp(min=1) if num_items_in_batch is None else num_items_in_batch)
+        return total
+
+
+def _of_classes(task: Any, logits: Tensor, labels: Tensor) -> Tensor:
+    """Loss of each example, `[b]`."""
+    assert isinstance(task, Classification)
+    if task.classes == 1:
+        return (logits[:, 0] - labels.reshape(-1)).square()
+    if task.problem == "multi_label_classification":
+        return F.binary_cross_entropy_with_logits(logits, labels.to(logits), reduction="none").mean(1)
+    return F.cross_entropy(logits, labels.to(logits) if labels.ndim == 2 else labels.reshape(-1), reduction="none")

@@ -1,0 +1,126 @@
+"""WeightedTrainer: weights of one change nothing, others count as they should."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from datasets import Dataset
+from models import bert, labelled, lora, padding, prompts, tiny
+from torch import Tensor, nn
+from transformers import Trainer, TrainingArguments
+
+from hf_influence.callbacks import WeightedTrainer
+from hf_influence.errors import BadExample, BadSetting
+
+TEXTS, CLASSES = prompts(8), labelled(lambda i: i % 2, 8)
+
+
+def classifier() -> nn.Module:
+    torch.manual_seed(0)
+    return lora(bert(), ["query", "value"], lora_dropout=0.0, dtype=torch.float32, modules_to_save=["classifier"])
+
+
+def causal() -> nn.Module:
+    return tiny(torch.float32, lora_dropout=0.0)
+
+
+def with_weights(features: list[dict[str, Any]]) -> dict[str, Tensor]:
+    batch = padding()(features)
+    if "weight" in features[0]:
+        batch["weight"] = torch.tensor([row["weight"] for row in features])
+    return batch
+
+
+def trained(kind: type[Trainer], model: nn.Module, rows: Dataset, folder: Path, **options: Any) -> dict[str, Tensor]:
+    """The trainable values after three steps of plain SGD; steps of two batches."""
+    args = TrainingArguments(
+        str(folder),
+        per_device_train_batch_size=2,
+        gradient_accumulation_steps=2,
+        max_steps=3,
+        learning_rate=0.1,
+        optim="sgd",
+        lr_scheduler_type="constant",
+        max_grad_norm=0.0,
+        use_cpu=True,
+        report_to=[],
+        save_strategy="no",
+        disable_tqdm=True,
+    )
+    kind(model, args, data_collator=with_weights, train_dataset=rows, **options).train()
+    return {name: weight.detach().clone() for name, weight in model.named_parameters() if weight.requires_grad}
+
+
+@pytest.mark.parametrize(("model", "examples"), [(classifier, CLASSES), (causal, TEXTS)], ids=["classes", "tokens"])
+def test_weights_of_one_train_as_the_plain_trainer_does(tmp_path: Path, model: Any, examples: Any) -> None:
+    rows = Dataset.from_list(examples)
+    plain = trained(Trainer, model(), rows, tmp_path)
+    weighted = trained(WeightedTrainer, model(), rows.add_column("weight", [1.0] * 8), tmp_path)
+    torch.testing.assert_close(weighted, plain, rtol=1e-4, atol=1e-5)
+    other = trained(WeightedTrainer, model(), rows.add_column("weight", [2.0, 0.0] * 4), tmp_path)
+    assert any((other[name] - plain[name]).abs().max() > 1e-3 for name in plain)
+
+
+@pytest.mark.parametrize(("model", "examples"), [(classifier, CLASSES), (causal, TEXTS)], ids=["classes", "tokens"])
+def test_rows_of_weight_zero_do_not_matter(tmp_path: Path, model: Any, examples: Any) -> None:
+    weight = [1.0, 0.0, 2.0, 0.5, 0.0, 1.0, 0.0, 1.0]
+    spoiled = [
+        {**row, "input_ids": [5] * len(row["input_ids"])} if not weight[i] else row for i, row in enumerate(examples)
+    ]
+    one, other = (
+        trained(WeightedTrainer, model(), Dataset.from_list(rows).add_column("weight", weight), tmp_path)
+        for rows in (examples, spoiled)
+    )
+    torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
+def test_labels_may_be_vectors_of_probabilities(tmp_path: Path) -> None:
+    rows = Dataset.from_list(CLASSES)
+    hard = trained(WeightedTrainer, classifier(), rows.add_column("weight", [1.0] * 8), tmp_path)
+    vectors = [[1.0 - row["labels"], float(row["labels"])] for row in CLASSES]
+    soft_rows = rows.remove_columns("labels").add_column("labels", vectors).add_column("weight", [1.0] * 8)
+    soft = trained(WeightedTrainer, classifier(), soft_rows, tmp_path)
+    torch.testing.assert_close(soft, hard, rtol=1e-4, atol=1e-5)
+
+
+def test_sampling_draws_in_proportion(tmp_path: Path) -> None:
+    rows = Dataset.from_list(CLASSES).add_column("weight", [0.0, 1.0, 0.0, 3.0, 0.0, 0.0, 0.0, 0.0])
+    args = TrainingArguments(str(tmp_path), per_device_train_batch_size=2, use_cpu=True, report_to=[], seed=3)
+    trainer = WeightedTrainer(classifier(), args, data_collator=with_weights, train_dataset=rows, by="sampling")
+    sampler = trainer._get_train_sampler()
+    assert sampler is not None
+    drawn = [index for _ in range(200) for index in sampler]
+    assert set(drawn) == {1, 3}
+    assert 0.7 < drawn.count(3) / len(drawn) < 0.8
+    assert "weight" not in next(iter(trainer.get_train_dataloader()))
+    trainer.args.max_steps = 2
+    trainer.train()
+
+
+def test_evaluation_needs_no_weights(tmp_path: Path) -> None:
+    args = TrainingArguments(str(tmp_path), use_cpu=True, report_to=[], disable_tqdm=True)
+    rows = Dataset.from_list(CLASSES)
+    losses = [
+        kind(classifier(), args, data_collator=with_weights, eval_dataset=rows).evaluate()["eval_loss"]
+        for kind in (Trainer, WeightedTrainer)
+    ]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+def test_bad_weights_are_refused(tmp_path: Path) -> None:
+    rows = Dataset.from_list(CLASSES)
+    with pytest.raises(BadExample, match="no column 'weight'"):
+        trained(WeightedTrainer, classifier(), rows, tmp_path)
+    with pytest.raises(BadExample, match="at least 0"):
+        trained(WeightedTrainer, classifier(), rows.add_column("weight", [-1.0] * 8), tmp_path)
+    with pytest.raises(BadSetting, match="compute_loss_func"):
+        trained(WeightedTrainer, classifier(), rows, tmp_path, compute_loss_func=print)
+    with pytest.raises(BadSetting, match="'loss' or 'sampling'"):
+        trained(WeightedTrainer, classifier(), rows, tmp_path, by="luck")
+    dropped = rows.add_column("weight", [1.0] * 8)
+    args = TrainingArguments(str(tmp_path), max_steps=1, use_cpu=True, report_to=[], disable_tqdm=True)
+    with pytest.raises(BadExample, match="the collator has dropped it"):
+        WeightedTrainer(classifier(), args, data_collator=padding(), train_dataset=dropped).train()
