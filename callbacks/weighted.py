@@ -57,6 +57,7 @@ class WeightedTrainer(Trainer):
             self._signature_columns.append(self.weight_column)
 
     def get_train_dataloader(self) -> Any:
+        """As ever, once the weights have been looked at."""
         columns = getattr(self.train_dataset, "column_names", None)
         if columns is not None and self.weight_column not in columns:
             raise BadExample(
@@ -82,6 +83,7 @@ class WeightedTrainer(Trainer):
         return WeightedRandomSampler(weights.tolist(), len(weights), replacement=True, generator=generator)
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """The weighted loss in training, the plain one where the batch has no weights."""
         self._weights = inputs.pop(self.weight_column, None)
         if self._weights is None and model.training and self.by == "loss":
             raise BadExample(
