@@ -15,16 +15,19 @@ from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import SaveStrategy
 
-from hf_influence.callbacks.during import During, DuringTraining, Schedule, check_trainer, trainer_of
+from hf_influence.callbacks.during import During, DuringTraining, Schedule, check_trainer, endless, trainer_of
 from hf_influence.callbacks.packing import check_packing, prepared
 from hf_influence.errors import BadSetting
-from hf_influence.gradients.collect import Plan, check_collectable, collect
+from hf_influence.gradients.batches import forward_arguments
+from hf_influence.gradients.collect import Plan, check_collectable, check_folder, collect, collect_planned
 from hf_influence.gradients.compress import Compressor
-from hf_influence.gradients.processes import first_process_first, rank
+from hf_influence.gradients.own_loss import OwnTask
+from hf_influence.gradients.processes import first_process_first, rank, world
+from hf_influence.gradients.stream import StreamPlan, is_stream
 from hf_influence.gradients.sweep import BatchSize
 from hf_influence.gradients.taps import Modules
 from hf_influence.store import GradientStore, check_room
-from hf_influence.task import Reduction
+from hf_influence.task import LABELS, Reduction
 
 logger = logging.getLogger(__name__)
 
@@ -49,6 +52,10 @@ class GradientCapture(TrainerCallback):
     captured is logged after each epoch (`capture/rows`, `capture/seconds` beside the passes, `capture/lost` to overflow
     of half precision).
 
+    Iterable datasets: their examples are numbered in the order in which they are first captured, and known again by
+    their contents (`rows.stats["hash"]`) or their id. Such a dataset has no rows at the end (at_end=False), and an
+    epoch is a pass over it. With `train_dataset` of the same examples, map-style, all is as it is elsewhere.
+
     Args:
         path: Folder of the store.
         query_dataset: Examples that the training examples are judged by: clean, and like what the model is to do
@@ -64,10 +71,15 @@ class GradientCapture(TrainerCallback):
             SFTTrainer is given, which holds the packed rows alone: the rows are those of `prepared(trainer, dataset)`.
         batch_size: As in `collect`, like all that follow.
         loss_reduction: "mean" or "sum" over an example's labelled tokens.
-        compress: `dropout(r)` or `gaussian(r)`; whole rows without.
+        task: What the loss of one example is, where the Trainer has another than cross-entropy:
+            `label_smoothing(0.1)`, `own_loss(function)`, or a `Task` of yours.
+        compress: `dropout(r)`, `gaussian(r)`, `sparse_jl(r)` or `logra(r_in, r_out)`; whole rows without.
         modules: "lora" or "trainable".
         skip: Names of trainable parameters to leave out; `*` stands for anything.
-        id_column: Column that names the examples.
+        id_column: Column that names the examples. Where the batches of the training run have it
+            (`remove_unused_columns=False`, and a collator that keeps it), it says which example a row is of, instead of
+            the example's contents; the model does not see it.
+        features: As in `collect`; rows from training steps have none.
         overwrite: Replace rows of an earlier training run in the same folder.
 
     Attributes:
@@ -87,10 +99,12 @@ class GradientCapture(TrainerCallback):
         train_dataset: Any = None,
         batch_size: BatchSize = "auto",
         loss_reduction: Reduction = "mean",
+        task: OwnTask | None = None,
         compress: Compressor | None = None,
         modules: Modules = "lora",
         skip: Sequence[str] = (),
         id_column: str | None = None,
+        features: bool = False,
         overwrite: bool = False,
     ):
         self.path = Path(path)
@@ -105,15 +119,18 @@ class GradientCapture(TrainerCallback):
             )
         self.settings: dict[str, Any] = {
             "loss_reduction": loss_reduction,
+            "task": task,
             "compress": compress,
             "modules": modules,
             "skip": skip,
         }
         self.batch_size = batch_size
         self.id_column = id_column
+        self.features = features
         self.overwrite = overwrite
 
         self._during: DuringTraining | None = None
+        self._plans: dict[str, Plan | StreamPlan] = {}
 
     def on_train_begin(
         self,
@@ -131,7 +148,6 @@ class GradientCapture(TrainerCallback):
                 "of an example never exists in one place. Train with DDP (torchrun without it), or train without the "
                 "callback and call collect(model, dataset, path) on the saved adapter."
             )
-        resumed = state.global_step > 0
         if self._during is not None:  # an earlier run ended in an error
             self._during.stop()
             self._during = None
@@ -139,65 +155,103 @@ class GradientCapture(TrainerCallback):
         with _undisturbed_randomness():
             self.train_dataset = prepared(trainer, self.train_dataset)
             self.query_dataset = prepared(trainer, self.query_dataset)
-            need = {
-                split: check_collectable(
-                    model, dataset, self.path, split, resumed=resumed, overwrite=self.overwrite, **options
-                )
-                for split, dataset, options in self._splits(args, train_dataloader)
+            self._plans = {
+                split: self._planned(args, state, model, split, dataset, options)
+                for split, dataset, options in self._splits(args, trainer, train_dataloader)
             }
+            need = {split: plan.size for split, plan in self._plans.items() if isinstance(plan, Plan)}
             at_end = sum(need.values()) * int(self.at_end)
             schedule, during = self.schedule, 0
             if schedule is not None:
+                if endless(state):
+                    steps = state.max_steps * args.gradient_accumulation_steps
+                    rows = steps * args.train_batch_size * args.world_size
+                    need = {**need, "train": rows * self._plans["train"].header.row_bytes()}
                 room = None if self.budget is None else int(self.budget * 2**30) - at_end
                 schedule = schedule.within(room, state, need)
                 during = schedule.size(state, need)
             check_room(self.path, at_end + during)
             logger.info("the gradients will take up to %.2f GiB in %s", (at_end + during) / 2**30, self.path)
             if schedule is not None:
-                self._start(trainer, schedule, args, state, model, train_dataloader)
+                self._start(trainer, schedule, args, state, model)
 
-    def _start(
+    def _planned(
         self,
-        trainer: Trainer,
-        schedule: Schedule,
         args: TrainingArguments,
         state: TrainerState,
         model: nn.Module,
-        train_dataloader: Any,
+        split: str,
+        dataset: Any,
+        options: dict[str, Any],
+    ) -> Plan | StreamPlan:
+        """How the rows of a split are made; says now what would not work later."""
+        places: dict[str, Any] = {"resumed": state.global_step > 0, "overwrite": self.overwrite}
+        if split != "train" or not is_stream(dataset):
+            return check_collectable(model, dataset, self.path, split, **places, **options)
+        self._check_stream(dataset)
+        plan = StreamPlan.of(model, **self.settings)
+        check_folder(self.path, plan.header, **places)
+        return plan
+
+    def _check_stream(self, dataset: Any) -> None:
+        kind = type(dataset).__name__
+        instead = "Or pass train_dataset=… with the same examples, map-style (Dataset.from_generator makes one)."
+        if self.at_end or self.schedule is None:
+            raise BadSetting(
+                f"train_dataset is a {kind}, without a length, and at the end (at_end=True) each of its examples is to "
+                'get a row: nobody knows which those are. Pass during="epochs" (or "steps") and at_end=False for the '
+                f"rows of the examples that training sees. {instead}"
+            )
+        if self.budget is not None:
+            raise BadSetting(
+                f"budget={self.budget} chooses how often to capture by the number of examples, and a {kind} has none. "
+                f"Set every=… instead. {instead}"
+            )
+        if world() > 1:
+            raise BadSetting(
+                f"train_dataset is a {kind}, whose examples are numbered as they turn up, and {world()} processes "
+                f"would give the same numbers to different ones. {instead}"
+            )
+
+    def _start(
+        self, trainer: Trainer, schedule: Schedule, args: TrainingArguments, state: TrainerState, model: nn.Module
     ) -> None:
-        check_trainer(trainer, args)
+        check_trainer(trainer, args, own_task=self.settings["task"] is not None)
         check_packing(trainer, self.train_dataset)
-        _, dataset, options = next(self._splits(args, train_dataloader))
-        plan = Plan.of(model, dataset, **options)
+        plan = self._plans["train"]
         with first_process_first():
             store = GradientStore.create(self.path, plan.header, overwrite=self.overwrite)
             if rank() == 0:
                 for point in store.points():
                     if state.global_step == 0 or (point == 0 and state.global_step < state.max_steps):
                         store.drop(point)  # checked above: they are to be replaced, or come once more
-        self._during = during = DuringTraining(trainer, plan, store, schedule, self.settings["compress"])
+        self._during = during = DuringTraining(
+            trainer, plan, store, schedule, self.settings["compress"], self.id_column
+        )
         if state.global_step > 0:
-            self._finish_point(args, during.resume(state), model=model, train_dataloader=train_dataloader)
+            self._finish_point(during.resume(state), model)
 
     def on_epoch_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         if self._during is not None:
-            self._during.epoch = int(state.epoch + 1e-6) + 1
+            self._during.begin_epoch(state)
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, *, model: nn.Module, **kwargs: Any
+    ) -> None:
         if self._during is None:
             return
         if self._during.schedule.during == "steps":
-            self._finish_point(args, self._during.close(), **kwargs)
+            self._finish_point(self._during.close(), model)
         if control.should_save or (control.should_evaluate and args.save_strategy == SaveStrategy.BEST):
             self._during.flush()  # before the checkpoint from which training may be resumed
 
     def on_epoch_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, *, model: nn.Module, **kwargs: Any
     ) -> None:
         if self._during is not None:
-            self._finish_point(args, self._during.close(), **kwargs)
+            self._finish_point(self._during.close(), model)
             self._during.log(control)
 
     def on_train_end(
@@ -214,35 +268,40 @@ class GradientCapture(TrainerCallback):
             self._during.close()
             self._during.stop()
             self._during = None
+        self._plans = {}
         if self.at_end:
-            for split, dataset, options in self._splits(args, train_dataloader):
+            for split, dataset, options in self._splits(args, trainer_of(state), train_dataloader):
                 collect(
                     model,
                     dataset,
                     self.path,
                     split,
                     batch_size=self.batch_size,
+                    features=self.features,
                     overwrite=self.overwrite,
                     **options,
                 )
 
-    def _finish_point(
-        self, args: TrainingArguments, point: int | None, *, model: nn.Module, train_dataloader: Any, **_: Any
-    ) -> None:
-        """Collect the query rows at the weights with which a point ends; takes what an event of the Trainer gives."""
-        if point is None:
-            return
-        with _undisturbed_randomness():
-            for split, dataset, options in self._splits(args, train_dataloader):
-                if split != "train":
-                    collect(model, dataset, self.path, split, batch_size=self.batch_size, point=point, **options)
+    def _finish_point(self, point: int | None, model: nn.Module) -> None:
+        """Collect the query rows at the weights with which a point ends."""
+        plan = self._plans.get("query")
+        if point is not None and isinstance(plan, Plan):
+            with _undisturbed_randomness():
+                collect_planned(model, plan, self.path, "query", batch_size=self.batch_size, point=point)
 
-    def _splits(self, args: TrainingArguments, train_dataloader: Any) -> Iterator[tuple[str, Any, dict[str, Any]]]:
+    def _splits(
+        self, args: TrainingArguments, trainer: Trainer, train_dataloader: Any
+    ) -> Iterator[tuple[str, Any, dict[str, Any]]]:
         common = {"data_collator": train_dataloader.collate_fn, "remove_unused_columns": args.remove_unused_columns}
         common |= self.settings
         train, own = self.train_dataset, {}
         if train is None:  # the Trainer has taken the columns away that its collator does not need
             train, own = train_dataloader.dataset, {"remove_unused_columns": False}
+            whole = trainer.train_dataset
+            left = set(getattr(train, "column_names", None) or ())
+            taken = left <= {*forward_arguments(trainer.model), *LABELS}
+            if self.id_column in (getattr(whole, "column_names", None) or ()) and self.id_column not in left and taken:
+                train, own = whole, {}
         yield "train", train, {**common, **own, "id_column": self.id_column}
         if self.query_dataset is not None:
             has_ids = self.id_column in getattr(self.query_dataset, "column_names", ())

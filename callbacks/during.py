@@ -19,6 +19,7 @@ from hf_influence.gradients.collect import Plan
 from hf_influence.gradients.compress import Compressor
 from hf_influence.gradients.positions import Positions
 from hf_influence.gradients.processes import first_process_first, rank, wait_for_all
+from hf_influence.gradients.stream import Sightings, StreamPlan
 from hf_influence.gradients.training import Caught, TrainingWatch
 from hf_influence.store import GradientStore, RowWriter
 from hf_influence.task import CausalLM
@@ -79,8 +80,11 @@ class Schedule:
 
         Args:
             state: Of the Trainer, for the length of the run.
-            need: Split -> bytes for a row of each of its examples.
+            need: Split -> bytes for a row of each of its examples; without a length, "train" -> for all steps.
         """
+        if endless(state):
+            points = 1 if self.during == "epochs" else math.ceil(state.max_steps / self.every)
+            return sum(size * (1 if split == "train" else points) for split, size in need.items())
         epochs = math.ceil(state.num_train_epochs)
         if self.during == "epochs":
             return sum(need.values()) * sum(self.point(epoch, 0) is not None for epoch in range(1, epochs + 1))
@@ -117,17 +121,26 @@ class DuringTraining:
     """
 
     def __init__(
-        self, trainer: Trainer, plan: Plan, store: GradientStore, schedule: Schedule, compress: Compressor | None
+        self,
+        trainer: Trainer,
+        plan: Plan | StreamPlan,
+        store: GradientStore,
+        schedule: Schedule,
+        compress: Compressor | None,
+        id_column: str | None,
     ):
         self.trainer = trainer
-        self.plan = plan
         self.store = store
         self.schedule = schedule
+        self.id_column = id_column
         self.watch = TrainingWatch(trainer.model, plan.task, plan.taps, compress)
-        self.positions = Positions(plan.examples, isinstance(plan.task, CausalLM))
+        self.positions: Positions | Sightings
+        if isinstance(plan, StreamPlan):
+            self.positions = Sightings(id_column)
+        else:
+            self.positions = Positions(plan.examples, isinstance(plan.task, CausalLM))
         if self.positions.duplicates:
             logger.warning("%d training examples are equal to earlier ones", self.positions.duplicates)
-        self.fingerprint, _ = plan.examples.survey()
         self.rows = self.lost = 0
         self.seconds = 0.0
         self.epoch = 0
@@ -136,7 +149,16 @@ class DuringTraining:
         self._plain_step: Callable[..., Tensor] = trainer.training_step
         trainer.training_step = self._training_step
 
+    def begin_epoch(self, state: TrainerState) -> None:
+        """Another pass over the data begins."""
+        self.epoch = self.epoch + 1 if endless(state) else int(state.epoch + 1e-6) + 1
+
     def _training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
+        names = None
+        if self.id_column is not None and self.id_column in inputs:  # no model takes it
+            names = list(inputs[self.id_column])
+            names = [name.item() if isinstance(name, Tensor) else name for name in names]
+            inputs = {name: value for name, value in inputs.items() if name != self.id_column}
         step = self.trainer.state.global_step + 1
         point = self.schedule.point(self.epoch, step)
         if point is None:
@@ -149,13 +171,19 @@ class DuringTraining:
             ready = time.perf_counter()
             loss = self._plain_step(model, inputs, *args, **kwargs)
             done = time.perf_counter()
-        self._keep(caught, step)
+        self._keep(caught, step, names)
         self.seconds += time.perf_counter() - done + ready - started
         return loss
 
-    def _keep(self, caught: Caught, step: int) -> None:
+    def _keep(self, caught: Caught, step: int, names: list[Any] | None) -> None:
         assert self._writer is not None
-        found = self.positions.find(caught.stats["hash"].tolist(), self._writer.done)
+        codes = caught.stats["hash"].tolist()
+        if names is not None and len(names) != len(codes):
+            raise BadSetting(
+                f"a training batch has {len(names)} values in the column {self.id_column!r} for {len(codes)} examples. "
+                "Let the data_collator give one for each example, or drop the column."
+            )
+        found = self.positions.find(codes, self._writer.done, names)
         good = (torch.isfinite(caught.stats["loss"]) & torch.isfinite(caught.stats["grad_norm"])).tolist()
         if not all(good):
             self._not_finite(caught, found, good.index(False))
@@ -179,7 +207,7 @@ class DuringTraining:
         if self.trainer.args.fp16:  # the loss scale is too high now and then; the optimizer skips such a step as well
             self.lost += 1
             return
-        position, ids = found[row], self.plan.examples.ids
+        position, ids = found[row], self.positions.ids
         name = position if ids is None or position is None else ids[position]
         raise BadExample(
             f"training example {name!r} has loss {caught.stats['loss'][row].item():g} and a gradient that is not "
@@ -197,16 +225,18 @@ class DuringTraining:
                     if split != "train":  # taken at weights that training has left again
                         self.store.drop(point, split)
             self._writer = self._writer_of(point)
+            if self.positions.n is None and self.positions.ids is not None:
+                self._writer.name(self.positions.ids)
             self._writer.reopen()
         self._point = point
 
     def _writer_of(self, point: int) -> RowWriter:
-        examples = self.plan.examples
+        examples = self.positions
         return self.store.writer(
             "train",
             adapter=None,
-            dataset=self.fingerprint,
-            n=len(examples),
+            dataset=examples.dataset,
+            n=examples.n,
             ids=examples.ids,
             id_column=examples.id_column,
             point=point,
@@ -240,13 +270,21 @@ class DuringTraining:
         Returns:
             A point that ends at this very step: the earlier run may have died before it was complete.
         """
-        captured = [point for point in self.store.points() if point and "train" in self.store.splits(point)]
+        captured = [point for point in self.store.points("weights") if point and "train" in self.store.splits(point)]
         with first_process_first():
             if rank() == 0:
                 for point in captured:
                     writer = self._writer_of(point)
                     for part in (writer, *writer.parts()):
                         part.forget_after(state.global_step)
+        if isinstance(self.positions, Sightings):
+            self.positions.restore(self.store)
+        if endless(state) and self.schedule.during == "epochs":
+            begun = [point for point in captured if self._writer_of(point).done]
+            self.epoch = max(begun, default=1) - 1  # the last pass goes on
+            if begun:
+                self.open(begun[-1])
+            return None
         ended = self.schedule.ended(state)
         if ended not in captured:
             return None
@@ -265,6 +303,14 @@ class DuringTraining:
         vars(self.trainer).pop("training_step", None)
 
 
+def endless(state: TrainerState) -> bool:
+    """Whether the data have no length, so that training goes over them as often as `max_steps` need.
+
+    `state.epoch` is a share of those steps then, and passes over the data have to be counted.
+    """
+    return state.num_train_epochs == sys.maxsize
+
+
 def trainer_of(state: TrainerState) -> Trainer:
     """The Trainer that is calling: callbacks are not told, so look for it among the callers.
 
@@ -280,16 +326,28 @@ def trainer_of(state: TrainerState) -> Trainer:
     raise BadSetting("rows during training need transformers.Trainer (or a subclass) to run the callback.")
 
 
-def check_trainer(trainer: Trainer, args: TrainingArguments) -> None:
+def check_trainer(trainer: Trainer, args: TrainingArguments, own_task: bool) -> None:
     """Refuse what changes the loss or hides the passes.
+
+    Args:
+        trainer: The one that is to be watched.
+        args: Its arguments.
+        own_task: The user has said what the loss of an example is.
 
     Raises:
         BadSetting: Says what and why.
     """
     kind = type(trainer).__name__
     reasons = {
-        "label_smoothing_factor": (args.label_smoothing_factor > 0, "label smoothing makes the loss another one"),
-        "compute_loss_func": (trainer.compute_loss_func is not None, "the loss is one of your own"),
+        "label_smoothing_factor": (
+            args.label_smoothing_factor > 0 and not own_task,
+            "label smoothing makes the loss another one. For rows of that loss pass "
+            f"GradientCapture(…, task=label_smoothing({args.label_smoothing_factor}))",
+        ),
+        "compute_loss_func": (
+            trainer.compute_loss_func is not None and not own_task,
+            "the loss is one of your own. Say what it is of one example: GradientCapture(…, task=own_loss(function))",
+        ),
         "torch_compile": (args.torch_compile, "a compiled model hides the passes of its modules"),
         "n_gpu": (args.n_gpu > 1, "DataParallel runs copies of the model; start one process a GPU with torchrun"),
     }
@@ -297,7 +355,7 @@ def check_trainer(trainer: Trainer, args: TrainingArguments) -> None:
         if found:
             raise BadSetting(
                 f"rows during training cannot be captured with {setting}={getattr(args, setting, '…')!r}: {why}. "
-                "Change it, or capture at the end alone (during=None)."
+                "Or change it, or capture at the end alone (during=None)."
             )
     if any(name in kind for name in ("DPO", "KTO", "GRPO", "RLOO", "Reward", "Distillation", "ORPO", "CPO")):
         raise BadSetting(

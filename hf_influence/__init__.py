@@ -8,7 +8,24 @@ curated = DatasetFilter(drop=0.05).apply(train, scores)               # a datase
 
 from hf_influence.attribution import attribute, methods
 from hf_influence.filter import DatasetFilter
-from hf_influence.gradients import collect, dropout, gaussian, losses, per_sample_gradients
+from hf_influence.gradients import (
+    adam_state,
+    collect,
+    collect_ekfac,
+    collect_hessian,
+    collect_target,
+    dropout,
+    evasion,
+    fairness,
+    gaussian,
+    logra,
+    losses,
+    per_sample_gradients,
+    robustness,
+    solve_queries,
+    sparse_jl,
+)
+from hf_influence.points import collect_at
 from hf_influence.scores import Scores
 from hf_influence.store import GradientStore
 
@@ -16,12 +33,23 @@ __all__ = [
     "DatasetFilter",
     "GradientStore",
     "Scores",
+    "adam_state",
     "attribute",
     "collect",
+    "collect_at",
+    "collect_ekfac",
+    "collect_hessian",
+    "collect_target",
     "dropout",
+    "evasion",
+    "fairness",
     "gaussian",
+    "logra",
     "losses",
     "methods",
     "per_sample_gradients",
+    "robustness",
+    "solve_queries",
+    "sparse_jl",
 ]
 __version__ = "0.1.0"

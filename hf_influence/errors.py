@@ -21,6 +21,14 @@ class BadExample(InfluenceError, ValueError):
     """A dataset, or one example of it, that has no usable gradient (empty, NaN loss, wrong columns)."""
 
 
+class NotConverged(InfluenceError, ArithmeticError):
+    """An iteration that grew instead of settling, or did not settle within its limit; its result is not handed out."""
+
+
+class MissingPackage(InfluenceError, ImportError):
+    """An optional package that is asked for and is not installed."""
+
+
 class StoreError(InfluenceError):
     """A folder that is not a readable gradient store: missing, damaged, or written by a newer version."""
 

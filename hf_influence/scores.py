@@ -30,6 +30,7 @@ class Scores:
         settings: The settings of the method, enough to compute the scores again.
         query_ids: The queries in the order of the columns; `None` for a method without queries.
         id_column: The column of the dataset that holds the ids; `None` where they are its indices.
+        report: What the method found on the way and is no setting: iterations and residuals, the choice of a damping.
     """
 
     values: Tensor
@@ -38,6 +39,7 @@ class Scores:
     settings: dict[str, Any] = field(default_factory=dict)
     query_ids: list[int] | list[str] | None = None
     id_column: str | None = None
+    report: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         columns = 1 if self.query_ids is None else len(self.query_ids)

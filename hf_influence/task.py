@@ -32,7 +32,8 @@ class Outcome:
         logit_gradient: Gradient of `loss.sum()` at the logits, of their shape.
         stats: Name -> `[b]`. `margin` is the target's logit minus the best other one and `el2n` the distance
             ‖p − onehot‖₂ of the predicted distribution, both the mean over labelled tokens; `correct` is the share
-            of labelled tokens predicted right; `n_tokens` counts the labelled tokens.
+            of labelled tokens predicted right; `n_tokens` counts the labelled tokens. Where an example has one label,
+            that is `label`, and `probabilities` `[b, c]` are those of all classes.
     """
 
     loss: Tensor
@@ -215,7 +216,7 @@ def labels_of(batch: dict[str, Any]) -> Tensor:
 
 
 Judged = tuple[Tensor, Tensor, dict[str, Tensor]]
-"""Loss `[b]`, its gradient at the logits `[b, c]`, statistics `[b]`."""
+"""Loss `[b]`, its gradient at the logits `[b, c]`, statistics `[b]` or `[b, c]`."""
 
 
 def _squared_error(z: Tensor, labels: Tensor) -> Judged:
@@ -237,9 +238,10 @@ def _label_cross_entropy(z: Tensor, labels: Tensor) -> Judged:
     log_p = z.log_softmax(1)
     log_p_y = log_p.gather(1, y)[:, 0]
     margin = log_p_y - log_p.scatter(1, y, -torch.inf).amax(1)
-    error = log_p.exp().scatter_add_(1, y, torch.full_like(y, -1, dtype=z.dtype))  # p - onehot
+    p = log_p.exp()
+    error = p.scatter_add(1, y, torch.full_like(y, -1, dtype=z.dtype))  # p - onehot
     stats = {"margin": margin, "correct": (margin > 0).to(z), "el2n": torch.linalg.vector_norm(error, dim=1)}
-    return -log_p_y, error, {**stats, "label": labels}
+    return -log_p_y, error, {**stats, "label": labels, "probabilities": p}
 
 
 def _cross_entropy(logits: Tensor, labels: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:

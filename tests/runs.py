@@ -15,10 +15,12 @@ import signal
 import time
 import warnings
 from pathlib import Path
+from typing import Any
 
 import torch
 from datasets import Dataset
 from models import padding, prompts, tiny
+from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
 
 from hf_influence.callbacks import GradientCapture
@@ -26,7 +28,20 @@ from hf_influence.callbacks import GradientCapture
 QUERY = prompts(5, seed=1)
 
 
-def run(folder: Path, *, examples: int = 31, batch_size: int = 2, dropout: float = 0.1) -> None:
+class Recording(Trainer):
+    """Notes the weights before each step and what this process was given in it."""
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
+        folder, step = Path(self.args.output_dir) / "record", self.state.global_step + 1
+        folder.mkdir(exist_ok=True)
+        weights = {name: w.detach().clone() for name, w in self.model.named_parameters() if w.requires_grad}
+        self.micro = getattr(self, "micro", 0) + 1
+        kept = {"step": step, "weights": weights, "batch": {name: value.clone() for name, value in inputs.items()}}
+        torch.save(kept, folder / f"{self.args.process_index}-{self.micro:03d}.pt")
+        return super().training_step(model, inputs, *args, **kwargs)
+
+
+def run(folder: Path, *, examples: int = 31, batch_size: int = 2, dropout: float = 0.1, record: bool = False) -> None:
     """Train to the end, from the last complete checkpoint if there is one."""
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     args = TrainingArguments(
@@ -45,7 +60,8 @@ def run(folder: Path, *, examples: int = 31, batch_size: int = 2, dropout: float
     capture = GradientCapture(folder / "rows", Dataset.from_list(QUERY), during="epochs", overwrite=not done)
     model = tiny(torch.float32, lora_dropout=dropout)
     data = Dataset.from_list(prompts(examples))
-    trainer = Trainer(model, args, data_collator=padding(), train_dataset=data, callbacks=[capture])
+    kind = Recording if record else Trainer
+    trainer = kind(model, args, data_collator=padding(), train_dataset=data, callbacks=[capture])
     trainer.train(resume_from_checkpoint=str(folder / f"checkpoint-{max(done)}") if done else None)
 
 
@@ -90,10 +106,13 @@ if __name__ == "__main__":
     parser.add_argument("--examples", type=int, default=31)
     parser.add_argument("--batch-size", type=int, default=2)
     parser.add_argument("--dropout", type=float, default=0.1)
+    parser.add_argument("--record", action="store_true")
     chosen = parser.parse_args()
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     if chosen.kill:
         killed(chosen.folder, chosen.kill)
     else:
-        run(chosen.folder, examples=chosen.examples, batch_size=chosen.batch_size, dropout=chosen.dropout)
+        settings = vars(chosen)
+        del settings["kill"]
+        run(settings.pop("folder"), **settings)

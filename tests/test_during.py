@@ -27,7 +27,7 @@ from transformers import (
 
 from hf_influence.callbacks import GradientCapture
 from hf_influence.errors import BadExample, BadSetting, StoreError, UnsupportedModel
-from hf_influence.gradients import dropout, gaussian
+from hf_influence.gradients import dropout, gaussian, logra, sparse_jl
 from hf_influence.store import GradientStore, Rows
 
 EXAMPLES = prompts(10)
@@ -317,17 +317,19 @@ def test_training_is_bit_identical_with_and_without_capture(tmp_path: Path, name
     torch.testing.assert_close(runs[0], runs[1], rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("compress", [dropout(5), gaussian(5)])
-def test_compressed_rows_are_whole_rows_compressed(tmp_path: Path, compress: Any) -> None:
+@pytest.mark.parametrize("name", ["plain", "packing", "embeddings"])
+@pytest.mark.parametrize("compress", [dropout(5), gaussian(5), sparse_jl(5), logra(2, 2)], ids=lambda c: c.name)
+def test_compressed_rows_are_whole_rows_compressed(tmp_path: Path, compress: Any, name: str) -> None:
+    s = MATRIX[name]
     stores = []
-    for name, settings in (("whole", {}), ("compressed", {"compress": compress})):
+    for folder, settings in (("whole", {}), ("compressed", {"compress": compress})):
         torch.manual_seed(0)
-        capture = GradientCapture(tmp_path / name, during="epochs", at_end=False, **settings)
-        train(tiny(torch.float32), tmp_path, capture, kind=Trainer)
-        stores.append(GradientStore.open(tmp_path / name))
+        capture = GradientCapture(tmp_path / folder, during="epochs", at_end=False, **settings)
+        train(s.make(), tmp_path, capture, collate=s.collate, kind=Trainer)
+        stores.append(GradientStore.open(tmp_path / folder))
     whole, small = (store.rows("train", 2) for store in stores)
     for block in whole.blocks:
-        fit = compress.fit(block, whole.blocks[block])
+        fit = compress.fit(block, whole.header.blocks[block])
         torch.testing.assert_close(small.block(block), fit(whole.block(block)), rtol=1e-4, atol=1e-6)
 
 

@@ -31,7 +31,7 @@ from torch import nn
 
 from hf_influence.errors import UnsupportedModel
 from hf_influence.evaluation.benchmarks import sentence_transformations, tokenize
-from hf_influence.gradients import dropout, gaussian, per_sample_gradients
+from hf_influence.gradients import dropout, gaussian, logra, per_sample_gradients, sparse_jl
 
 Made = tuple[nn.Module, list[dict[str, Any]]]
 
@@ -221,14 +221,23 @@ def test_rows_without_a_backward_pass_are_refused() -> None:
         catcher.take()
 
 
-@pytest.mark.parametrize("compress", [dropout(5, seed=1), dropout(10_000), gaussian(5, seed=1), gaussian(10_000)])
-@pytest.mark.parametrize("kind", ["linear", "Conv1D", "embedding", "bias of the base", "single label"])
+COMPRESSORS = [
+    *(dropout(5, seed=1), dropout(10_000), gaussian(5, seed=1), gaussian(10_000)),
+    *(sparse_jl(5, seed=1), sparse_jl(5, density=1.0), sparse_jl(10_000)),
+    *(logra(2, 2, seed=1), logra(4, 64), logra(1, 5), logra(64, 2), logra(64, 64)),
+]
+
+
+@pytest.mark.parametrize("compress", COMPRESSORS, ids=repr)
+@pytest.mark.parametrize(
+    "kind", ["linear", "Conv1D", "embedding", "bias of the base", "bias of lora_B", "single label"]
+)
 def test_rows_compressed_in_the_hook_equal_rows_compressed_later(tmp_path: Path, kind: str, compress: Any) -> None:
     model, examples = KINDS[kind]()
     whole = all_rows(stored(model, examples, tmp_path / "whole"))
     small = stored(model, examples, tmp_path / "small", compress=compress)
     for name, row in whole.items():
-        torch.testing.assert_close(small.block(name), compress.fit(name, row.shape[1])(row))
+        torch.testing.assert_close(small.block(name), compress.fit(name, small.header.blocks[name])(row))
 
 
 def test_columns_name_the_entries_that_were_kept(tmp_path: Path) -> None:

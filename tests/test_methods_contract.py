@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,11 +12,14 @@ from stores import Blocks, make_trained_store
 
 import hf_influence.store.rows
 from hf_influence.attribution import attribute, methods
+from hf_influence.errors import MissingRows
 from hf_influence.scores import Scores
 from hf_influence.store import GradientStore
 
 TABLE = methods()
 WITH_QUERIES = [name for name, about in TABLE.items() if "queries" in about.needs]
+ONE_COLUMN = {"vote", "kernel_ridge"} | TABLE.keys() - set(WITH_QUERIES)
+WORDS = ["", "a red house", "the house", "red red wine", "ship"]
 every_method = pytest.mark.parametrize("method", TABLE)
 
 
@@ -29,8 +33,17 @@ def random_blocks(n: int, seed: int, widths: tuple[int, ...] = (9, 30)) -> Block
 def statistics(n: int) -> dict[str, torch.Tensor]:
     """All that any method asks for."""
     generator = torch.Generator().manual_seed(7)
-    names = {need for about in TABLE.values() for need in about.needs} - {"rows", "queries", "labels", "points"}
-    return {name: torch.rand(n, generator=generator) for name in sorted(names)} | {"label": torch.arange(n) % 2}
+    names = {need for about in TABLE.values() for need in about.needs}
+    names -= {"rows", "queries", "labels", "points", "members", "texts", "hessian", "ekfac", "adam"}
+    stats = {name: torch.rand(n, generator=generator) for name in sorted(names)} | {"label": torch.arange(n) % 2}
+    drawn = {name: torch.rand(n, 3, generator=generator) for name in ("features", "probabilities")}
+    return stats | drawn | {"probabilities": drawn["probabilities"].softmax(1)}
+
+
+def passed(method: str, n: int, m: int = 4) -> dict[str, Any]:
+    """What must be passed to a method, for the examples in their first order."""
+    train, query = ([f"{WORDS[i % len(WORDS)]} number {i // 2}" for i in range(count)] for count in (n, m))
+    return {"texts": train, "query_texts": query} if "texts" in TABLE[method].needs else {}
 
 
 def make(path: Path, n: int = 20, m: int = 4, widths: tuple[int, ...] = (9, 30)) -> GradientStore:
@@ -46,8 +59,8 @@ def hashes(store: GradientStore) -> dict[str, str]:
 def test_one_finite_score_for_each_example_and_query(tmp_path: Path, method: str) -> None:
     store = make(tmp_path)
     before = hashes(store)
-    scores = attribute(store, method)
-    assert scores.values.shape == (20, 4 if method in WITH_QUERIES else 1)
+    scores = attribute(store, method, **passed(method, 20))
+    assert scores.values.shape == (20, 1 if method in ONE_COLUMN else 4)
     assert scores.values.dtype == torch.float64
     assert (scores.query_ids is not None) == (method in WITH_QUERIES)
     assert hashes(store) == before
@@ -57,12 +70,12 @@ def test_one_finite_score_for_each_example_and_query(tmp_path: Path, method: str
 def test_chunks_and_shards_do_not_change_the_scores(
     tmp_path: Path, method: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    expected = attribute(make(tmp_path / "a"), method).values
+    expected = attribute(make(tmp_path / "a"), method, **passed(method, 20)).values
     store = make_trained_store(
         tmp_path / "b", random_blocks(20, 1), random_blocks(4, 2), stats=statistics(20), shards=7
     )
     monkeypatch.setattr(hf_influence.store.rows, "CHUNK_BYTES", 500)
-    torch.testing.assert_close(attribute(store, method).values, expected)
+    torch.testing.assert_close(attribute(store, method, **passed(method, 20)).values, expected)
 
 
 @every_method
@@ -78,10 +91,13 @@ def test_permuted_rows_have_permuted_scores(tmp_path: Path, method: str) -> None
         stats={name: value[order] for name, value in stats.items()},
         ids=[ids[i] for i in order],
     )
-    torch.testing.assert_close(attribute(permuted, method).values, attribute(straight, method).values[order])
+    settings = passed(method, 20)
+    expected = attribute(straight, method, **settings).values[order]
+    settings |= {"texts": [settings["texts"][i] for i in order]} if settings else {}
+    torch.testing.assert_close(attribute(permuted, method, **settings).values, expected)
 
 
-@pytest.mark.parametrize("method", WITH_QUERIES)
+@pytest.mark.parametrize("method", [name for name in WITH_QUERIES if {"rows", "members"} & set(TABLE[name].needs)])
 def test_copy_of_the_query_is_worth_keeping_and_its_mislabelled_copy_is_not(tmp_path: Path, method: str) -> None:
     train, query = random_blocks(40, 1), random_blocks(1, 2)
     label = torch.arange(40) % 2
@@ -98,20 +114,25 @@ def test_copy_of_the_query_is_worth_keeping_and_its_mislabelled_copy_is_not(tmp_
 @every_method
 def test_settings_survive_save_and_load_and_give_the_same_scores(tmp_path: Path, method: str) -> None:
     store = make(tmp_path / "store")
-    scores = attribute(store, method)
+    scores = attribute(store, method, **passed(method, 20))
     scores.save(tmp_path / "scores.safetensors")
     loaded = Scores.load(tmp_path / "scores.safetensors")
     assert (loaded.method, loaded.settings, loaded.ids) == (method, scores.settings, scores.ids)
     assert set(TABLE[method].settings) <= set(loaded.settings)
-    again = attribute(store, loaded.method, **loaded.settings)
+    again = attribute(store, loaded.method, **loaded.settings | passed(method, 20))
     torch.testing.assert_close(again.values, loaded.values)
 
 
 @every_method
 @pytest.mark.parametrize(("n", "m", "widths"), [(0, 3, (5, 6)), (1, 3, (5,)), (3, 0, (5,)), (2, 1, (1,))])
 def test_empty_and_tiny_stores(tmp_path: Path, method: str, n: int, m: int, widths: tuple[int, ...]) -> None:
-    scores = attribute(make(tmp_path, n, m, widths), method)
-    assert scores.values.shape == (n, m if method in WITH_QUERIES else 1)
+    store = make(tmp_path, n, m, widths)
+    if not m and method in WITH_QUERIES and method in ONE_COLUMN:
+        with pytest.raises(MissingRows, match="holds no examples"):
+            attribute(store, method)
+        return
+    scores = attribute(store, method, **passed(method, n, m))
+    assert scores.values.shape == (n, 1 if method in ONE_COLUMN else m)
 
 
 @every_method
@@ -119,7 +140,8 @@ def test_zero_gradients_give_finite_scores(tmp_path: Path, method: str) -> None:
     train, query = random_blocks(6, 1), random_blocks(3, 2)
     train["layer0.weight"].zero_()
     train["layer1.weight"][2] = 0
-    assert attribute(make_trained_store(tmp_path, train, query, stats=statistics(6)), method).values.isfinite().all()
+    store = make_trained_store(tmp_path, train, query, stats=statistics(6))
+    assert attribute(store, method, **passed(method, 6, 3)).values.isfinite().all()
 
 
 @every_method

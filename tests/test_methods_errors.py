@@ -59,7 +59,7 @@ def test_missing_store(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("method", [name for name, about in methods().items() if "queries" in about.needs])
 def test_missing_queries_say_how_to_collect_them(tmp_path: Path, method: str) -> None:
-    with pytest.raises(MissingRows, match=r"'query'.*collect\(.*split='query'"):
+    with pytest.raises(MissingRows, match=r"'query'.*collect(_at)?\(.*'query'"):
         attribute(make_trained_store(tmp_path, TRAIN, stats=LABELS), method)
 
 

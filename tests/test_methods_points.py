@@ -11,7 +11,7 @@ import pytest
 import torch
 from datasets import Dataset
 from models import bert, labelled, lora, padding
-from stores import Blocks, make_store, make_trained_store
+from stores import Blocks, make_artifacts, make_store, make_trained_store
 from torch import Tensor
 from transformers import Trainer, TrainingArguments
 
@@ -19,6 +19,7 @@ from hf_influence import Scores
 from hf_influence.attribution import attribute, methods
 from hf_influence.callbacks import GradientCapture
 from hf_influence.errors import BadSetting, MissingRows, StoreMismatch
+from hf_influence.gradients import adam_state
 from hf_influence.store import GradientStore
 
 assert_exact = partial(torch.testing.assert_close, rtol=1e-12, atol=1e-12)
@@ -52,6 +53,7 @@ def store_of(path: Path, points: Any = PRESENT, **options: Any) -> GradientStore
     for point in points:
         train, query, stats = COURSE[point]
         make_store(path, train, query, stats=stats, point=point, **{"present": PRESENT[point], **options})
+    make_artifacts(store)
     return store
 
 
@@ -124,6 +126,7 @@ def test_copies_of_an_example_score_alike(tmp_path: Path, method: str) -> None:
         copied = [0, 1, 2, 3, 4, 5, 2, 7]  # 6 is a copy of 2
         rows = {name: g[copied] for name, g in train.items()}
         make_store(tmp_path, rows, query, stats={name: value[copied] for name, value in stats.items()}, point=point)
+    make_artifacts(GradientStore.open(tmp_path))
     values = attribute(tmp_path, method).values
     torch.testing.assert_close(values[6], values[2], rtol=1e-14, atol=0)
 
@@ -257,14 +260,15 @@ def test_every_method_over_points_runs_on_what_a_trainer_leaves(tmp_path: Path) 
         disable_tqdm=True,
         save_strategy="no",
     )
-    Trainer(model, args, data_collator=padding(), train_dataset=data, callbacks=[capture]).train()
-    store = GradientStore.open(capture.path)
+    trainer = Trainer(model, args, data_collator=padding(), train_dataset=data, callbacks=[capture])
+    trainer.train()
+    store = adam_state(model, capture.path, trainer.optimizer)
     held = sorted({i for point in (1, 2, 3) for i in store.rows("train", point).ids})
     for method in OVER_POINTS:
         scores = attribute(capture.path, method)
         assert scores.settings["points"] == [1, 2, 3]
         assert scores.ids == held
-        assert scores.values.shape == (len(held), 2 if method == "tracin" else 1)
+        assert scores.values.shape == (len(held), 2 if "queries" in methods()[method].needs else 1)
 
 
 def test_a_wrong_label_sinks_where_training_memorises_it(tmp_path: Path) -> None:

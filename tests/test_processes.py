@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from models import autograd_row, prompts, tiny, worst_error
 from runs import run
 
 from hf_influence.store import GradientStore
@@ -54,3 +55,38 @@ def test_two_processes_give_the_same_store_as_one(tmp_path: Path, examples: int)
     assert one.ids == two.ids == list(range(examples))
     for name in one.blocks:
         torch.testing.assert_close(two.block(name), one.block(name), rtol=1e-5, atol=1e-6)
+
+
+def test_rows_of_both_processes_equal_autograd_under_accumulation_and_unequal_lengths(tmp_path: Path) -> None:
+    settings = ["--examples", "24", "--batch-size", "4", "--dropout", "0", "--record"]
+    process(*TORCHRUN, SCRIPT, str(tmp_path), *settings)
+    micros = {file.stem: torch.load(file) for file in sorted((tmp_path / "record").glob("*.pt"))}
+    data = prompts(24)
+    position = {tuple(example["input_ids"]): at for at, example in enumerate(data)}
+    model = tiny(torch.float32, lora_dropout=0.0)
+    weights = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
+    store = GradientStore.open(tmp_path / "rows")
+    for epoch in (1, 2, 3):
+        rows = store.rows("train", epoch)
+        steps = set(rows.stats["step"].tolist())
+        of_rank: dict[str, set[int]] = {"0": set(), "1": set()}
+        want: dict[int, dict[str, torch.Tensor]] = {}
+        for name, micro in micros.items():
+            if micro["step"] not in steps:
+                continue
+            with torch.no_grad():
+                for parameter, value in micro["weights"].items():
+                    weights[parameter].copy_(value)
+            batch = micro["batch"]
+            for ids, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True):
+                at = position[tuple(ids[mask.bool()].tolist())]
+                of_rank[name[0]].add(at)
+                want[at] = autograd_row(model, data[at])
+                assert int(rows.stats["step"][at]) == micro["step"]
+        assert of_rank["0"].isdisjoint(of_rank["1"])
+        assert len(of_rank["0"]) == len(of_rank["1"]) == 12
+        assert rows.ids == sorted(want) == list(range(24))
+        assert worst_error(rows, [want[at] for at in rows.ids]) < 1e-5
+    in_one_step = [name for name, micro in micros.items() if micro["step"] == 1]
+    assert [name[0] for name in in_one_step] == ["0", "0", "1", "1"]  # each process accumulates two batches
+    assert any(not micro["batch"]["attention_mask"].all() for micro in micros.values())

@@ -60,6 +60,7 @@ def test_statistics_of_a_classifier(tmp_path: Path, kind: str) -> None:
         expected = {"loss": own_loss(model, example), "n_tokens": torch.tensor(1)}
         if kind == "single":
             expected |= {"label": y, **{name: value[0] for name, value in judged(z[None], y[None]).items()}}
+            expected |= {"probabilities": z.softmax(0)}
         elif kind == "multi":
             side = z * (2 * y - 1)
             error = (z.sigmoid() - y).norm()

@@ -32,7 +32,8 @@ def attribute(
         train_split: The split to score.
         query_split: The split to compare with, for a method that compares with queries.
         point: The parameter point at which the gradients were taken; by default 0, the weights after training. A method
-            over several points has a setting `points` instead: by default all points of training.
+            over several points has a setting `points` instead: by default all points of training, or all members of
+            its ensemble.
         **settings: The settings of the method.
 
     Returns:
@@ -46,6 +47,7 @@ def attribute(
         StoreMismatch: The store is compressed in a way that the method cannot use, or its points are of different
             datasets.
         BadExample: A row holds NaN or infinity.
+        NotConverged: A method that iterates did not come to a result.
     """
     chosen = make_method(method, settings)
     opened = store if isinstance(store, GradientStore) else GradientStore.open(store)
@@ -54,6 +56,8 @@ def attribute(
     with_queries = "queries" in chosen.needs
     check_finite(values, *(part.train for part in rows.parts), *(part.query for part in rows.parts if with_queries))
     where: dict[str, Any] = {"train_split": train_split}
-    where |= {} if "points" in chosen.needs else {"point": rows.points[0]}
+    settings_used = chosen.record(rows)
+    where |= {} if "points" in settings_used else {"point": rows.points[0]}
     where |= {"query_split": query_split} if with_queries else {}
-    return Scores(values, rows.ids, method, where | chosen.record(rows), chosen.columns(rows), rows.train.id_column)
+    columns = chosen.columns(rows)
+    return Scores(values, rows.ids, method, where | settings_used, columns, rows.train.id_column, chosen.report)

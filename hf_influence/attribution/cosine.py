@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from hf_influence.attribution.inner_product import InnerProduct
-from hf_influence.attribution.norms import row_norms
+from hf_influence.attribution.products import inverse_norms
 from hf_influence.attribution.selection import Selection
-from hf_influence.store import Rows
 
 
 @dataclass(kw_only=True)
@@ -23,14 +21,9 @@ class Cosine(InnerProduct, name="cosine"):
 
     Cost: that of the inner product and one pass for the norms.
     Use when: a few examples with long gradients would decide everything otherwise, as with noisy labels.
-    See also: InnerProduct (the same without the norms).
+    See also: InnerProduct (the same without the norms), Vote and KernelRidge (over the queries, better than the mean).
     Source: Xia et al., LESS, ICML 2024, there on gradients preconditioned by Adam.
     """
 
     def score(self, rows: Selection) -> Tensor:
-        return self.products(rows.train, rows.query, _inverse_norms(rows.query)) * _inverse_norms(rows.train)[:, None]
-
-
-def _inverse_norms(rows: Rows) -> Tensor:
-    norms = row_norms(rows)
-    return torch.where(norms == 0, 0, norms.reciprocal())  # [n]
+        return self.products(rows.train, rows.query, inverse_norms(rows.query)) * inverse_norms(rows.train)[:, None]

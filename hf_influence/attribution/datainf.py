@@ -5,11 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from hf_influence.attribution.inner_product import InnerProduct
+from hf_influence.attribution.tuned import Tuned
 from hf_influence.curvature import MeanInverse
 
 
 @dataclass(kw_only=True)
-class DataInf(MeanInverse, InnerProduct, name="datainf"):
+class DataInf(Tuned, MeanInverse, InnerProduct, name="datainf"):
     """Influence with the inverse curvature replaced by the mean of per-example inverses.
 
         score[i, q] = Σ_blocks ⟨g_i, P v_q⟩,   P v = 1/n Σ_k (λI + g_k g_kᵀ)⁻¹ v

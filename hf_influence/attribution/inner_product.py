@@ -1,17 +1,21 @@
-"""The inner product of gradients, and the one loop of all methods that compare rows with queries."""
+"""The inner product of gradients."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from hf_influence.attribution.given import one_for_each
 from hf_influence.attribution.method import Method
+from hf_influence.attribution.products import inner_products
 from hf_influence.attribution.selection import Selection
 from hf_influence.curvature import Identity
-from hf_influence.errors import MissingRows
+from hf_influence.errors import BadSetting, MissingRows
 from hf_influence.store import Rows
 
 
@@ -31,32 +35,60 @@ class InnerProduct(Identity, Method, name="ip"):
 
     needs: ClassVar[tuple[str, ...]] = ("rows", "queries")
 
-    queries: str = field(default="each", metadata={"choices": ("each", "mean")})
-    """One column for each query, or one column for their mean."""
+    queries: str | Sequence[Any] = "each"
+    """"each" for one column for each query, "mean" for one column for their mean, or the group of each query in dataset
+    order, an integer or a string, for one column for the mean of each group."""
+
+    def __post_init__(self) -> None:
+        if isinstance(self.queries, Tensor | np.ndarray):
+            self.queries = self.queries.tolist()
+        super().__post_init__()
+        if isinstance(self.queries, str):
+            known = self.queries in ("each", "mean")
+        else:
+            known = isinstance(self.queries, Sequence) and all(isinstance(group, int | str) for group in self.queries)
+        if not known:
+            raise BadSetting(
+                f"method '{self.name}': queries={self.queries!r} must be 'each', 'mean', or a list of groups, an "
+                "integer or a string for each query."
+            )
 
     def score(self, rows: Selection) -> Tensor:
         return self.products(rows.train, rows.query)
 
     def columns(self, rows: Selection) -> list[Any] | None:
-        return ["mean"] if self.queries == "mean" else super().columns(rows)
+        if isinstance(self.queries, str):
+            return ["mean"] if self.queries == "mean" else super().columns(rows)
+        return list(dict.fromkeys(self.queries))
 
     def products(self, train: Rows, query: Rows, weight: Tensor | None = None) -> Tensor:
         """`Σ_blocks ⟨g_i, P v_q⟩`, `[n, q]`, each query multiplied by its `weight` `[m]` first.
 
         Raises:
             MissingRows: The mean of no queries was asked for.
+            BadSetting: The groups are not as many as the queries.
         """
-        mean = self.queries == "mean"
-        if mean and not len(query):
-            raise MissingRows(f"{query.folder} holds no examples, so there is no mean query. Collect some queries.")
-        out = torch.zeros(len(train), 1 if mean else len(query), dtype=train.dtype)  # [n, q], in the order of the disk
-        for block in train.blocks:
-            v = query.block(block)  # [m, d]
-            v = v if weight is None else v * weight[:, None]
-            v = self.fit(train, block)(v.mean(0, keepdim=True) if mean else v)  # [q, d]
-            start, places = 0, []
-            for at, g in train.chunks(block):
-                out[start : start + len(at)].addmm_(g, v.T)  # [b, q]
-                start += len(at)
-                places.append(at)
-        return out[torch.cat(places).argsort()] if len(train) else out
+        mix = self._mixture(query)
+        mix = mix if mix is None or weight is None else mix * weight
+
+        def prepare(block: str, v: Tensor) -> Tensor:
+            if mix is not None:
+                v = mix @ v
+            elif weight is not None:
+                v = v * weight[:, None]
+            return self.fit(train, block)(v)
+
+        return inner_products(train, query, len(query) if mix is None else len(mix), prepare)
+
+    def _mixture(self, query: Rows) -> Tensor | None:
+        """The part of each query in each column, `[q, m]`; `None` where each has a column of its own."""
+        if self.queries == "each":
+            return None
+        if self.queries == "mean":
+            if not len(query):
+                raise MissingRows(f"{query.folder} holds no examples, so there is no mean query. Collect some queries.")
+            return torch.full((1, len(query)), 1 / len(query), dtype=query.dtype)
+        groups = one_for_each(self.queries, query, self.name, "queries", "groups", "query")
+        member = torch.tensor([[group == other for other in groups] for group in dict.fromkeys(groups)])
+        member = member.reshape(-1, len(groups)).to(query.dtype)  # [q, m]
+        return member / member.sum(1, keepdim=True)

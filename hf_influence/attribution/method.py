@@ -7,6 +7,7 @@ import re
 from abc import ABC, abstractmethod
 from dataclasses import asdict, dataclass, fields
 from difflib import get_close_matches
+from functools import cached_property
 from inspect import cleandoc
 from typing import Any, ClassVar
 
@@ -27,7 +28,8 @@ class About:
         summary: What you get, in a sentence.
         formula: How it is computed, in the notation of the paper.
         needs: What must be stored: "rows", "queries" (rows of the query split), "points" (what is needed at points of
-            training), "labels", or a statistic by its name.
+            training), "members" (at those of an ensemble), "labels", "texts" (passed as settings), an artifact
+            collected from the model ("hessian", "ekfac", "adam"), or a statistic by its name.
         cost: Time and memory, in words.
         use: When to choose it.
         source: Where it comes from.
@@ -76,6 +78,11 @@ class Method(ABC):
     @abstractmethod
     def score(self, rows: Selection) -> Tensor:
         """The scores `[n, q]` in dataset order, one column without queries; higher = more worth keeping."""
+
+    @cached_property
+    def report(self) -> dict[str, Any]:
+        """What `score` found on the way and is no setting, such as how far it has converged; kept as JSON."""
+        return {}
 
     def columns(self, rows: Selection) -> list[Any] | None:
         """The ids of the columns, or `None` for a method without queries."""
@@ -142,12 +149,16 @@ def _wrong(
     choices: tuple[str, ...] = (),
 ) -> str:
     """What `value` should be and is not; empty if it is."""
-    if choices:
-        return "" if value in choices else f"one of {', '.join(map(repr, choices))}"
+    one_of = ", ".join(map(repr, choices))
+    if choices and value in choices:
+        return ""
+    if choices and above is None:
+        return f"one of {one_of}"
     if least is not None:
         return "" if isinstance(value, int) and value >= least else f"a whole number, at least {least}"
     if above is not None:
         high = math.inf if below is None else below
         bounds = f"above {above}" + ("" if below is None else f" and below {below}")
+        bounds += f", or {one_of}" if choices else ""
         return "" if isinstance(value, int | float) and above < value < high else f"a number {bounds}"
     return ""

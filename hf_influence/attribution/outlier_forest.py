@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
-import reprlib
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -16,9 +13,9 @@ from sklearn.random_projection import SparseRandomProjection, johnson_lindenstra
 from torch import Tensor
 
 from hf_influence.attribution.finite import check_finite
+from hf_influence.attribution.given import Labelled
 from hf_influence.attribution.method import Method
 from hf_influence.attribution.selection import Selection
-from hf_influence.errors import BadSetting
 from hf_influence.store import Rows
 
 
@@ -62,7 +59,7 @@ class OutlierForest(Method, name="outlier_iforest"):
 
 
 @dataclass(kw_only=True)
-class OutlierClasswise(OutlierForest, name="outlier_classwise"):
+class OutlierClasswise(Labelled, OutlierForest, name="outlier_classwise"):
     """How typical the query is of the example's class, by a forest for each class.
 
         score[i, q] = score_samples of v_q by the isolation forest fitted on {g_k : class of k = class of i}
@@ -77,12 +74,9 @@ class OutlierClasswise(OutlierForest, name="outlier_classwise"):
 
     needs = ("rows", "queries", "labels")
 
-    labels: Sequence[Any] | None = None
-    """The class of each training example in dataset order; by default the statistic "label" of the rows."""
-
     def score(self, rows: Selection) -> Tensor:
         train, query = rows.train, rows.query
-        classes = self._classes(train)
+        classes = self.classes(train)
         sketch = _sketch(train, self.eps, self.seed)
         features, targets = sketch(train), sketch(query)
         out = torch.zeros(len(train), len(query), dtype=train.dtype)
@@ -90,30 +84,6 @@ class OutlierClasswise(OutlierForest, name="outlier_classwise"):
             member = torch.tensor([other == label for other in classes])  # [n]
             out[member] = self.typicality(features[member.numpy()], targets).to(out.dtype)
         return out
-
-    def record(self, rows: Selection) -> dict[str, Any]:
-        """The settings, with a fingerprint in place of labels that were passed: they are as many as the rows."""
-        if self.labels is None:
-            return super().record(rows)
-        classes = self._classes(rows.train)
-        digest = hashlib.sha256(json.dumps(list(map(str, classes))).encode()).hexdigest()
-        return replace(self, labels=None).record(rows) | {"labels": f"{len(set(classes))} classes, sha256 {digest}"}
-
-    def _classes(self, train: Rows) -> list[Any]:
-        labels = train.stats.get("label") if self.labels is None else self.labels
-        if labels is None:
-            if not len(train):
-                return []
-            raise BadSetting(
-                f"method '{self.name}' needs the class of each training example, and {train.folder} does not hold the "
-                "statistic 'label'. Pass labels=[...], one for each example in dataset order."
-            )
-        if isinstance(labels, str) or len(labels) != len(train):
-            raise BadSetting(
-                f"method '{self.name}': labels={reprlib.repr(labels)} is not a sequence of {len(train)} classes, one "
-                "for each training example in dataset order. (Scores keep only a fingerprint of the labels.)"
-            )
-        return labels.tolist() if isinstance(labels, Tensor | np.ndarray) else list(labels)
 
 
 def _sketch(train: Rows, eps: float, seed: int) -> Callable[[Rows], np.ndarray]:

@@ -32,13 +32,20 @@ class OverPoints(Method):
         ):
             raise BadSetting(f"method '{self.name}': points={points!r} must be a list of point numbers, at least one.")
 
+    def chosen(self, rows: Selection) -> list[int] | None:
+        """The points to go over; `None` for those of training."""
+        return None if self.points is None else sorted(set(self.points))
+
     def select(self, rows: Selection, point: int | None) -> Selection:
+        self._refuse(point)
+        return rows.over(self.chosen(rows), queries="queries" in self.needs)
+
+    def _refuse(self, point: int | None) -> None:
         if point is not None:
             raise BadSetting(
                 f"method '{self.name}' goes over several points, so point={point} has no meaning for it. Pass "
-                f"points=[{point}] for that point alone, or nothing for all points of training."
+                f"points=[{point}] for that point alone, or nothing for all points of its kind."
             )
-        return rows.over(self.points, queries="queries" in self.needs)
 
     def record(self, rows: Selection) -> dict[str, Any]:
         return super().record(rows) | {"points": list(rows.points)}

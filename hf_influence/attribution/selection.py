@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 
 from hf_influence.errors import MissingRows, StoreMismatch
 from hf_influence.gradients.compress import Compressor
-from hf_influence.store import GradientStore, Rows
+from hf_influence.store import WEIGHTS, GradientStore, Rows
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,8 @@ class Selection:
             MissingRows: There are no such points, or one of them lacks what is wanted.
             StoreMismatch: The points hold rows of different datasets.
         """
-        several = replace(self, points=tuple(self._training_points() if points is None else sorted(set(points))))
+        chosen = self.training_points() or self._none_of_training() if points is None else sorted(set(points))
+        several = replace(self, points=tuple(chosen))
         first = several.parts[0]
         for part in several.parts:
             _same_examples(first.train, part.train)
@@ -90,17 +91,19 @@ class Selection:
 
     def compressed(self, compressor: Compressor) -> Selection:
         """The same whole rows, compressed while they are read."""
-        blocks = {name: self.store.header.width(name) for name in self.store.blocks}
-        maps = {name: compressor.fit(name, width) for name, width in blocks.items()}
-        widths = {name: min(compressor.r, width) for name, width in blocks.items()}
+        shapes = self.store.header.blocks
+        maps = {name: compressor.fit(name, shape) for name, shape in shapes.items()}
+        widths = {name: compressor.width(shape) for name, shape in shapes.items()}
         return replace(self, view=lambda rows: rows.mapped(maps, widths))
 
-    def _training_points(self) -> list[int]:
-        """The points with rows from training steps: those carry the step. Point 0 is never one of them."""
-        path = str(self.store.path)
-        held = [point for point in self.store.points() if self.train_split in self.store.splits(point)]
+    def training_points(self) -> list[int]:
+        """The points with rows from training steps: those carry the step. Point 0 is never one of them.
+
+        Raises:
+            MissingRows: One of them is cut short.
+        """
         chosen, cut_short = [], None
-        for point in filter(None, held):
+        for point in filter(None, self._held(WEIGHTS)):
             try:
                 rows = self.store.rows(self.train_split, point)
             except MissingRows as error:
@@ -111,25 +114,37 @@ class Selection:
         if cut_short:
             instead = f" Or go over the other points of training alone: points={chosen}." if chosen else ""
             raise MissingRows(f"{cut_short}{instead}") from cut_short
-        if not chosen:
-            raise MissingRows(
-                f"{path} holds no rows of the split {self.train_split!r} from training steps (points with rows of it: "
-                f"{', '.join(map(str, held)) or 'none'}), and the method goes over the points of training. Capture "
-                f'them: GradientCapture({path!r}, during="epochs"). Rows that were collected at checkpoints will do '
-                "too: name their points with points=[…]."
-            )
         return chosen
+
+    def _held(self, kind: str | None = None) -> list[int]:
+        """The points with training rows, those of one kind or all."""
+        return [point for point in self.store.points(kind) if self.train_split in self.store.splits(point)]
+
+    def _none_of_training(self) -> NoReturn:
+        path = str(self.store.path)
+        raise MissingRows(
+            f"{path} holds no rows of the split {self.train_split!r} from training steps (points with rows of it: "
+            f"{', '.join(map(str, self._held())) or 'none'}), and the method goes over the points of training. Capture "
+            f'them: GradientCapture({path!r}, during="epochs"). Checkpoints of the run will do too: collect_at(model, '
+            f"{{{self.train_split!r}: dataset}}, {path!r}, checkpoints(output_dir)), and name their points with "
+            "points=[…] (tracin takes them by itself)."
+        )
 
     def _check_queries(self, first: Selection) -> None:
         """The queries are there, and are those of the first point."""
         point, split, path = self.points[0], self.query_split, str(self.store.path)
         if split not in self.store.splits(point):
+            of_training = self.store.point_about(point).kind == WEIGHTS
+            capture = (
+                f'GradientCapture({path!r}, query_dataset=…, during="epochs"); or, with the weights of that point, '
+                f"collect(model, dataset, {path!r}, split={split!r}, point={point})"
+            )
+            at_points = f"collect_at(model, {{{split!r}: dataset}}, {path!r}, points)"
             raise MissingRows(
                 f"{path} holds no rows of the split {split!r} at point {point} (it has: "
                 f"{', '.join(self.store.splits(point)) or 'none'}), and the method compares each point's training rows "
-                f"with queries at that point. Capture both: GradientCapture({path!r}, query_dataset=…, "
-                f'during="epochs"); or, with the weights of that point, collect(model, dataset, {path!r}, '
-                f"split={split!r}, point={point}); or leave the point out with points=[…]."
+                f"with queries at that point. Capture both: {capture if of_training else at_points}; or leave "
+                "the point out with points=[…]."
             )
         _same_examples(first.query, self.query)
         if odd := sorted(set(first.query.positions.tolist()) ^ set(self.query.positions.tolist())):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -26,7 +27,7 @@ class SelfInfluence(Identity, Method, name="self_ip"):
     Source: Pruthi et al., TracIn, NeurIPS 2020.
     """
 
-    needs = ("rows",)
+    needs: ClassVar[tuple[str, ...]] = ("rows",)
 
     def score(self, rows: Selection) -> Tensor:
         out = torch.zeros(len(rows.train), 1, dtype=rows.train.dtype)

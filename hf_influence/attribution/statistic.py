@@ -8,9 +8,14 @@ from torch import Tensor
 from hf_influence.errors import MissingRows
 from hf_influence.store import Rows
 
+_HOW = {
+    "features": "Collect with features=True.",
+    "probabilities": "It is collected where every example has one label of several classes; collect again if it has.",
+}
+
 
 def statistic(rows: Rows, name: str, method: str) -> Tensor:
-    """One number of each example in dataset order, `[n]`.
+    """One number of each example in dataset order, `[n]`; of `probabilities` and `features` several, `[n, c]`.
 
     Raises:
         MissingRows: It was not collected.
@@ -19,6 +24,6 @@ def statistic(rows: Rows, name: str, method: str) -> Tensor:
     if len(rows) and name not in stats:
         raise MissingRows(
             f"{rows.folder} does not hold the statistic {name!r} that method '{method}' needs (it has: "
-            f"{', '.join(sorted(stats)) or 'none'}). It is collected where the task has it."
+            f"{', '.join(sorted(stats)) or 'none'}). {_HOW.get(name, 'It is collected where the task has it.')}"
         )
     return stats.get(name, torch.zeros(0))

@@ -1,8 +1,9 @@
-"""The inner product of gradients, summed over the points of training."""
+"""Inner products of gradients, summed over the points of training."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -10,39 +11,24 @@ from torch import Tensor
 from hf_influence.attribution.inner_product import InnerProduct
 from hf_influence.attribution.over_points import OverPoints
 from hf_influence.attribution.selection import Selection
+from hf_influence.attribution.self_influence import SelfInfluence
 from hf_influence.errors import MissingRows
 
 
 @dataclass(kw_only=True)
-class TracIn(OverPoints, InnerProduct, name="tracin"):
-    """How far the example's own training steps have lowered the loss of the query, to first order.
-
-        score[i, q] = Σ_c η_c(i) Σ_blocks ⟨g_i(θ_c), v_q(θ_c)⟩,   c over the points, η the rate of the step
-
-    With `weighted=False` the mean 1/C Σ_c over the C points. A point that lacks an example adds nothing to its score.
-    With rows captured during training g_i is that of the step that saw i, at its weights and under its dropout; v_q is
-    taken at the weights with which the point ends.
-
-    Cost: that of the inner product at each point.
-    Use when: rows were captured during training, with queries, and what is memorised at the end should still count.
-    See also: InnerProduct (one point), LossMean and Aum (without queries).
-    Source: Pruthi et al., TracIn, NeurIPS 2020; GEX, eq. 5 (the mean).
-    """
-
-    needs = ("rows", "queries", "points")
+class WeightedPoints(OverPoints):
+    """A sum over points, each row's term times the learning rate of its step; over checkpoints without such points."""
 
     weighted: bool = True
     """Each product times the learning rate of the step; otherwise their mean over the points."""
 
-    def score(self, rows: Selection) -> Tensor:
-        total = torch.zeros(len(rows.ids), len(self.columns(rows) or ()), dtype=rows.train.dtype)  # [n, q]
-        for part in rows.parts:
-            products = self.products(part.train, part.query)  # [b, q]
-            total[rows.places(part)] += self._weights(part, len(rows.parts)).to(total)[:, None] * products
-        return total
+    def chosen(self, rows: Selection) -> list[int] | None:
+        if self.points is None and not rows.training_points():
+            return rows.store.points("checkpoint") or None
+        return super().chosen(rows)
 
-    def _weights(self, part: Selection, n_points: int) -> Tensor:
-        """What the product of each training row of a point counts, `[b]`.
+    def weights(self, part: Selection, n_points: int) -> Tensor:
+        """What the term of each training row of a point counts, `[b]`.
 
         Raises:
             MissingRows: The learning rate is wanted and not known.
@@ -51,9 +37,63 @@ class TracIn(OverPoints, InnerProduct, name="tracin"):
         if not self.weighted:
             return torch.full((len(train),), 1 / n_points, dtype=torch.float64)
         stats = train.stats
+        rate = part.store.point_about(part.points[0]).details.get("learning_rate")
+        if "learning_rate" not in stats and rate is not None:
+            return torch.full((len(train),), rate, dtype=torch.float64)
         if len(train) and "learning_rate" not in stats:
             raise MissingRows(
                 f"{train.folder} holds rows without a learning rate, as rows have that were not captured in a training "
-                "step. Pass weighted=False for the plain mean over the points."
+                "step, or at a checkpoint up to which the Trainer had logged none. Pass weighted=False for the plain "
+                "mean over the points."
             )
         return stats.get("learning_rate", torch.zeros(0))
+
+
+@dataclass(kw_only=True)
+class TracIn(WeightedPoints, InnerProduct, name="tracin"):
+    """How far the example's own training steps have lowered the loss of the query, to first order.
+
+        score[i, q] = Σ_c η_c(i) Σ_blocks ⟨g_i(θ_c), v_q(θ_c)⟩,   c over the points, η the rate of the step
+
+    With `weighted=False` the mean 1/C Σ_c over the C points. A point that lacks an example adds nothing to its score.
+    With rows captured during training g_i is that of the step that saw i, at its weights and under its dropout; v_q is
+    taken at the weights with which the point ends. Without such rows the points are the checkpoints in the store.
+
+    Cost: that of the inner product at each point.
+    Use when: rows were captured during training, with queries, and what is memorised at the end should still count.
+    See also: InnerProduct (one point), SelfTracIn, LossMean and Aum (without queries).
+    Source: Pruthi et al., TracIn, NeurIPS 2020; GEX, eq. 5 (the mean).
+    """
+
+    needs: ClassVar[tuple[str, ...]] = ("rows", "queries", "points")
+
+    def score(self, rows: Selection) -> Tensor:
+        total = torch.zeros(len(rows.ids), len(self.columns(rows) or ()), dtype=rows.train.dtype)  # [n, q]
+        for part in rows.parts:
+            products = self.products(part.train, part.query)  # [b, q]
+            total[rows.places(part)] += self.weights(part, len(rows.parts)).to(total)[:, None] * products
+        return total
+
+
+@dataclass(kw_only=True)
+class SelfTracIn(WeightedPoints, SelfInfluence, name="self_tracin"):
+    """How little the example's own training steps have lowered its own loss: hard and mislabelled ones come lowest.
+
+        score[i] = −Σ_c η_c(i) ‖g_i(θ_c)‖²,   c over the points, η the rate of the step
+
+    With `weighted=False` the mean 1/C Σ_c over the C points. A point that lacks an example adds nothing to its score.
+
+    Cost: one pass over the rows of each point.
+    Use when: rows were captured during training and there are no clean queries.
+    See also: SelfInfluence (one point), TracIn (against queries), LossMean and Aum (from statistics alone).
+    Source: Pruthi et al., TracIn, NeurIPS 2020, sec. 3 (self-influence); Thakkar et al., Self-Influence Guided Data
+    Reweighting, EMNLP 2023.
+    """
+
+    needs = ("rows", "points")
+
+    def score(self, rows: Selection) -> Tensor:
+        total = torch.zeros(len(rows.ids), 1, dtype=rows.train.dtype)  # [n, 1]
+        for part in rows.parts:
+            total[rows.places(part)] += self.weights(part, len(rows.parts)).to(total)[:, None] * super().score(part)
+        return total

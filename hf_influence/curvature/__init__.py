@@ -1,8 +1,22 @@
 """How the inverse curvature is approximated: functions from the rows of a block to `v -> P v`."""
 
-from hf_influence.curvature.curvature import Curvature, Damped, Solve
+from hf_influence.curvature.choice import choose_damping
+from hf_influence.curvature.conjugate import ConjugateGradients
+from hf_influence.curvature.curvature import Curvature, Damped, DampedPath, Solve
 from hf_influence.curvature.datainf import MeanInverse
 from hf_influence.curvature.fisher import EmpiricalFisher
 from hf_influence.curvature.identity import Identity
+from hf_influence.curvature.neumann import NeumannSeries
 
-__all__ = ["Curvature", "Damped", "EmpiricalFisher", "Identity", "MeanInverse", "Solve"]
+__all__ = [
+    "ConjugateGradients",
+    "Curvature",
+    "Damped",
+    "DampedPath",
+    "EmpiricalFisher",
+    "Identity",
+    "MeanInverse",
+    "NeumannSeries",
+    "Solve",
+    "choose_damping",
+]

@@ -5,9 +5,12 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
 
 from torch import Tensor
 
+from hf_influence.errors import BadSetting
 from hf_influence.store import Rows
 
 Solve = Callable[[Tensor], Tensor]
@@ -22,17 +25,44 @@ class Curvature(ABC):
     def fit(self, rows: Rows, block: str) -> Solve:
         """Look at the rows of one block, `[n, d]` read in chunks, and return `v -> P v`."""
 
+    @cached_property
+    def report(self) -> dict[str, Any]:
+        """What was found on the way and is no setting, such as how far an iteration has converged; kept as JSON."""
+        return {}
+
 
 @dataclass(kw_only=True)
 class Damped(Curvature):
     """A curvature that is made invertible by adding `λI`."""
 
-    damping: float = field(default=0.1, metadata={"above": 0})
+    damping: float | str = field(default=0.1, metadata={"above": 0})
     """λ relative to the block's mean squared gradient entry; > 0."""
 
-    def strength(self, square: float, rows: Rows, block: str) -> float:
-        """λ = damping · Σᵢ ‖gᵢ‖² / (n d), for `square` = Σᵢ ‖gᵢ‖².
+    def strength(self, square: float, rows: Rows, block: str, damping: float | None = None) -> float:
+        """λ = damping · Σᵢ ‖gᵢ‖² / (n d), for `square` = Σᵢ ‖gᵢ‖²; with the damping of the settings if none is given.
 
         It is 0 only where every gradient is 0: such a block says nothing, and `P` is taken to be 0 there.
         """
-        return self.damping * square / (max(1, len(rows)) * rows.blocks[block])
+        relative = float(self.damping if damping is None else damping)
+        return relative * square / (max(1, len(rows)) * rows.blocks[block])
+
+
+@dataclass(kw_only=True)
+class DampedPath(Damped):
+    """A damped curvature whose work on the rows serves every λ, so that λ can be chosen."""
+
+    damping: float | str = field(default=0.1, metadata={"above": 0, "choices": ("auto",)})
+    """λ relative to the block's mean squared gradient entry; > 0. Where there are queries, "auto" chooses one number
+    for the whole model, the one at which the queries agree best with each other (see `choose_damping`)."""
+
+    @abstractmethod
+    def prepare(self, rows: Rows, block: str) -> Callable[[float], Solve]:
+        """Do what does not depend on λ, and return a function from the relative damping to `v -> P v`."""
+
+    def fit(self, rows: Rows, block: str) -> Solve:
+        if self.damping == "auto":
+            raise BadSetting(
+                "damping='auto' is chosen by how well the queries agree with each other, and here there are none to "
+                "ask. Pass a number: 0.1 is usual; more keeps closer to the inner product."
+            )
+        return self.prepare(rows, block)(float(self.damping))

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import pairwise
 
 import torch
 from torch import Tensor
 
-from hf_influence.curvature.curvature import Damped, Solve
+from hf_influence.curvature.curvature import DampedPath, Solve
 from hf_influence.store import Rows
 
 TILE = 256  # rows in a tile of the Gram matrix: large enough for fast products, small enough to skip half of them
 
 
 @dataclass(kw_only=True)
-class EmpiricalFisher(Damped):
+class EmpiricalFisher(DampedPath):
     """The exact damped inverse, by whichever side of `G` `[n, d]` is smaller.
 
         P v = (λI + GᵀG/n)⁻¹ v                         dense side, d × d
@@ -30,22 +31,28 @@ class EmpiricalFisher(Damped):
     side: str = field(default="auto", metadata={"choices": ("auto", "gram", "dense")})
     """The matrix to factor: "gram" (n × n), "dense" (d × d), or "auto" for the smaller one, block by block."""
 
-    def fit(self, rows: Rows, block: str) -> Solve:
+    def prepare(self, rows: Rows, block: str) -> Callable[[float], Solve]:
         gram = len(rows) < rows.blocks[block] if self.side == "auto" else self.side == "gram"
         return self._gram(rows, block) if gram else self._dense(rows, block)
 
-    def _dense(self, rows: Rows, block: str) -> Solve:
+    def _dense(self, rows: Rows, block: str) -> Callable[[float], Solve]:
         width = rows.blocks[block]
         outer = torch.zeros(width, width, dtype=torch.float64)  # [d, d]
         for _, g in rows.chunks(block):
             outer += g.T @ g
-        lam = self.strength(outer.trace().item(), rows, block)
-        if lam == 0:
-            return torch.zeros_like
-        factor = _factor(outer.div_(len(rows)), lam)
-        return lambda v: torch.cholesky_solve(v.T.double(), factor).T.to(v.dtype)
+        square = outer.trace().item()
+        outer /= max(1, len(rows))
 
-    def _gram(self, rows: Rows, block: str) -> Solve:
+        def at_damping(damping: float) -> Solve:
+            lam = self.strength(square, rows, block, damping)
+            if lam == 0:
+                return torch.zeros_like
+            factor = _factor(outer, lam)
+            return lambda v: torch.cholesky_solve(v.T.double(), factor).T.to(v.dtype)
+
+        return at_damping
+
+    def _gram(self, rows: Rows, block: str) -> Callable[[float], Solve]:
         tiles = [g for _, g in rows.chunks(block, TILE)]  # views of the mapped files
         ends = torch.tensor([0, *map(len, tiles)]).cumsum(0).tolist()
         spans = [slice(start, stop) for start, stop in pairwise(ends)]
@@ -53,27 +60,34 @@ class EmpiricalFisher(Damped):
         for i, g in enumerate(tiles):
             for j in range(i + 1):
                 torch.mm(g, tiles[j].T, out=gram[spans[i], spans[j]])
-        lam = self.strength(gram.diagonal().sum(dtype=torch.float64).item(), rows, block)
-        if lam == 0:
-            return torch.zeros_like
-        factor = _factor(gram.double(), len(rows) * lam)
+        square = gram.diagonal().sum(dtype=torch.float64).item()
 
-        def solve(v: Tensor) -> Tensor:
-            product = torch.cat([g @ v.T for g in tiles])  # [n, q]
-            weight = torch.cholesky_solve(product.double(), factor).to(v.dtype)  # [n, q]
-            rest = v.clone()  # [q, d]
-            for span, g in zip(spans, tiles, strict=True):
-                rest.addmm_(weight[span].T, g, alpha=-1)
-            return rest / lam
+        def at_damping(damping: float) -> Solve:
+            lam = self.strength(square, rows, block, damping)
+            if lam == 0:
+                return torch.zeros_like
+            factor = _factor(gram, len(rows) * lam)
 
-        return solve
+            def solve(v: Tensor) -> Tensor:
+                product = torch.cat([g @ v.T for g in tiles])  # [n, q]
+                weight = torch.cholesky_solve(product.double(), factor).to(v.dtype)  # [n, q]
+                rest = v.clone()  # [q, d]
+                for span, g in zip(spans, tiles, strict=True):
+                    rest.addmm_(weight[span].T, g, alpha=-1)
+                return rest / lam
+
+            return solve
+
+        return at_damping
 
 
 def _factor(matrix: Tensor, damping: float) -> Tensor:
     """The lower Cholesky factor of `matrix + damping · I`; NaN, and so every score, where there is none.
 
     There is none if the rows are not finite, or the damping drowns in rounding; the scores are refused for it, by name.
+    One for each λ of a path costs less than one eigendecomposition for all of them: that takes as long as 13 factors.
     """
+    matrix = matrix.to(torch.float64, copy=True)
     matrix.diagonal().add_(damping)
     factor, failed = torch.linalg.cholesky_ex(matrix)
     return factor.fill_(torch.nan) if failed else factor

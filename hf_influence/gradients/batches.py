@@ -71,6 +71,7 @@ class Examples:
         pad_token_id = getattr(getattr(model, "config", None), "pad_token_id", None)
         self._pad = padding_with(pad_token_id if isinstance(pad_token_id, int) else 0)
         self._collate = collate or self._pad
+        self._surveyed: tuple[str, list[int]] | None = None
 
     def __len__(self) -> int:
         return len(self._dataset)
@@ -113,8 +114,13 @@ class Examples:
     def survey(self) -> tuple[str, list[int]]:
         """One pass over the examples without the model: a hash of their tokens or pixels and labels, and their lengths.
 
-        Other inputs do not count, and the length of an example without token ids is 1.
+        Other inputs do not count, and the length of an example without token ids is 1. Done once.
         """
+        if self._surveyed is None:
+            self._surveyed = self._survey()
+        return self._surveyed
+
+    def _survey(self) -> tuple[str, list[int]]:
         digest = hashlib.sha256()
         lengths = []
         for start in range(0, len(self), SURVEYED):

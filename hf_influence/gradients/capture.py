@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from math import prod
 from typing import Any
 
 import torch
@@ -21,8 +20,10 @@ from torch import Tensor, nn
 from hf_influence.errors import UnsupportedModel
 from hf_influence.gradients.compress import Compressor
 from hf_influence.gradients.packing import Packing
-from hf_influence.gradients.rules import Entries, outer, outer_of_many
+from hf_influence.gradients.rules import Entries, Keep, Projections, outer, outer_of_many
 from hf_influence.gradients.taps import Modules, Tap, find_taps
+
+HALF = (torch.float16, torch.bfloat16)
 
 
 class RowCatcher:
@@ -48,15 +49,17 @@ class RowCatcher:
         self._by_module: dict[int, list[Tap]] = {}
         for tap in taps:
             self._by_module.setdefault(id(tap.module), []).append(tap)
-        self._keep: dict[str, Entries] = {}
+        self._keep: dict[str, Keep] = {}
+        self._places: dict[str, torch.device] = {}
         self._project: dict[str, Any] = {}
         if compress is not None:
             for name, shape in self.shapes.items():
-                columns = compress.columns(name, prod(shape))
-                if columns is not None:
+                if (columns := compress.columns(name, shape)) is not None:
                     self._keep[name] = Entries.of(columns, shape)
+                elif (sides := compress.sides(name, shape)) is not None:
+                    self._keep[name] = Projections(*sides)
                 else:
-                    self._project[name] = compress.fit(name, prod(shape))
+                    self._project[name] = compress.fit(name, shape)
 
     def attach(self) -> None:
         for taps in self._by_module.values():
@@ -109,22 +112,23 @@ class RowCatcher:
         Returns:
             To be called with the gradient at its output, `[b, t, o]`: adds the rows of this call.
         """
-        taps = self._by_module.get(id(module), [])
+        taps = self._by_module.get(id(module), ())
         tokens = self._tokens(x) if x.is_floating_point() else self._tokens(x[..., None])[..., 0]
-        noted = _kept(
-            [tap.rule.remember(tokens, self._entries(tap.parameter, x.device)) for tap in taps], self.recomputed
-        )
+        noted = [tap.rule.remember(tokens, self._kept_of(tap.parameter, x.device)) for tap in taps]
+        kept: Any = _saved(noted) if self.recomputed else noted
 
         def back(g: Tensor) -> None:
-            g = self._tokens(g.detach())
-            for tap, seen in zip(taps, noted(), strict=True):
+            g = self._tokens(g.detach() if g.requires_grad else g)
+            for tap, seen in zip(taps, kept if isinstance(kept, list) else kept.saved_tensors, strict=True):
                 self._check_apart(tap, g)
-                self._add(tap, *tap.rule.factors(seen, g, self._entries(tap.parameter, g.device)))
+                self._add(tap, *tap.rule.factors(seen, g, self._kept_of(tap.parameter, g.device)))
 
         return back
 
     def _tokens(self, values: Tensor) -> Tensor:
         """`[b, d] -> [b, 1, d]`, `[b, …, d] -> [b, t, d]`; all that is seen with one example belongs to it."""
+        if values.ndim == 3 and (self.rows_in_batch != 1 or len(values) == 1):
+            return values
         if self.rows_in_batch == 1:
             return values.flatten(0, -2)[None]
         return values[:, None] if values.ndim == 2 else values.flatten(1, -2)
@@ -149,7 +153,7 @@ class RowCatcher:
             left, right = self.packing.unpack(left), self.packing.unpack(right)
         name = tap.parameter
         keep = self._keep.get(name)
-        if keep is not None and keep.at is not None and tap.rule.row is outer:
+        if isinstance(keep, Entries) and keep.at is not None and tap.rule.row is outer:
             self._later.append((name, (left, right, keep)))
             return
         row = tap.rule.row(left, right, keep)
@@ -160,18 +164,16 @@ class RowCatcher:
     def _sum(self, name: str, row: Tensor) -> None:
         self._rows[name] = self._rows[name] + row if name in self._rows else row
 
-    def _entries(self, name: str, device: torch.device) -> Entries | None:
-        keep = self._keep.get(name)
-        if keep is not None and keep.i.device != device:
-            keep = self._keep[name] = keep.to(device)
-        return keep
+    def _kept_of(self, name: str, device: torch.device) -> Keep | None:
+        """What is kept of a parameter, moved to the device at the first call."""
+        if name in self._keep and self._places.get(name) != device:
+            self._keep[name], self._places[name] = self._keep[name].to(device), device
+        return self._keep.get(name)
 
 
 def _exact(values: Tensor) -> Tensor:
     """At least float32; token ids stay what they are."""
-    if not values.is_floating_point():
-        return values
-    return values.to(torch.promote_types(values.dtype, torch.float32))
+    return values.float() if values.dtype in HALF else values
 
 
 class _Saved(torch.autograd.Function):
@@ -183,12 +185,9 @@ class _Saved(torch.autograd.Function):
         return trigger.new_zeros(())
 
 
-def _kept(tensors: list[Tensor], recomputed: bool) -> Callable[[], Sequence[Tensor]]:
-    """A function that gives the tensors back, once, during the backward pass."""
-    if not recomputed:
-        return lambda: tensors
-    node: Any = _Saved.apply(torch.zeros((), requires_grad=True), *tensors).grad_fn
-    return lambda: node.saved_tensors
+def _saved(tensors: list[Tensor]) -> Any:
+    """What gives the tensors back as its `saved_tensors`, once, during the backward pass."""
+    return _Saved.apply(torch.zeros((), requires_grad=True), *tensors).grad_fn
 
 
 @contextmanager
@@ -204,7 +203,7 @@ def per_sample_gradients(
     Args:
         model: The model, with the trainable parameters marked by `requires_grad`.
         modules: "lora" for a PEFT LoRA model, "trainable" for the trainable linear layers of any model.
-        compress: `dropout(r)` or `gaussian(r)`; whole rows without.
+        compress: `dropout(r)`, `gaussian(r)`, `sparse_jl(r)` or `logra(r_in, r_out)`; whole rows without.
         skip: Names of trainable parameters to leave out; `*` stands for anything.
 
     Yields:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +14,15 @@ from torch import Tensor, nn
 from hf_influence.errors import BadExample, StoreMismatch
 from hf_influence.gradients.batches import Collator, Examples
 from hf_influence.gradients.capture import RowCatcher
-from hf_influence.gradients.compress import Compressor
+from hf_influence.gradients.compress import Compressor, compressor_of
 from hf_influence.gradients.fixed import FixedWeights
 from hf_influence.gradients.identity import adapter_identity, model_identity
+from hf_influence.gradients.own_loss import OwnTask, task_of
 from hf_influence.gradients.processes import first_process_first, rank, wait_for_all, world
 from hf_influence.gradients.sweep import BatchSize, check_batch_size, sweep
 from hf_influence.gradients.taps import Modules, Tap, find_taps
-from hf_influence.store import GradientStore, Header, RowWriter
-from hf_influence.task import Classification, Reduction, Task, labels_of, task_of
+from hf_influence.store import GradientStore, Header, PointAbout, RowWriter
+from hf_influence.task import Classification, Reduction, Task, labels_of
 
 
 def collect(
@@ -34,12 +34,16 @@ def collect(
     data_collator: Collator | None = None,
     batch_size: BatchSize = "auto",
     loss_reduction: Reduction = "mean",
+    task: OwnTask | None = None,
     compress: Compressor | None = None,
     modules: Modules = "lora",
     skip: Sequence[str] = (),
     id_column: str | None = None,
     remove_unused_columns: bool = True,
     point: int = 0,
+    about: PointAbout | None = None,
+    rows: bool = True,
+    features: bool = False,
     overwrite: bool = False,
 ) -> GradientStore:
     """The gradient of every example's own loss, taken at the model's present weights and kept on disk.
@@ -62,12 +66,18 @@ def collect(
         batch_size: Examples a batch, or "auto" for a number of tokens that suits the device. Halves when memory runs
         out.
         loss_reduction: "mean" over an example's labelled tokens, or "sum".
-        compress: `dropout(r)` or `gaussian(r)`; whole rows without.
+        task: For a loss other than cross-entropy: `label_smoothing(0.1)`, `own_loss(function)`, or a `Task` of yours.
+        compress: `dropout(r)`, `gaussian(r)`, `sparse_jl(r)` or `logra(r_in, r_out)`; whole rows without.
         modules: "lora" for the adapter and `modules_to_save`; "trainable" for the trainable linear layers of any model.
         skip: Names of trainable parameters to leave out; `*` stands for anything.
         id_column: Column of integers or strings that names the examples; their positions otherwise.
         remove_unused_columns: As in `TrainingArguments`; `False` for a collator that needs other columns.
         point: The number under which a store keeps rows at different weights apart.
+        about: What the store is to say of the point; `collect_at` fills it in.
+        rows: False keeps the statistics of each example alone (loss, margin, …), by forward passes alone; enough for
+            methods that compare losses, such as `gex`.
+        features: Keep the input of the last layer as well, as the statistic "features" `[n, h]`; of a language model
+            its mean over the positions that predict the labels.
         overwrite: Replace rows of another model, adapter or dataset instead of refusing.
 
     Returns:
@@ -76,12 +86,40 @@ def collect(
     Raises:
         UnsupportedModel: No LoRA, or trainable parameters without a rule (named).
         BadExample: An empty dataset, missing labels, or an example whose loss or gradient is not finite (named).
-        StoreMismatch: The folder holds rows of another model, adapter, dataset or compressor.
+        StoreMismatch: The folder holds rows of another model, adapter, dataset or compressor, or without features.
     """
     check_batch_size(batch_size)
     plan = Plan.of(
-        model, dataset, data_collator, loss_reduction, compress, modules, skip, id_column, remove_unused_columns
+        model, dataset, data_collator, loss_reduction, compress, modules, skip, id_column, remove_unused_columns, task
     )
+    return collect_planned(
+        model,
+        plan,
+        path,
+        split,
+        batch_size=batch_size,
+        point=point,
+        about=about,
+        rows=rows,
+        features=features,
+        overwrite=overwrite,
+    )
+
+
+def collect_planned(
+    model: nn.Module,
+    plan: Plan,
+    path: str | Path,
+    split: str,
+    *,
+    batch_size: BatchSize,
+    point: int = 0,
+    about: PointAbout | None = None,
+    rows: bool = True,
+    features: bool = False,
+    overwrite: bool = False,
+) -> GradientStore:
+    """What `collect` does once all is decided; the same plan serves again at other weights."""
     examples = plan.examples
     fingerprint, lengths = examples.survey()
     adapter = adapter_identity(model)
@@ -94,9 +132,12 @@ def collect(
             dataset=fingerprint,
             n=len(examples),
             ids=examples.ids,
-            id_column=id_column,
+            id_column=examples.id_column,
             point=point,
             rank=rank,
+            about=about,
+            blocks=rows,
+            statistics=("features",) if features else (),
             overwrite=overwrite,
         )
 
@@ -107,13 +148,14 @@ def collect(
     wait_for_all()
     todo = [i for i in range(len(examples)) if i not in writer.done][rank() :: world()]
     if todo:
-        resting = FixedWeights(model, plan.task, RowCatcher(plan.taps, compress))
-        title = f"gradients of {split}"
+        resting = FixedWeights(model, plan.task, RowCatcher(plan.taps if rows else [], plan.compress), features)
+        run = resting.run if rows else lambda batch: ({}, resting.judge(batch))
+        title = f"{'gradients' if rows else 'losses'} of {split}"
         with writer, resting:
-            batches = sweep(resting.run, examples, todo, lengths, batch_size, resting.device, title)
-            for positions, (rows, stats) in batches:
-                _check_finite(rows, stats, positions, examples.ids)
-                writer.append(positions, rows, stats)
+            batches = sweep(run, examples, todo, lengths, batch_size, resting.device, title)
+            for positions, (gradients, stats) in batches:
+                _check_finite(gradients, stats, positions, examples.ids)
+                writer.append(positions, gradients, stats)
     wait_for_all()
     if rank() == 0:
         writer.gather()
@@ -138,6 +180,12 @@ class Plan:
     examples: Examples
     taps: list[Tap]
     header: Header
+    compress: Compressor | None = None
+
+    @property
+    def size(self) -> int:
+        """The bytes that the rows will take."""
+        return self.header.row_bytes() * len(self.examples)
 
     @classmethod
     def of(
@@ -151,14 +199,42 @@ class Plan:
         skip: Sequence[str],
         id_column: str | None,
         remove_unused_columns: bool,
+        task: OwnTask | None = None,
     ) -> Plan:
         """See `collect` for the arguments and errors."""
-        task = task_of(model, loss_reduction)
+        task = task_of(model, loss_reduction, task)
         taps = find_taps(model, modules, skip)
         examples = Examples(dataset, model, data_collator, id_column, remove_unused_columns)
         if isinstance(task, Classification):
             task = task.settled(labels_of(examples.batch([0])))
-        return cls(task, examples, taps, header_of(model, taps, task, compress))
+        return cls(task, examples, taps, header_of(model, taps, task, compress), compress)
+
+    @classmethod
+    def again(
+        cls,
+        store: GradientStore,
+        model: nn.Module,
+        dataset: Any,
+        data_collator: Collator | None,
+        id_column: str | None,
+        remove_unused_columns: bool,
+    ) -> Plan:
+        """How rows like those of a store are collected from this model and dataset; StoreMismatch if they cannot be."""
+        header = store.header
+        left_out = [name for name, w in model.named_parameters() if w.requires_grad and name not in header.blocks]
+        plan = cls.of(
+            model,
+            dataset,
+            data_collator,
+            header.task.get("loss_reduction", "mean"),
+            compressor_of(header.compress),
+            "trainable",
+            left_out,
+            id_column,
+            remove_unused_columns,
+        )
+        header.check(plan.header, store.path)
+        return plan
 
 
 def check_collectable(
@@ -169,6 +245,7 @@ def check_collectable(
     *,
     data_collator: Collator | None = None,
     loss_reduction: Reduction = "mean",
+    task: OwnTask | None = None,
     compress: Compressor | None = None,
     modules: Modules = "lora",
     skip: Sequence[str] = (),
@@ -176,7 +253,7 @@ def check_collectable(
     remove_unused_columns: bool = True,
     overwrite: bool = False,
     resumed: bool = False,
-) -> int:
+) -> Plan:
     """Whether `collect` with these arguments will go through, as far as that can be told before training.
 
     Args:
@@ -185,28 +262,38 @@ def check_collectable(
     The other arguments are those of `collect`, and so are the errors.
 
     Returns:
-        The bytes that the rows will take.
+        How the rows will be collected.
     """
     plan = Plan.of(
-        model, dataset, data_collator, loss_reduction, compress, modules, skip, id_column, remove_unused_columns
+        model, dataset, data_collator, loss_reduction, compress, modules, skip, id_column, remove_unused_columns, task
     )
     plan.examples.batch(range(min(2, len(plan.examples))))
-    if (Path(path) / "store.json").is_file() and not overwrite:
-        store = GradientStore.open(path)
-        store.header.check(plan.header, store.path)
-        splits = {split for point in store.points() for split in store.splits(point)}
-        if splits and not resumed:
-            raise StoreMismatch(
-                f"{path} holds rows of an earlier run (splits: {', '.join(sorted(splits))}), and after training the "
-                "weights will be others. Choose another folder, or pass overwrite=True to replace them."
-            )
-    return plan.header.row_bytes() * len(plan.examples)
+    check_folder(path, plan.header, overwrite=overwrite, resumed=resumed)
+    return plan
+
+
+def check_folder(path: str | Path, header: Header, *, overwrite: bool, resumed: bool) -> None:
+    """Whether rows of a training run may go to this folder.
+
+    Raises:
+        StoreMismatch: It holds other rows, or those of an earlier run.
+    """
+    if not (Path(path) / "store.json").is_file() or overwrite:
+        return
+    store = GradientStore.open(path)
+    store.header.check(header, store.path)
+    splits = {split for point in store.points() for split in store.splits(point)}
+    if splits and not resumed:
+        raise StoreMismatch(
+            f"{path} holds rows of an earlier run (splits: {', '.join(sorted(splits))}), and after training the "
+            "weights will be others. Choose another folder, or pass overwrite=True to replace them."
+        )
 
 
 def header_of(model: nn.Module, taps: Sequence[Tap], task: Task, compress: Compressor | None) -> Header:
     """What a store says of the rows that this model, task and compressor give."""
     blocks = {tap.parameter: tap.shape for tap in taps}
-    kept = {name: compress.columns(name, prod(shape)) for name, shape in blocks.items()} if compress else {}
+    kept = {name: compress.columns(name, shape) for name, shape in blocks.items()} if compress else {}
     exact = any(weight.dtype == torch.float64 for weight in model.parameters())
     return Header(
         model=model_identity(model),
@@ -214,6 +301,7 @@ def header_of(model: nn.Module, taps: Sequence[Tap], task: Task, compress: Compr
         blocks=blocks,
         compress=None if compress is None else compress.settings(),
         columns={name: columns for name, columns in kept.items() if columns is not None} or None,
+        widths={name: compress.width(shape) for name, shape in blocks.items()} if compress else None,
         dtype="float64" if exact else "float32",
     )
 
@@ -221,7 +309,7 @@ def header_of(model: nn.Module, taps: Sequence[Tap], task: Task, compress: Compr
 def _check_finite(
     rows: dict[str, Tensor], stats: dict[str, Tensor], positions: Sequence[int], ids: Sequence[Any] | None
 ) -> None:
-    bad = ~(torch.isfinite(stats["loss"]) & torch.isfinite(stats["grad_norm"]))
+    bad = ~(torch.isfinite(stats["loss"]) & torch.isfinite(stats.get("grad_norm", stats["loss"])))
     if not bad.any():
         return
     at = int(bad.nonzero()[0])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -12,10 +12,21 @@ from torch import Tensor, nn
 from hf_influence.errors import BadExample, UnsupportedModel
 from hf_influence.gradients.batches import forward_arguments, padding_to_the_right
 from hf_influence.gradients.capture import RowCatcher
+from hf_influence.gradients.features import HeadInput
 from hf_influence.gradients.identity import content_hash
 from hf_influence.gradients.lora import fused_lora
 from hf_influence.gradients.modes import evaluating
 from hf_influence.task import IGNORED, CausalLM, LanguageModel, Outcome, Seq2SeqLM, Task, labels_of, unwrapped
+
+
+class Seen(NamedTuple):
+    """The logits of a batch and what is known about it; labels and mask are those of the batch, padded on the right."""
+
+    logits: Tensor
+    targets: Tensor
+    main: Tensor
+    mask: Tensor | None
+    labels: Tensor
 
 
 class FixedWeights:
@@ -25,13 +36,14 @@ class FixedWeights:
     activations alone; the rows are formed by the catcher's hooks. On the way out everything is as it was.
 
     Only the loss of the labelled tokens is computed: a language model's head sees the labelled positions of each
-    example and nothing else.
+    example and nothing else. With `features` the input of the last layer becomes a statistic.
     """
 
-    def __init__(self, model: nn.Module, task: Task, catcher: RowCatcher):
+    def __init__(self, model: nn.Module, task: Task, catcher: RowCatcher, features: bool = False):
         self.model = model
         self.task = task
         self.catcher = catcher
+        self.head = HeadInput(model, task) if features else None
         self.device = next(model.parameters()).device
         self._arguments = set(forward_arguments(model))
         self._stack = ExitStack()
@@ -42,6 +54,9 @@ class FixedWeights:
             stack.enter_context(_resting(self.model))
             stack.callback(self.catcher.detach)
             self.catcher.attach()
+            if self.head is not None:
+                stack.callback(self.head.detach)
+                self.head.attach()
             self._stack = stack.pop_all()
         return self
 
@@ -52,14 +67,19 @@ class FixedWeights:
         """Rows and statistics of a collated batch.
 
         Returns:
-            Parameter name -> `[b, d]`, and statistic -> `[b]`.
+            Parameter name -> `[b, d]`, and statistic -> `[b]` (`probabilities` `[b, c]`, `features` `[b, h]`).
         """
+        stats = self.backward(batch)
+        rows = self.catcher.take()
+        return rows, {**stats, "grad_norm": _norm(list(rows.values()))}
+
+    def backward(self, batch: dict[str, Any]) -> dict[str, Tensor]:
+        """Let the catcher see a batch go forward and backward; its statistics -> `[b]`."""
         self.catcher.clear()
         with torch.enable_grad():
             logits, outcome, stats = self._judge(batch)
             torch.autograd.backward(logits, outcome.logit_gradient)
-        rows = self.catcher.take()
-        return rows, {**stats, "grad_norm": _norm(list(rows.values()))}
+        return stats
 
     def judge(self, batch: dict[str, Any]) -> dict[str, Tensor]:
         """The statistics alone, without a backward pass: loss, margin, correct, ... -> `[b]`."""
@@ -67,6 +87,22 @@ class FixedWeights:
             return self._judge(batch)[2]
 
     def _judge(self, batch: dict[str, Any]) -> tuple[Tensor, Outcome, dict[str, Tensor]]:
+        seen = self.forward(batch)
+        outcome = self.task.outcome(seen.logits, seen.targets)
+        main, mask = seen.main, seen.mask
+        size = torch.full((len(main),), main[0].numel(), device=main.device)
+        stats = {
+            "loss": outcome.loss,
+            **outcome.stats,
+            "length": mask.sum(1) if isinstance(mask, Tensor) and mask.ndim == 2 else size,
+            "hash": content_hash(main, mask, seen.labels, isinstance(self.task, CausalLM)),
+        }
+        if self.head is not None:
+            stats["features"] = self.head.take(seen.logits, seen.targets)
+        return seen.logits, outcome, stats
+
+    def forward(self, batch: dict[str, Any]) -> Seen:
+        """What the model makes of a collated batch; a language model's logits at labelled positions alone."""
         batch = {name: value.to(self.device) if isinstance(value, Tensor) else value for name, value in batch.items()}
         per_token = isinstance(self.task, CausalLM)
         labels = None if per_token else labels_of(batch)  # labels of whole examples and decoders stay where they are
@@ -89,15 +125,7 @@ class FixedWeights:
             logits, targets = self._labelled_logits(inputs, self.task.targets(labels, mask))
         else:
             logits, targets = self.model(**inputs).logits, labels
-        outcome = self.task.outcome(logits, targets)
-        size = torch.full((len(main),), main[0].numel(), device=main.device)
-        stats = {
-            "loss": outcome.loss,
-            **outcome.stats,
-            "length": mask.sum(1) if isinstance(mask, Tensor) and mask.ndim == 2 else size,
-            "hash": content_hash(main, mask, labels, per_token),
-        }
-        return logits, outcome, stats
+        return Seen(logits, targets, main, mask, labels)
 
     def _labelled_logits(self, inputs: dict[str, Any], targets: Tensor) -> tuple[Tensor, Tensor]:
         """Logits `[b, k, v]` at the labelled positions of each example, and their targets `[b, k]`."""

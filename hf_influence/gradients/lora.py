@@ -13,9 +13,10 @@ from peft.tuners.lora import Embedding as LoraEmbedding
 from peft.tuners.lora import Linear as LoraLinear
 from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.layer import ParamWrapper
+from peft.utils import get_peft_model_state_dict
 from torch import Tensor, nn
 
-__all__ = ["LoraEmbedding", "adapted_parameters", "embedding_factors", "fused_lora", "lora_layers"]
+__all__ = ["LoraEmbedding", "adapted_parameters", "embedding_factors", "fused_lora", "lora_layers", "saved_names"]
 
 Watch = Callable[[nn.Module, Tensor], Callable[[Tensor], None]]
 """Takes a module and its input `[b, t, i]`; gives what is to be called with the gradient at its output `[b, t, o]`."""
@@ -24,6 +25,14 @@ Watch = Callable[[nn.Module, Tensor], Callable[[Tensor], None]]
 def lora_layers(model: nn.Module) -> list[tuple[str, LoraLayer]]:
     """The LoRA layers of a model, by name."""
     return [(name, module) for name, module in model.named_modules() if isinstance(module, LoraLayer)]
+
+
+def saved_names(model: nn.Module) -> dict[str, str]:
+    """The names under which PEFT saves the parameters of the active adapter: name in the file -> name in the model."""
+    adapter = model.active_adapters[0]  # type: ignore[index]
+    own = {weight.data_ptr(): name for name, weight in model.named_parameters()}
+    saved = get_peft_model_state_dict(model, adapter_name=adapter, save_embedding_layers=False)
+    return {key: own[value.data_ptr()] for key, value in saved.items() if value.data_ptr() in own}
 
 
 def adapted_parameters(model: nn.Module) -> dict[int, str]:

@@ -37,7 +37,8 @@ def losses(
         remove_unused_columns: See there.
 
     Returns:
-        Statistic -> `[n]` in dataset order: loss, n_tokens, margin, correct, el2n, length, hash (and label).
+        Statistic -> `[n]` in dataset order: loss, n_tokens, margin, correct, el2n, length, hash; with one label
+            an example also label, and probabilities `[n, c]`.
 
     Raises:
         UnsupportedModel: The model is of no such kind.

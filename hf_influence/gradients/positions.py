@@ -1,9 +1,10 @@
-"""Where in the dataset an example stands that turned up in a batch, told by its contents."""
+"""Where in the dataset an example stands that turned up in a batch, told by its contents or by its id."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from collections.abc import Set as AbstractSet
+from typing import Any
 
 from hf_influence.errors import BadExample, BadSetting
 from hf_influence.gradients.batches import Examples
@@ -15,19 +16,34 @@ AT_ONCE = 32
 class Positions:
     """Content hash -> positions in the dataset; samplers, workers, shards and packing do not matter.
 
-    Examples of equal content share a hash and a gradient; they are given out in dataset order.
+    Examples of equal content share a hash and a gradient; they are given out in dataset order. Where the collator
+    keeps the id column, its values say which example it is, and contents do not matter.
 
     Args:
         examples: The dataset, behind the collator that training uses.
         per_token: Whether labels go by token.
+
+    Attributes:
+        dataset: Fingerprint of the dataset.
+        n: Number of its examples.
+        ids: Their ids, where they are not 0 … n-1.
+        id_column: The column that holds those.
+        duplicates: Number of examples that are equal to an earlier one; not known where ids tell them apart.
 
     Raises:
         BadSetting: The collator makes more or fewer examples than it gets.
     """
 
     def __init__(self, examples: Examples, per_token: bool):
-        self._n = len(examples)
-        self._table: dict[int, list[int]] = {}
+        self.dataset, _ = examples.survey()
+        self.n: int | None = len(examples)
+        self.ids, self.id_column = examples.ids, examples.id_column
+        self.duplicates = 0
+        self._table: dict[Hashable, list[int]] = {}
+        self._named = self.ids is not None and self.id_column in examples.collated([0])
+        if self._named:
+            self._table = {name: [position] for position, name in enumerate(self.ids or ())}
+            return
         for start in range(0, len(examples), AT_ONCE):
             at = range(start, min(start + AT_ONCE, len(examples)))
             codes = Batch.of(examples.collated(at), per_token).code.tolist()
@@ -39,33 +55,51 @@ class Positions:
                 )
             for position, code in zip(at, codes, strict=True):
                 self._table.setdefault(code, []).append(position)
+        self.duplicates = sum(len(positions) - 1 for positions in self._table.values())
 
-    @property
-    def duplicates(self) -> int:
-        """Number of examples that are equal to an earlier one."""
-        return sum(len(positions) - 1 for positions in self._table.values())
-
-    def find(self, codes: Sequence[int], taken: AbstractSet[int]) -> list[int | None]:
+    def find(
+        self, codes: Sequence[int], taken: AbstractSet[int], names: Sequence[Any] | None = None
+    ) -> list[int | None]:
         """The position of each example of a batch; `None` for one whose every copy is among those `taken`.
+
+        Args:
+            codes: Content hash of each example.
+            taken: Positions that are not to be given out.
+            names: The id of each, where the batch has the id column.
 
         Raises:
             BadExample: The dataset has no such example.
         """
+        if self._named and names is None:
+            raise BadExample(
+                f"a training batch has no column {self.id_column!r}, which the data_collator kept when it was tried "
+                "out. Keep it in every batch or in none."
+            )
         here: set[int] = set()
         found: list[int | None] = []
-        for place, code in enumerate(codes):
-            if code not in self._table:
-                raise BadExample(
-                    f"example {place} of a training batch is not in the dataset of {self._n}. Rows find their way "
-                    "home by their tokens and labels: a collator or transform that changes an "
-                    "example at random (masking, augmentation) or cuts it anew hides it, and so does packing that "
-                    "was done before the Trainer saw the data. Pass train_dataset=… with the examples as the model "
-                    "sees them, unpacked, or capture at the end alone (during=None)."
-                )
+        for place, key in enumerate(names if self._named and names is not None else codes):
+            if key not in self._table:
+                raise BadExample(self._unknown(place, key))
             free = next(
-                (position for position in self._table[code] if position not in taken and position not in here), None
+                (position for position in self._table[key] if position not in taken and position not in here), None
             )
             if free is not None:
                 here.add(free)
             found.append(free)
         return found
+
+    def _unknown(self, place: int, key: Hashable) -> str:
+        if self._named:
+            return (
+                f"example {place} of a training batch has the id {key!r}, which is not in the column "
+                f"{self.id_column!r} of the dataset of {self.n}. Pass train_dataset=… with the examples that training "
+                "sees."
+            )
+        return (
+            f"example {place} of a training batch is not in the dataset of {self.n}. Rows find their way "
+            "home by their tokens and labels: a collator or transform that changes an "
+            "example at random (masking, augmentation) or cuts it anew hides it, and so does packing that "
+            "was done before the Trainer saw the data. Keep a column of ids in the batch (id_column=…, "
+            "remove_unused_columns=False), pass train_dataset=… with the examples as the model "
+            "sees them, unpacked, or capture at the end alone (during=None)."
+        )

@@ -9,14 +9,15 @@ to remember of the input when the forward pass goes by, and how to form the row 
 
 Entries instead of the whole: `left[..., i] * right[..., j]` summed over tokens gives the entries `(i, j)` alone. Only
 those columns of the input are remembered, and the full gradient never exists. A factor as slim as a LoRA rank is left
-whole: multiplying all of it is faster than picking its columns.
+whole: multiplying all of it is faster than picking its columns. Likewise for projections of both sides: each factor is
+projected on its own before they are multiplied.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -55,23 +56,54 @@ class Entries:
         parts = (self.i, self.j, self.left, self.right, self.at)
         return Entries(*(None if part is None else part.to(device) for part in parts))  # type: ignore[arg-type]
 
+    def on_the_left(self, values: Tensor) -> Tensor:
+        """The columns that the entries need of a left factor, `[b, t, m] -> [b, t, m or k]`."""
+        return values if self.left is None else _picked(values, self.left)
+
+    def on_the_right(self, values: Tensor) -> Tensor:
+        """The columns that the entries need of a right factor, `[b, t, n] -> [b, t, n or k]`."""
+        return values if self.right is None else _picked(values, self.right)
+
+
+@dataclass(frozen=True)
+class Projections:
+    """What the two factors of a parameter `[m, n]` are projected by, `[m, m']` and `[n, n']`; `None` to keep one."""
+
+    left: Tensor | None
+    right: Tensor | None
+
+    def to(self, device: torch.device) -> Projections:
+        return Projections(*(None if side is None else side.to(device) for side in (self.left, self.right)))
+
+    def on_the_left(self, values: Tensor) -> Tensor:
+        """`[b, t, m] -> [b, t, m']`."""
+        return _projected(values, self.left)
+
+    def on_the_right(self, values: Tensor) -> Tensor:
+        """`[b, t, n] -> [b, t, n']`."""
+        return _projected(values, self.right)
+
+
+Keep: TypeAlias = Entries | Projections
+"""What is kept of a parameter's gradient; `None` in its place for all of it."""
+
 
 class Rule(NamedTuple):
     """How the rows of one parameter come about.
 
-    remember: `(x [b, t, i] or token ids [b, t], entries) -> [b, t, …]`, at the forward pass.
-    factors: `(what was remembered, g [b, t, o], entries) -> left, right`, at the backward pass, each `[b, t, …]`.
-    row: `(left, right, entries) -> [b, d]`.
+    remember: `(x [b, t, i] or token ids [b, t], keep) -> [b, t, …]`, at the forward pass.
+    factors: `(what was remembered, g [b, t, o], keep) -> left, right`, at the backward pass, each `[b, t, …]`.
+    row: `(left, right, keep) -> [b, d]`.
     """
 
-    remember: Callable[[Tensor, Entries | None], Tensor]
-    factors: Callable[[Tensor, Tensor, Entries | None], tuple[Tensor, Tensor]]
-    row: Callable[[Tensor, Tensor, Entries | None], Tensor]
+    remember: Callable[[Tensor, Keep | None], Tensor]
+    factors: Callable[[Tensor, Tensor, Keep | None], tuple[Tensor, Tensor]]
+    row: Callable[[Tensor, Tensor, Keep | None], Tensor]
 
 
-def outer(left: Tensor, right: Tensor, keep: Entries | None) -> Tensor:
+def outer(left: Tensor, right: Tensor, keep: Keep | None) -> Tensor:
     """`[b, t, m], [b, t, n] -> [b, m n]`; of chosen entries, `[b, t, m or k], [b, t, n or k] -> [b, k]`."""
-    if keep is not None:
+    if isinstance(keep, Entries):
         if keep.at is None:
             return (left * right).sum(1)
         return torch.bmm(left.transpose(1, 2), right).flatten(1).index_select(1, keep.at)
@@ -117,17 +149,26 @@ def bias() -> Rule:
 def one_hot(left: Callable[[Tensor], Tensor], size: int) -> Rule:
     """A weight `[m, size]` whose columns are chosen by token ids; `left(g)` is `[b, t, m]`."""
 
-    def row(a: Tensor, ids: Tensor, keep: Entries | None) -> Tensor:
-        if keep is not None:
+    def remember(ids: Tensor, keep: Keep | None) -> Tensor:
+        return ids[..., None] == keep.j if isinstance(keep, Entries) else ids
+
+    def factors(ids: Tensor, g: Tensor, keep: Keep | None) -> tuple[Tensor, Tensor]:
+        a = left(g)
+        if isinstance(keep, Entries):
+            return _picked(a, keep.i), ids
+        if isinstance(keep, Projections) and keep.right is not None:
+            return keep.on_the_left(a), keep.right[ids].to(a)  # a token picks its row of the projection, [b, t, n']
+        return _on_the_left(a, keep), ids
+
+    def row(a: Tensor, ids: Tensor, keep: Keep | None) -> Tensor:
+        if isinstance(keep, Entries):
             return (a * ids).sum(1)  # [b, t, k] both; ids say which of the entries a token is
+        if isinstance(keep, Projections) and keep.right is not None:
+            return outer(a, ids, keep)
         rows = a.new_zeros(len(ids), a.shape[2], size)
         return rows.scatter_add_(2, ids[:, None, :].expand(-1, a.shape[2], -1), a.transpose(1, 2)).flatten(1)
 
-    return Rule(
-        lambda ids, keep: ids if keep is None else ids[..., None] == keep.j,
-        lambda ids, g, keep: (left(g) if keep is None else _picked(left(g), keep.i), ids),
-        row,
-    )
+    return Rule(remember, factors, row)
 
 
 def looked_up(table: Callable[[], Tensor]) -> Rule:
@@ -136,16 +177,22 @@ def looked_up(table: Callable[[], Tensor]) -> Rule:
     return after._replace(remember=lambda ids, keep: after.remember(table()[ids], keep))
 
 
-def _on_the_left(values: Tensor, keep: Entries | None) -> Tensor:
-    """The columns that the entries need of a left factor, `[b, t, m] -> [b, t, m or k]`."""
-    return values if keep is None or keep.left is None else _picked(values, keep.left)
+def _on_the_left(values: Tensor, keep: Keep | None) -> Tensor:
+    return values if keep is None else keep.on_the_left(values)
 
 
-def _on_the_right(values: Tensor, keep: Entries | None) -> Tensor:
-    """The columns that the entries need of a right factor, `[b, t, n] -> [b, t, n or k]`."""
-    return values if keep is None or keep.right is None else _picked(values, keep.right)
+def _on_the_right(values: Tensor, keep: Keep | None) -> Tensor:
+    return values if keep is None else keep.on_the_right(values)
+
+
+def _projected(values: Tensor, by: Tensor | None) -> Tensor:
+    """`[b, t, d] -> [b, t, k]`, at least in float32: half precision would round every row anew."""
+    if by is None:
+        return values
+    exact = torch.promote_types(values.dtype, torch.float32)
+    return values.to(exact) @ by.to(exact)
 
 
 def _picked(values: Tensor, columns: Tensor) -> Tensor:
     """`[b, t, d] -> [b, t, k]`; twice as fast in two dimensions as in three."""
-    return values.flatten(0, 1).index_select(1, columns).unflatten(0, values.shape[:2])
+    return values.reshape(-1, values.shape[2]).index_select(1, columns).view(*values.shape[:2], -1)

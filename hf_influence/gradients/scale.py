@@ -7,7 +7,8 @@ token t with logits z and label y, cross-entropy sends back
     ∂L/∂z_t = c · (softmax(z_t) − onehot(y))
 
 whatever L is divided by. One number `c` an example undoes every scale at once, and a gradient that points anywhere else
-is no cross-entropy: it is refused, not guessed at.
+is no cross-entropy: it is refused, not guessed at. Where a task has another loss, its gradient at the logits takes the
+place of that vector.
 """
 
 from __future__ import annotations
@@ -18,10 +19,12 @@ import torch
 from torch import Tensor
 
 from hf_influence.errors import UnsupportedModel
-from hf_influence.task import IGNORED, TOKENS_AT_ONCE_ACCELERATOR, Classification, Reduction
+from hf_influence.task import IGNORED, TOKENS_AT_ONCE_ACCELERATOR, LanguageModel, Reduction, Task
 
 TOKENS_AT_ONCE = 32
 """Few enough for the probabilities over a vocabulary to stay in the cache of a processor."""
+
+NUMBERS_AT_ONCE = 1 << 20
 
 TOLERANCE = 1e-2
 TOLERANCE_HALF = 6e-2
@@ -42,15 +45,42 @@ class Measured:
     stats: dict[str, Tensor]
 
 
-def of_classes(task: Classification, logits: Tensor, labels: Tensor, gradient: Tensor) -> Measured:
-    """From the gradient at the logits of a classification head, both `[b, c]`."""
+def of_outcome(task: Task, logits: Tensor, labels: Tensor, gradient: Tensor) -> Measured:
+    """From the gradient at the logits of whole examples, both `[b, …]`: a factor of what the task says of each alone.
+
+    Raises:
+        UnsupportedModel: It is no such thing.
+    """
     outcome = task.outcome(logits, labels)
-    own, seen = outcome.logit_gradient.double().flatten(1), gradient.double().flatten(1)  # [b, c]
-    up, down = (own * seen).sum(1), own.square().sum(1)
-    factor = _steady(up, down)
-    miss = (seen - factor[:, None] * own).norm(dim=1) / seen.norm(dim=1).clamp(min=torch.finfo(seen.dtype).tiny)
-    _check(miss, down.sqrt(), factor, _tolerance(gradient))
-    return Measured(_inverse(factor), {"loss": outcome.loss, **outcome.stats})
+    down, up, _, square = _products(outcome.logit_gradient, gradient).flatten(1).unbind(1)  # [n] each
+    factor = up / down if bool((down > FAINT**2).all()) else _steady(up, down)
+    left = square - factor * (2 * up - factor * down)  # of what was seen, without its part along the own gradient
+    tolerance = _tolerance(gradient)
+    if bool(((left <= tolerance**2 * square) & (factor > 0)).all()):
+        scale = 1 / factor
+    else:
+        miss = (left.clamp(min=0) / square.clamp(min=torch.finfo(square.dtype).tiny)).sqrt()
+        _check(miss, down.sqrt(), factor, tolerance, task)
+        scale = _inverse(factor)
+    return Measured(scale.to(logits.device), {"loss": outcome.loss, **outcome.stats})
+
+
+def of_own_loss(
+    task: LanguageModel, logits: Tensor, targets: Tensor, owner: Tensor, n: int, gradient: Tensor
+) -> Measured:
+    """From the gradient at the logits of a language model that trains on another loss than cross-entropy.
+
+    The arguments are those of `of_tokens`. Every labelled token is compared in its whole direction.
+    """
+    at = (targets.flatten() != IGNORED).nonzero()[:, 0]  # [m], the examples one after the other
+    who = owner.flatten()[at]
+    count = torch.bincount(who, minlength=n)
+    place = torch.arange(len(at), device=at.device) - (count.cumsum(0) - count)[who]
+    position = torch.zeros(n, max(1, int(count.max())), dtype=torch.long, device=at.device)  # [n, k]
+    labels = torch.full_like(position, IGNORED)
+    position[who, place], labels[who, place] = at, targets.flatten()[at]
+    arrived = gradient.flatten(0, 1)[position].masked_fill((labels == IGNORED)[..., None], 0)  # [n, k, v]
+    return of_outcome(task, logits.flatten(0, 1)[position], labels, arrived)
 
 
 def of_tokens(
@@ -165,6 +195,21 @@ def _judge(z: Tensor, at: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return numbers[0], numbers[1], numbers[2]
 
 
+def _products(own: Tensor, seen: Tensor) -> Tensor:
+    """Scalar products of each example's two gradients `[b, …]` with themselves and each other, `[b, 2, 2]`.
+
+    In float64, so that what is left of one without the other can be told from them, and on the CPU, where the few
+    numbers that are made of them cost least.
+    """
+    own, seen = own.flatten(1), seen.flatten(1)
+    many = max(1, NUMBERS_AT_ONCE // max(1, own.shape[1]))
+    if len(own) > many:
+        pieces = zip(own.split(many), seen.split(many), strict=True)
+        return torch.cat([_products(*piece) for piece in pieces])
+    both = torch.stack((own, seen), 1).double()
+    return torch.bmm(both, both.mT).cpu()
+
+
 def _total(values: Tensor, who: Tensor, n: int) -> Tensor:
     return values.new_zeros(n).index_add_(0, who, values)
 
@@ -188,15 +233,17 @@ def _tolerance(gradient: Tensor) -> float:
     return TOLERANCE_HALF if gradient.dtype in (torch.float16, torch.bfloat16) else TOLERANCE
 
 
-def _check(miss: Tensor, length: Tensor, factor: Tensor, tolerance: float) -> None:
+def _check(miss: Tensor, length: Tensor, factor: Tensor, tolerance: float, task: Task | None = None) -> None:
     finite = torch.isfinite(factor)  # half precision overflows now and then; such rows are dropped later
     wrong = finite & (length > FAINT) & ((miss > tolerance) | (factor <= 0))
     if not bool(wrong.any()):
         return
     at = int(wrong.nonzero()[0])
+    loss = "cross-entropy" if task is None else f"the loss of the task {task.settings()}"
     raise UnsupportedModel(
         f"the training loss is not the mean or sum of the examples' own losses: what it sends back to the output of "
         f"the model for example {at} of the batch is off by {float(miss[at]):.1%} of its length from the gradient of "
-        f"cross-entropy (factor {float(factor[at]):.3g}). Label smoothing, a custom compute_loss_func, token weights "
-        "and preference losses do this. Train with the plain loss, or capture at the end alone (during=None)."
+        f"{loss} (factor {float(factor[at]):.3g}). Label smoothing, a custom compute_loss_func, token weights "
+        "and preference losses do this. Say what the loss of one example is (task=label_smoothing(0.1), "
+        "task=own_loss(function)), train with the plain loss, or capture at the end alone (during=None)."
     )

@@ -30,7 +30,7 @@ def sweep(
     lengths: Sequence[int],
     batch_size: BatchSize,
     device: torch.device,
-    title: str,
+    title: str | None,
 ) -> Iterator[tuple[list[int], Result]]:
     """Run a function on every batch.
 
@@ -43,7 +43,7 @@ def sweep(
         lengths: Tokens of every example.
         batch_size: Examples a batch, or "auto" for as many as suit the device, padding included.
         device: Where the model is.
-        title: Of the progress bar.
+        title: Of the progress bar; `None` for no bar.
 
     Yields:
         Positions of the examples in a batch, and what the function gave.
@@ -54,7 +54,9 @@ def sweep(
     tokens = AUTO_TOKENS if device.type == "cpu" else AUTO_TOKENS_ACCELERATOR
     waiting = list(by_length(todo, lengths, None if batch_size == "auto" else batch_size, tokens))[::-1]
     most: int | None = None
-    with tqdm(total=len(examples), initial=len(examples) - len(todo), desc=title, unit="row") as bar:
+    with tqdm(
+        total=len(examples), initial=len(examples) - len(todo), desc=title, unit="row", disable=title is None
+    ) as bar:
         while waiting:
             positions = waiting.pop()
             if most is not None and len(positions) > most:

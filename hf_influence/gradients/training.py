@@ -21,10 +21,12 @@ from hf_influence.gradients.capture import RowCatcher
 from hf_influence.gradients.compress import Compressor
 from hf_influence.gradients.identity import content_hash
 from hf_influence.gradients.packing import Packing, kept_apart
-from hf_influence.gradients.scale import Measured, of_classes, of_log_probabilities, of_tokens
+from hf_influence.gradients.scale import Measured, of_log_probabilities, of_outcome, of_own_loss, of_tokens
 from hf_influence.gradients.taps import Tap
 from hf_influence.task import IGNORED, CausalLM, Classification, LanguageModel, Task, labels_of, unwrapped
 
+NARROW = 1024
+"""Columns up to which copying a block costs less than the two calls of its own."""
 MAIN_INPUTS = ("input_ids", "pixel_values", "inputs_embeds")
 
 
@@ -121,6 +123,13 @@ class TrainingWatch:
         caught = Caught()
         self._batch = batch = Batch.of(inputs, isinstance(self.task, CausalLM))
         self._measured = None
+        single = isinstance(self.task, Classification) and self.task.problem == "single_label_classification"
+        if single and batch.labels.is_floating_point():
+            raise BadSetting(
+                "a training batch has labels that are no whole numbers, which is another problem than that of one "
+                'class an example. Set model.config.problem_type = "multi_label_classification" (or "regression") '
+                "before training."
+            )
         self.catcher.packing = batch.packing
         self.catcher.rows_in_batch = len(batch.code)
         self.catcher.recomputed = any(
@@ -147,16 +156,8 @@ class TrainingWatch:
                 f"the loss did not reach the output of {type(self.model).__name__} in this step, so its scale is not "
                 "known. Capture at the end alone (during=None)."
             )
-        norms = []
-        for row in rows.values():
-            row.mul_(self._measured.scale.to(row.dtype)[:, None])
-            norms.append(torch.linalg.vector_norm(row, dim=1))
-        return rows, {
-            **self._measured.stats,
-            "length": batch.length,
-            "hash": batch.code,
-            "grad_norm": torch.stack(norms).norm(dim=0),
-        }
+        rows, norm = _scaled(rows, self._measured.scale)
+        return rows, {**self._measured.stats, "length": batch.length, "hash": batch.code, "grad_norm": norm}
 
     def _watch_output(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         if not (torch.is_grad_enabled() and module.training) or self._batch is None:
@@ -191,14 +192,23 @@ class TrainingWatch:
                 targets, owner, n = self._targets(batch)
                 if z.shape[:2] != targets.shape:
                     raise BadSetting(f"logits of shape {list(z.shape)} for labels of shape {list(targets.shape)}.")
-                self._measured = of_tokens(z, targets, owner, n, g, task.reduction)
-            elif isinstance(task, Classification):
-                self._measured = of_classes(task, z, batch.labels, g)
+                if _plain(task):
+                    self._measured = of_tokens(z, targets, owner, n, g, task.reduction)
+                else:
+                    self._measured = of_own_loss(task, z, targets, owner, n, g)
+            else:
+                self._measured = of_outcome(task, z, batch.labels, g)
 
         logits.register_hook(back)
 
     def _watch_log_probabilities(self, batch: Batch, log_p: Tensor, top: Tensor | None) -> None:
         assert isinstance(self.task, LanguageModel)
+        if not _plain(self.task):
+            raise UnsupportedModel(
+                f"{type(self.model).__name__} gives log-probabilities of the labels and no logits in training, and at "
+                "those only cross-entropy can be measured, not the loss of the task. Let it make logits "
+                "(use_liger_kernel=False), or leave task out."
+            )
         reduction = self.task.reduction
         values = log_p.detach()
 
@@ -218,3 +228,22 @@ class TrainingWatch:
             return targets, owner, len(targets)
         owner = batch.packing.owner
         return targets.masked_fill(owner < 0, IGNORED), owner.clamp(min=0), len(batch.packing.source)
+
+
+def _plain(task: LanguageModel) -> bool:
+    """Whether its loss is cross-entropy."""
+    return type(task).outcome is LanguageModel.outcome
+
+
+def _scaled(rows: dict[str, Tensor], scale: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+    """Every example's row times its number, `[n]`, and the length of the whole row then, `[n]`."""
+    widths = [row.shape[1] for row in rows.values()]
+    if len({row.dtype for row in rows.values()}) == 1 and max(widths) <= NARROW:  # many small blocks: all in one
+        whole = torch.cat(list(rows.values()), 1)
+        whole *= scale.to(whole.dtype)[:, None]
+        return dict(zip(rows, whole.split(widths, 1), strict=True)), torch.linalg.vector_norm(whole, dim=1)
+    norms = []
+    for row in rows.values():
+        row *= scale.to(row.dtype)[:, None]
+        norms.append(torch.linalg.vector_norm(row, dim=1))
+    return rows, torch.stack(norms).norm(dim=0)

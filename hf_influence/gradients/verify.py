@@ -76,7 +76,7 @@ def verify(
             difference = length = 0.0
             for name, g in _gradient(model, plan, position, list(rows.blocks)).items():
                 whole = g.detach().flatten()[None].to("cpu", rows.dtype)  # [1, d]
-                reference = whole if compress is None else compress.fit(name, whole.shape[1])(whole)
+                reference = whole if compress is None else compress.fit(name, store.header.blocks[name])(whole)
                 difference += float((stored[name][at] - reference[0]).square().sum())
                 length += float(reference.square().sum())
             error = (difference / length) ** 0.5 if length else difference**0.5
@@ -101,20 +101,7 @@ def _plan(
     remove_unused_columns: bool,
 ) -> Plan:
     """How the rows of the store would be collected from this model and dataset; refuses others."""
-    header = store.header
-    left_out = [name for name, w in model.named_parameters() if w.requires_grad and name not in header.blocks]
-    plan = Plan.of(
-        model,
-        dataset,
-        data_collator,
-        header.task.get("loss_reduction", "mean"),
-        compressor_of(header.compress),
-        "trainable",
-        left_out,
-        rows.id_column,
-        remove_unused_columns,
-    )
-    header.check(plan.header, store.path)
+    plan = Plan.again(store, model, dataset, data_collator, rows.id_column, remove_unused_columns)
     for what, was, now in (
         ("values of the adapter", store.adapter(point), adapter_identity(model)),
         ("tokenised dataset", rows.dataset, plan.examples.survey()[0]),

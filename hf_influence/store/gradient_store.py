@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from hf_influence.errors import BadSetting, MissingRows, StoreError, StoreMismatch
-from hf_influence.store.files import check_room, read_json, write_json
+from hf_influence.store.displacement import Displacement
+from hf_influence.store.files import check_room, open_shard, read_json, write_json
 from hf_influence.store.header import Header
+from hf_influence.store.points import SPAN, PointAbout, point_folder, point_numbers
 from hf_influence.store.rows import Manifest, Rows
 from hf_influence.store.writer import RowWriter
 
@@ -81,13 +83,25 @@ class GradientStore:
         file = self._point(point) / "point.json"
         return read_json(file)["adapter"] if file.is_file() else None
 
-    def points(self) -> list[int]:
+    def points(self, kind: str | None = None) -> list[int]:
         """The parameter points that hold rows.
 
         0 is the weights at which `collect` found the model, after training as a rule. With rows captured during
-        training, point e is the e-th epoch, or point s the s-th step.
+        training, point e is the e-th epoch, or point s the s-th step. From a million on come those of `collect_at`.
+
+        Args:
+            kind: Only those of this kind: "weights", "checkpoint", "parameter_dropout", "continued_sgd", …
         """
-        return sorted(int(entry.parent.name) for entry in (self.path / "points").glob("*/point.json"))
+        numbers = point_numbers(self.path)
+        return numbers if kind is None else [point for point in numbers if self.point_about(point).kind == kind]
+
+    def point_about(self, point: int = 0) -> PointAbout:
+        """What kind of point it is, and what tells it from others of its kind."""
+        return PointAbout.read(self._point(point))
+
+    def displacement(self, point: int) -> Displacement:
+        """How far the trainable values of a point lie from those that it was made from."""
+        return Displacement(self._point(point))
 
     def splits(self, point: int = 0) -> list[str]:
         """The names of the splits that hold rows at a parameter point."""
@@ -104,17 +118,37 @@ class GradientStore:
             have = ", ".join(self.splits(point)) or "none"
             others = [other for other in self.points() if split in self.splits(other)]
             there = f" Points with rows of it: {', '.join(map(str, others))}; choose with point=…." if others else ""
+            path = str(self.path)
+            call = f"collect(model, dataset, {path!r}, split={split!r})"
+            if self._of_training(point):
+                call = f'GradientCapture({path!r}, query_dataset=…, during="epochs"), for rows of training steps'
             raise MissingRows(
                 f"{self.path} holds no rows of the split {split!r} at point {point} (it has: {have}).{there} Collect "
-                f"them: collect(model, dataset, {str(self.path)!r}, split={split!r})."
+                f"them: {call}."
             )
         manifest = Manifest.read(folder)
         if not manifest.complete:
+            again = "Run the same collect(...) again; it continues where this one stopped."
+            if self._of_training(point):
+                again = (
+                    "They came from training steps: go on from the last checkpoint, trainer.train("
+                    f"resume_from_checkpoint=True) with the same GradientCapture({str(self.path)!r}, …)."
+                )
             raise MissingRows(
-                f"{folder} holds {manifest.stored} of {manifest.n} rows: the run that filled it was interrupted. Run "
-                "the same collect(...) again; it continues where this one stopped."
+                f"{folder} holds {manifest.stored} {'' if manifest.n is None else f'of {manifest.n} '}rows: the run "
+                f"that filled it was interrupted. {again}"
             )
         return Rows(folder, self.header, manifest)
+
+    def sighted(self, split: str, point: int) -> dict[Any, int]:
+        """Of a stream: id, or content hash, -> number of each example of a split, complete or not."""
+        folder = self._point(point) / split
+        manifest = Manifest.read(folder)
+        if manifest.ids is not None:
+            return {name: number for number, name in enumerate(manifest.ids)}
+        shards = [open_shard(folder / shard["file"]) for shard in manifest.shards]
+        pairs = [(shard.get_tensor("stats.hash").tolist(), shard.get_tensor("index").tolist()) for shard in shards]
+        return {code: number for codes, numbers in pairs for code, number in zip(codes, numbers, strict=True)}
 
     def writer(
         self,
@@ -122,11 +156,14 @@ class GradientStore:
         *,
         adapter: str | None,
         dataset: str,
-        n: int,
+        n: int | None,
         ids: Sequence[Any] | None = None,
         id_column: str | None = None,
         point: int = 0,
         rank: int = 0,
+        about: PointAbout | None = None,
+        blocks: bool = True,
+        statistics: Sequence[str] = (),
         overwrite: bool = False,
     ) -> RowWriter:
         """Start or continue a split.
@@ -136,16 +173,19 @@ class GradientStore:
             adapter: Hash of the values of the trainable parameters at this point; `None` for rows of training steps,
                 whose weights move.
             dataset: Fingerprint of the tokenised dataset.
-            n: Number of its examples.
+            n: Number of its examples; `None` for a stream.
             ids: Their ids, where they are not 0 … n-1.
             id_column: The column that holds those.
             point: The parameter point.
             rank: Of several processes that share the work, each writes to a folder of its own until the writer of
                 rank 0 gathers them.
+            about: What the point is; by default what the store says of it, for a new one the weights of training.
+            blocks: The rows themselves are to come, not their statistics alone.
+            statistics: Those that rows which are there already must have.
             overwrite: Delete what is there of another adapter state or dataset, instead of refusing.
 
         Raises:
-            StoreMismatch: The point or the split belongs to another adapter state or dataset.
+            StoreMismatch: The point or the split belongs to another adapter state or dataset, or lacks a statistic.
             StoreError: The rows do not fit onto the disk.
         """
         if not split or not all(c.isalnum() or c in "-_" for c in split):
@@ -163,21 +203,23 @@ class GradientStore:
                     "Gradients at different weights cannot be compared: collect all splits with the same trained "
                     "model, or into another folder."
                 )
-        about = Manifest(dataset, n, None if ids is None else list(ids), id_column)
+        about = about or self.point_about(point)
+        manifest = Manifest(dataset, n, None if ids is None else list(ids), id_column, blocks)
         if rank > 0:
-            writer = RowWriter(folder / split / f"rank-{rank}", self.header, about)
-            writer.done |= RowWriter(folder / split, self.header, about).done
+            writer = RowWriter(folder / split / f"rank-{rank}", self.header, manifest)
+            writer.done |= RowWriter(folder / split, self.header, manifest).done
             return writer
         folder.mkdir(parents=True, exist_ok=True)
-        write_json(folder / "point.json", {"adapter": adapter})
+        write_json(folder / "point.json", {"adapter": adapter, **asdict(about)})
         try:
-            writer = RowWriter(folder / split, self.header, about)
+            writer = RowWriter(folder / split, self.header, manifest)
+            writer.check_statistics(statistics)
         except StoreError:
             if not overwrite:
                 raise
             shutil.rmtree(folder / split)
-            writer = RowWriter(folder / split, self.header, about)
-        check_room(folder, self.header.row_bytes() * (n - len(writer.done)))
+            writer = RowWriter(folder / split, self.header, manifest)
+        check_room(folder, self.header.row_bytes() * (n - len(writer.done)) if blocks and n is not None else 0)
         return writer
 
     def drop(self, point: int, split: str | None = None) -> None:
@@ -188,7 +230,11 @@ class GradientStore:
         elif (folder / split).is_dir():
             shutil.rmtree(folder / split)
             if not self.splits(point) or self.splits(point) == ["train"]:
-                write_json(folder / "point.json", {"adapter": None})
+                write_json(folder / "point.json", {"adapter": None, **asdict(self.point_about(point))})
+
+    def _of_training(self, point: int) -> bool:
+        """Whether a point is made by training steps, or would be."""
+        return 0 < point < SPAN and self.adapter(point) is None
 
     def _point(self, point: int) -> Path:
-        return self.path / "points" / f"{point:04d}"
+        return point_folder(self.path, point)

@@ -22,6 +22,7 @@ class Header:
         blocks: Parameter name as in `model.named_parameters()` -> shape of the parameter.
         compress: The compressor's name and settings; `None` for whole rows.
         columns: For a compressor that keeps entries, which: parameter name -> positions in the flattened gradient.
+        widths: For a compressor, parameter name -> number of stored columns; by default its `r`, or all there are.
         dtype: Of the rows, "float32" or "float64".
     """
 
@@ -31,11 +32,14 @@ class Header:
     compress: dict[str, Any] | None = None
     columns: dict[str, list[int]] | None = None
     dtype: str = "float32"
+    widths: dict[str, int] | None = None
 
     def width(self, name: str) -> int:
         """Number of stored columns of a block."""
         if self.compress is None:
             return prod(self.blocks[name])
+        if self.widths is not None:
+            return self.widths[name]
         return min(int(self.compress["r"]), prod(self.blocks[name]))
 
     def row_bytes(self) -> int:
@@ -59,7 +63,7 @@ class Header:
             )
         for what in fields(self):
             was, now = getattr(self, what.name), getattr(other, what.name)
-            if was == now or what.name == "columns":
+            if was == now or what.name in ("columns", "widths"):  # both follow from compress
                 continue
             if isinstance(was, dict) and isinstance(now, dict):
                 key = next(k for k in (*was, *now) if was.get(k) != now.get(k))

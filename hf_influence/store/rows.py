@@ -23,23 +23,25 @@ class Manifest:
 
     Attributes:
         dataset: Fingerprint of the tokenised dataset.
-        n: Number of its examples.
+        n: Number of its examples; `None` for a stream, whose examples are numbered as they turn up.
         ids: Their ids, where they are not 0 … n-1.
         id_column: The column that holds those.
+        blocks: The shards hold the blocks of the rows, not the statistics of the examples alone.
         closed: Nothing more is to come, even if some examples have no row: training did not visit them.
         shards: The finished files.
     """
 
     dataset: str
-    n: int
+    n: int | None
     ids: list[Any] | None = None
     id_column: str | None = None
+    blocks: bool = True
     closed: bool = False
     shards: list[dict[str, Any]] = field(default_factory=list)
 
     @property
     def complete(self) -> bool:
-        return self.closed or self.stored >= self.n
+        return self.closed or (self.n is not None and self.stored >= self.n)
 
     @property
     def stored(self) -> int:
@@ -73,6 +75,7 @@ class Rows:
         id_column: The name of that column; `None` where the ids are indices.
         dataset: Fingerprint of the tokenised dataset.
         blocks: Parameter name -> number of stored columns.
+        statistics_only: There are statistics of the examples and no blocks; asking for one is an error.
     """
 
     def __init__(self, folder: Path, header: Header, manifest: Manifest):
@@ -80,6 +83,7 @@ class Rows:
         self.header = header
         self.id_column = manifest.id_column
         self.dataset = manifest.dataset
+        self.statistics_only = not manifest.blocks
         self.blocks = {name: header.width(name) for name in header.blocks}
         self.dtype: torch.dtype = getattr(torch, header.dtype)
         self._manifest = manifest
@@ -88,7 +92,7 @@ class Rows:
         index = [shard.get_tensor("index") for shard in self._shards]
         seen = torch.cat(index) if index else torch.zeros(0, dtype=torch.long)
         self.positions = seen.sort().values
-        whole = torch.equal(self.positions, torch.arange(manifest.n))
+        whole = torch.equal(self.positions, torch.arange(len(seen) if manifest.n is None else manifest.n))
         if not whole and not (manifest.closed and bool((self.positions.diff() > 0).all())):
             raise StoreError(f"{folder} lists an example twice or not at all. Delete the folder and collect it again.")
         self.ids: list[Any] = self.positions.tolist()
@@ -103,12 +107,19 @@ class Rows:
 
     @property
     def stats(self) -> dict[str, Tensor]:
-        """Per-example numbers in dataset order, each `[n]`: loss, n_tokens, margin, correct, el2n, hash and others."""
+        """Per-example numbers in dataset order, each `[n]`: loss, n_tokens, margin, correct, el2n, hash and others.
+
+        Of `probabilities` and `features` each example has several, `[n, c]`.
+        """
         names = [key for key in self._shards[0].keys() if key.startswith("stats.")] if self._shards else []  # noqa: SIM118  (not a dict: it cannot be iterated)
         return {name.removeprefix("stats."): self._gather(name) for name in names}
 
     def block(self, name: str) -> Tensor:
-        """All rows of one block, `[n, d]`, in dataset order: the parameter's gradient flattened row-major."""
+        """All rows of one block, `[n, d]`, in dataset order: the parameter's gradient flattened row-major.
+
+        Raises:
+            MissingRows: No such block, or the split holds statistics alone.
+        """
         self._known(name)
         if not self._shards:
             return torch.zeros(0, self.blocks[name], dtype=self.dtype)
@@ -168,6 +179,12 @@ class Rows:
             raise MissingRows(
                 f"no block {name!r} in {self.folder}; it has {len(self.blocks)}, the first is "
                 f"{next(iter(self.blocks), None)!r}."
+            )
+        if self.statistics_only:
+            raise MissingRows(
+                f"{self.folder} holds the statistics of its examples alone, as it was collected with rows=False, and "
+                "the gradients themselves are asked for. Collect it once more with rows=True and overwrite=True, or "
+                "choose a method that needs statistics alone, 'loss' or 'gex' for instance."
             )
 
     def _read(self, key: str) -> list[Tensor]:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import os
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -46,10 +47,16 @@ class RowWriter:
                 f"{folder} holds rows of another tokenised dataset ({stored.n} examples, fingerprint {stored.dataset}; "
                 f"now {about.n}, {about.dataset}). Collect into another folder or split, or pass overwrite=True."
             )
-        if (stored.ids, stored.id_column) != (about.ids, about.id_column):
+        if (stored.n is not None and stored.ids != about.ids) or stored.id_column != about.id_column:
             raise StoreMismatch(
                 f"{folder} holds the same rows under other ids (id column {stored.id_column!r}, now "
                 f"{about.id_column!r}). Pass the same id_column, or overwrite=True."
+            )
+        if stored.blocks != about.blocks and not (stored.blocks and stored.complete):  # whole rows have them too
+            raise StoreMismatch(
+                f"{folder} holds {'rows' if stored.blocks else 'statistics alone'}, and now "
+                f"{'rows' if about.blocks else 'statistics alone'} are to come (rows={about.blocks}). Pass "
+                f"rows={stored.blocks} to go on with it, or overwrite=True."
             )
         folder.mkdir(parents=True, exist_ok=True)
         self._list()
@@ -68,14 +75,22 @@ class RowWriter:
 
         Args:
             index: Positions in the dataset, length b.
-            rows: Block -> `[b, d]`; not to be changed afterwards.
-            stats: Name -> `[b]`.
+            rows: Block -> `[b, d]`; not to be changed afterwards. Nothing, where statistics alone are kept.
+            stats: Name -> `[b]` or `[b, c]`.
 
         Raises:
             StoreError: The shard before could not be written.
+            StoreMismatch: The rows that are there have other statistics.
         """
+        if odd := sorted(stats.keys() ^ self._statistics(default=stats.keys())):
+            raise StoreMismatch(
+                f"{self.folder} holds rows with other statistics than those to be added (only one of both has: "
+                f"{', '.join(odd)}). Continue with the arguments and the version that it was begun with, or delete "
+                "the folder and collect it again."
+            )
         tensors = {"index": torch.tensor(list(index), dtype=torch.long)}
-        tensors |= {f"rows.{name}": rows[name].to(getattr(torch, self.header.dtype)) for name in self.header.blocks}
+        blocks = self.header.blocks if self.manifest.blocks else ()
+        tensors |= {f"rows.{name}": rows[name].to(getattr(torch, self.header.dtype)) for name in blocks}
         tensors |= {f"stats.{name}": value for name, value in stats.items()}
         self._pending.append({key: value.detach().cpu() for key, value in tensors.items()})
         self._bytes += sum(value.nbytes for value in self._pending[-1].values())
@@ -117,6 +132,22 @@ class RowWriter:
                     self.done.update(tensors["index"][new].tolist())
             shutil.rmtree(part.folder)
 
+    def check_statistics(self, names: Collection[str]) -> None:
+        """Refuse rows that lack one of these statistics, if there are rows.
+
+        Raises:
+            StoreMismatch: Names it.
+        """
+        if missing := sorted(set(names) - self._statistics(default=names)):
+            raise StoreMismatch(
+                f"{self.folder} holds rows without the statistic {missing[0]!r}, which cannot be added to them. Pass "
+                "overwrite=True to collect them again, or collect into another folder or split."
+            )
+
+    def name(self, ids: list[Any]) -> None:
+        """Give the examples of a stream their ids; the list may grow, and what is in it is listed with each shard."""
+        self.manifest.ids = ids
+
     def reopen(self) -> None:
         """More is to come after all."""
         if self.manifest.closed:
@@ -147,6 +178,16 @@ class RowWriter:
         for shard in gone:
             (self.folder / shard["file"]).unlink()
         self.done = self._listed()
+
+    def _statistics(self, default: Collection[str]) -> set[str]:
+        """The names of the statistics of the rows that are there."""
+        if self._pending:
+            keys = list(self._pending[0])
+        elif self.manifest.shards:
+            keys = list(open_shard(self.folder / self.manifest.shards[0]["file"]).keys())
+        else:
+            return set(default)
+        return {key.removeprefix("stats.") for key in keys if key.startswith("stats.")}
 
     def _listed(self) -> set[int]:
         indices = [open_shard(self.folder / shard["file"]).get_tensor("index") for shard in self.manifest.shards]

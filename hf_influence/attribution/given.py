@@ -1,0 +1,72 @@
+"""What is passed with a setting, a value for each example: checked, and recorded by a fingerprint or by value."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import reprlib
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from hf_influence.attribution.method import Method
+from hf_influence.attribution.selection import Selection
+from hf_influence.errors import BadSetting
+from hf_influence.store import Rows
+
+
+@dataclass(kw_only=True)
+class Labelled(Method):
+    """A method that asks for the class of each training example."""
+
+    labels: Sequence[Any] | None = None
+    """The class of each training example in dataset order; by default the statistic "label" of the rows."""
+
+    def record(self, rows: Selection) -> dict[str, Any]:
+        """The settings, with a fingerprint in place of labels that were passed: they are as many as the rows."""
+        if self.labels is None:
+            return super().record(rows)
+        classes = self.classes(rows.train)
+        return replace(self, labels=None).record(rows) | {
+            "labels": f"{len(set(classes))} classes, {fingerprint(classes)}"
+        }
+
+    def classes(self, train: Rows) -> list[Any]:
+        """The class of each training example in dataset order.
+
+        Raises:
+            BadSetting: It is not stored and was not passed, or was passed for other examples.
+        """
+        labels = train.stats.get("label") if self.labels is None else self.labels
+        if labels is None:
+            if not len(train):
+                return []
+            raise BadSetting(
+                f"method '{self.name}' needs the class of each training example, and {train.folder} does not hold the "
+                "statistic 'label'. Pass labels=[...], one for each example in dataset order."
+            )
+        return one_for_each(labels, train, self.name, "labels", "classes", "training example")
+
+
+def one_for_each(values: Any, rows: Rows, method: str, setting: str, what: str, whose: str) -> list[Any]:
+    """The values as a list, one for each row in dataset order.
+
+    Raises:
+        BadSetting: They are not as many, or no sequence.
+    """
+    if isinstance(values, str) or not hasattr(values, "__len__") or len(values) != len(rows):
+        recorded = isinstance(values, str) and "sha256" in values
+        hint = f" That is the fingerprint that scores keep of them: pass the {what} themselves." if recorded else ""
+        raise BadSetting(
+            f"method '{method}': {setting}={reprlib.repr(values)} is not a sequence of {len(rows)} {what}, one for "
+            f"each {whose} in dataset order.{hint}"
+        )
+    return values.tolist() if isinstance(values, Tensor | np.ndarray) else list(values)
+
+
+def fingerprint(values: Sequence[Any]) -> str:
+    """Tells the values of one run from those of another."""
+    return f"sha256 {hashlib.sha256(json.dumps(list(map(str, values))).encode()).hexdigest()}"

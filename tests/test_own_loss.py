@@ -1,0 +1,217 @@
+"""Losses other than cross-entropy: rows are the gradient of that loss of one example, whenever they are taken."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from models import Example, labelled, prompts, tiny, worst_error
+from test_during import EXAMPLES, Micro, Recording, classifier, key, packed_llama, train
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from transformers import DataCollatorWithFlattening
+from transformers.trainer_pt_utils import LabelSmoother
+
+from hf_influence.callbacks import GradientCapture
+from hf_influence.errors import BadSetting, StoreMismatch, UnsupportedModel
+from hf_influence.gradients import collect, label_smoothing, own_loss
+from hf_influence.store import GradientStore, Rows
+from hf_influence.task import CausalLM, Classification, Outcome
+
+CLASSES = labelled(lambda i: i % 3, 10)
+WEIGHT = torch.tensor([0.5, 1.0, 3.0])
+EPSILON = 0.1
+
+
+def focal(logits: Tensor, labels: Tensor, gamma: float = 2.0) -> Tensor:
+    loss = cross_entropy(logits, labels, reduction="none")
+    return (1 - torch.exp(-loss)) ** gamma * loss
+
+
+def weighted(logits: Tensor, labels: Tensor) -> Tensor:
+    return cross_entropy(logits, labels, weight=WEIGHT.to(logits), reduction="none")
+
+
+def by_rows(loss: Any, outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> Tensor:
+    """A `compute_loss_func` that averages a loss over examples, or over the tokens of all of them."""
+    z, y = outputs.logits, labels
+    if z.ndim == 3:
+        z, y = z[:, :-1][y[:, 1:] != -100], y[:, 1:][y[:, 1:] != -100]
+    return loss(z, y).sum() / (num_items_in_batch if num_items_in_batch is not None else len(y))
+
+
+class OwnLoss(Recording):
+    """A Trainer with a `compute_loss_func`."""
+
+    function: Any
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, compute_loss_func=partial(by_rows, type(self).function), **kwargs)
+
+
+def with_loss(function: Any) -> type[Recording]:
+    return type("WithLoss", (OwnLoss,), {"function": staticmethod(function)})
+
+
+def alone(model: nn.Module, micro: Micro | None, example: Example, function: Any) -> dict[str, Tensor]:
+    """The gradient of the loss of one example in a batch of one, by plain autograd, in a model without dropout."""
+    weights = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
+    if micro is not None:
+        with torch.no_grad():
+            for name, value in micro.weights.items():
+                weights[name].copy_(value)
+    logits = model.eval()(torch.tensor([example["input_ids"]])).logits
+    y = torch.tensor([example["labels"]])
+    if logits.ndim == 3:
+        logits, y = logits[0, :-1][y[0, 1:] != -100], y[0, 1:][y[0, 1:] != -100]
+    loss = function(logits, y.flatten()).mean()
+    return dict(zip(weights, torch.autograd.grad(loss, list(weights.values())), strict=True))
+
+
+def assert_rows_of(run: Any, rows: Rows, data: list[Example], epoch: int, function: Any) -> None:
+    of_key = {key(example): example for example in data}
+    want = {}
+    for micro in run.micros:
+        for ids, mask in zip(micro.inputs["input_ids"], micro.inputs["attention_mask"], strict=True):
+            name = tuple(ids[mask.bool()].tolist())
+            if micro.epoch == epoch:
+                want[name] = alone(run.model, micro, of_key[name], function)
+    assert len(rows) == len(want) == len(data)
+    assert worst_error(rows, [want[key(data[at])] for at in rows.positions.tolist()]) < 1e-5
+
+
+def without_dropout(kind: str) -> tuple[Any, list[Example]]:
+    if kind == "tokens":
+        return tiny(torch.float32, lora_dropout=0.0), EXAMPLES
+    model = classifier()
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    return model, CLASSES
+
+
+def smoothed(z: Tensor, y: Tensor) -> Tensor:
+    """Label smoothing, written out."""
+    log_p = z.log_softmax(1)
+    return -(1 - EPSILON) * log_p.gather(1, y[:, None])[:, 0] - EPSILON * log_p.mean(1)
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize("kind", ["tokens", "classes"])
+def test_rows_under_label_smoothing_equal_autograd(tmp_path: Path, kind: str, accumulation: int) -> None:
+    model, data = without_dropout(kind)
+    capture = GradientCapture(tmp_path / "rows", data[:3], during="epochs", at_end=False, task=label_smoothing(EPSILON))
+    options = {"label_smoothing_factor": EPSILON, "gradient_accumulation_steps": accumulation}
+    run = train(model, tmp_path, capture, data=data, **options)
+    assert run.label_smoother is not None
+    store = GradientStore.open(capture.path)
+    for epoch in (1, 2):
+        assert_rows_of(run, store.rows("train", epoch), data, epoch, smoothed)
+    query = store.rows("query", 1)
+    first = next(micro for micro in run.micros if micro.epoch == 2)  # begins where the first epoch ends
+    assert worst_error(query, [alone(run.model, first, example, smoothed) for example in data[:3]]) < 1e-5
+    assert store.header.task["label_smoothing"] == EPSILON
+
+
+@pytest.mark.parametrize("function", [focal, weighted])
+def test_rows_under_a_loss_function_equal_autograd(tmp_path: Path, function: Any) -> None:
+    model, data = without_dropout("classes")
+    capture = GradientCapture(tmp_path / "rows", during="epochs", at_end=False, task=own_loss(function))
+    run = train(model, tmp_path, capture, data=data, kind=with_loss(function), gradient_accumulation_steps=2)
+    assert_rows_of(run, GradientStore.open(capture.path).rows("train", 2), data, 2, function)
+
+
+def test_rows_of_tokens_under_a_loss_function_equal_autograd(tmp_path: Path) -> None:
+    model, data = without_dropout("tokens")
+    capture = GradientCapture(tmp_path / "rows", during="epochs", at_end=False, task=own_loss(focal, gamma=1.0))
+    run = train(model, tmp_path, capture, data=data, kind=with_loss(partial(focal, gamma=1.0)))
+    assert_rows_of(run, GradientStore.open(capture.path).rows("train", 2), data, 2, partial(focal, gamma=1.0))
+
+
+def test_packed_examples_have_the_rows_of_padded_ones(tmp_path: Path) -> None:
+    stores = []
+    for collate in (None, DataCollatorWithFlattening()):
+        capture = GradientCapture(
+            tmp_path / str(collate is None), during="epochs", epochs=[1], at_end=False, task=label_smoothing(EPSILON)
+        )
+        options: dict[str, Any] = {"label_smoothing_factor": EPSILON, "learning_rate": 0.0}
+        train(packed_llama(lora_dropout=0.0), tmp_path, capture, collate=collate, **options)
+        stores.append(GradientStore.open(capture.path).rows("train", 1))
+    for name in stores[0].blocks:
+        torch.testing.assert_close(stores[1].block(name), stores[0].block(name), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_collected_rows_equal_autograd(tmp_path: Path, reduction: Any) -> None:
+    model, data = tiny(), prompts(5)
+    store = collect(model, data, tmp_path, task=own_loss(focal), loss_reduction=reduction)
+    rows = store.rows()
+    want = [alone(model, None, example, focal) for example in data]
+    if reduction == "sum":
+        tokens = [sum(label != -100 for label in example["labels"][1:]) for example in data]
+        want = [{name: g * n for name, g in row.items()} for row, n in zip(want, tokens, strict=True)]
+    assert worst_error(rows, want) < 1e-6  # the norms of the model are computed in float32
+    with pytest.raises(StoreMismatch, match="loss = focal; now: loss = None"):
+        collect(model, data, tmp_path, "query", loss_reduction=reduction)
+
+
+@dataclass(frozen=True)
+class Margin(Classification):
+    """A task of a user: the hinge of the label's logit over the best other one, squared."""
+
+    def outcome(self, logits: Tensor, labels: Tensor) -> Outcome:
+        z = logits.detach().requires_grad_()
+        with torch.enable_grad():
+            loss = hinge(z, labels)
+            gradient = torch.autograd.grad(loss.sum(), z)[0]
+        return Outcome(loss.detach(), gradient, {"n_tokens": torch.ones_like(labels)})
+
+
+def hinge(z: Tensor, y: Tensor) -> Tensor:
+    others = z.scatter(1, y[:, None], -torch.inf).amax(1)
+    return (5 - z.gather(1, y[:, None])[:, 0] + others).clamp(min=0) ** 2
+
+
+def test_a_task_of_the_user_is_what_rows_are_measured_against(tmp_path: Path) -> None:
+    model, data = without_dropout("classes")
+    capture = GradientCapture(tmp_path / "rows", during="epochs", at_end=False, task=Margin(None, 3))
+    run = train(model, tmp_path, capture, data=data, kind=with_loss(hinge))
+    assert_rows_of(run, GradientStore.open(capture.path).rows("train", 2), data, 2, hinge)
+
+
+@pytest.mark.parametrize("kind", ["tokens", "classes"])
+def test_another_loss_than_that_of_training_is_refused(tmp_path: Path, kind: str) -> None:
+    model, data = without_dropout(kind)
+    capture = GradientCapture(tmp_path / "rows", during="epochs", at_end=False, task=label_smoothing(0.5))
+    with pytest.raises(UnsupportedModel, match=r"(?s)the loss of the task .*'label_smoothing': 0.5.*own_loss\(funct"):
+        train(model, tmp_path, capture, data=data, label_smoothing_factor=EPSILON)
+
+
+def summed(logits: Tensor, labels: Tensor) -> Tensor:
+    return cross_entropy(logits, labels)
+
+
+def test_what_is_no_loss_of_this_model_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(BadSetting, match=r"own_loss\(.*function of logits and labels that has a name"):
+        own_loss(lambda z, y: z.sum(1))
+    with pytest.raises(BadSetting, match=r"label_smoothing\(1.5\)"):
+        label_smoothing(1.5)
+    with pytest.raises(BadSetting, match=r"summed gave a result of shape .*one number for each row"):
+        collect(tiny(), EXAMPLES, tmp_path, task=own_loss(summed))
+    with pytest.raises(BadSetting, match=r"task=Margin for PeftModel.*CausalLM"):
+        collect(tiny(), EXAMPLES, tmp_path, task=Margin())
+    with pytest.raises(BadSetting, match=r"task=CausalLM for PeftModel.*Classification"):
+        collect(classifier(), CLASSES, tmp_path, task=CausalLM())
+
+
+def test_smoothing_is_that_of_the_trainer() -> None:
+    z, y = torch.randn(4, 5, dtype=torch.float64), torch.tensor([0, 3, 2, 1])
+    outcome = label_smoothing(EPSILON)(Classification("single_label_classification", 5))
+    assert isinstance(outcome, Classification)
+    loss = outcome.outcome(z, y).loss
+    torch.testing.assert_close(loss, smoothed(z, y))
+    torch.testing.assert_close(loss.mean(), LabelSmoother(EPSILON)({"logits": z}, y))
