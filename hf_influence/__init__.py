@@ -6,7 +6,7 @@ scores = attribute("runs/sst2", method="datainf")                     # higher =
 curated = DatasetFilter(drop=0.05).apply(train, scores)               # a datasets.Dataset
 """
 
-from hf_influence.attribution import attribute, methods
+from hf_influence.attribution import attribute, lacking, methods
 from hf_influence.filter import DatasetFilter
 from hf_influence.gradients import (
     adam_state,
@@ -44,6 +44,7 @@ __all__ = [
     "evasion",
     "fairness",
     "gaussian",
+    "lacking",
     "logra",
     "losses",
     "methods",

@@ -23,9 +23,19 @@ app = typer.Typer(
 def methods(
     markdown: Annotated[bool, typer.Option(help="As a Markdown table, for the README.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="All that is known of each method, as JSON.")] = False,
+    store: Annotated[
+        Path | None, typer.Option(help="A store: which methods can run on it, what the others lack.")
+    ] = None,
 ) -> None:
     """List the methods: what each gives you, what it needs, what it costs and when to use it."""
+    from hf_influence.attribution import lacking
     from hf_influence.attribution import methods as table_of_methods
+
+    if store is not None:
+        lacks = lacking(store)
+        print("\n".join(["can run now:", *(f"  {name}" for name, what in lacks.items() if not what)]))
+        print("\n".join(["lack something:", *(f"  {name}: {', '.join(w)}" for name, w in lacks.items() if w)]))
+        return
 
     table = table_of_methods()
     if as_json:

@@ -28,7 +28,7 @@ from torch import nn
 from transformers import DataCollatorForSeq2Seq, Trainer, TrainerCallback, TrainingArguments, set_seed
 from transformers.utils import logging as transformers_logging
 
-from hf_influence.attribution import attribute, methods
+from hf_influence.attribution import attribute, lacking, methods
 from hf_influence.callbacks import GradientCapture
 from hf_influence.evaluation import class_detection, mislabel_detection
 from hf_influence.evaluation.benchmarks import sentence_transformations, swap_answers, tokenize
@@ -142,19 +142,19 @@ class Demo:
     def _classes(self, store: Path, train: Dataset, query: Dataset) -> dict[str, dict[str, float]]:
         """Class detection by every method that gives a score for each query, at the final weights."""
         found = {}
-        for name, about in methods().items():
-            if "queries" in about.needs and "points" not in about.needs:
-                settings = {"labels": train["task"]} if "labels" in about.needs else {}
-                scores = attribute(store, name, **settings)
+        for name, lacks in lacking(store).items():
+            by_class = "labels" in lacks
+            if "queries" not in methods()[name].needs or set(lacks) - {"labels"}:
+                continue
+            scores = attribute(store, name, **({"labels": train["task"]} if by_class else {}))
+            if scores.query_ids == list(range(len(query))):  # others have one column for all queries
                 # influence counts by its size, as in the papers; how typical a query is of a class counts by its sign
-                found[name] = dict(
-                    class_detection(scores, train["task"], query["task"], absolute="labels" not in about.needs)
-                )
+                found[name] = dict(class_detection(scores, train["task"], query["task"], absolute=not by_class))
         return found
 
     def _mistakes(self, store: Path, train: Dataset) -> dict[str, dict[str, float]]:
-        """Detection of the wrong answers by every method at the final weights but those that score classes."""
-        named = [name for name, about in methods().items() if not {"labels", "points"} & set(about.needs)]
+        """Detection of the wrong answers by every method that the store has everything for."""
+        named = [name for name, lacks in lacking(store).items() if not lacks]
         return {name: dict(mislabel_detection(attribute(store, name), train["is_wrong"])) for name in named}
 
     def _remedies(self, train: Dataset, store: Path) -> dict[str, Dataset]:

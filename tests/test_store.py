@@ -257,5 +257,7 @@ def test_a_compressor_is_rebuilt_from_its_settings(compress: Any) -> None:
 
 
 def test_a_compressor_of_a_newer_version_is_refused() -> None:
-    with pytest.raises(StoreError, match=r"'of_tomorrow'.*does not know \(it has: dropout, gaussian, logra, sparse_jl\)"):
+    with pytest.raises(
+        StoreError, match=r"'of_tomorrow'.*does not know \(it has: dropout, gaussian, sparse_jl, logra\)"
+    ):
         compressor_of({"name": "of_tomorrow", "r_in": 4})

@@ -116,6 +116,11 @@ def methods() -> dict[str, About]:
     return {name: _TABLE[name].about() for name in order}
 
 
+def class_of(name: str) -> type[Method]:
+    """The class behind a name in the table."""
+    return _TABLE[name]
+
+
 def make_method(name: str, settings: dict[str, Any]) -> Method:
     """The method of that name with these settings.
 

@@ -21,7 +21,6 @@ import shutil
 import statistics
 import tempfile
 import time
-import traceback
 from datetime import date
 from importlib.metadata import version
 from pathlib import Path
@@ -32,7 +31,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import DataCollatorWithPadding, Trainer, TrainingArguments, set_seed
 
 from hf_influence import attribute
-from hf_influence.attribution import methods
+from hf_influence.attribution import lacking, methods
 from hf_influence.callbacks import GradientCapture
 from hf_influence.errors import InfluenceError
 from hf_influence.evaluation import mislabel_detection
@@ -103,16 +102,16 @@ def train(name: str, rank: int, seed: int, args: argparse.Namespace, store: Path
 def measure(store: Path, wrong: list[bool], labels: list[int]) -> dict[str, dict[str, Any]]:
     """Every method of the table that the store has the rows for; what stopped the others."""
     found: dict[str, dict[str, Any]] = {}
-    for method, about in methods().items():
-        settings = {"labels": labels} if "labels" in about.needs else {}
+    for method, lacks in lacking(store).items():
+        if lacks:
+            found[method] = {"left out": f"the store has no {', '.join(lacks)}"}
+            continue
+        settings = {"labels": labels} if "labels" in methods()[method].needs else {}
         started = time.perf_counter()
         try:
             scores = attribute(store, method, **settings)
         except InfluenceError as error:
             found[method] = {"left out": f"{type(error).__name__}: {str(error).splitlines()[0][:160]}"}
-            continue
-        except Exception:  # one broken method must not cost the table of the others
-            found[method] = {"left out": traceback.format_exc(limit=1).splitlines()[-1]}
             continue
         found[method] = {"seconds": time.perf_counter() - started, **mislabel_detection(scores, wrong)}
     return found
