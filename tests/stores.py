@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -89,7 +90,7 @@ def make_trained_store(
 def make_members(
     path: Path, train: Blocks, query: Blocks | None = None, *, stats: dict[str, Tensor] | None = None, **options: Any
 ) -> GradientStore:
-    """Members of both ensembles around point 0: rows under parameter dropout, and losses where more SGD led.
+    """Members of all ensembles around point 0: rows under parameter dropout, losses where more SGD or a draw led.
 
     The rows of the ones are near those at point 0; the losses of the others change as the rows at point 0 say.
     """
@@ -99,8 +100,8 @@ def make_members(
         about = PointAbout("parameter_dropout", {"member": member}, "")
         near = [{k: g * (1 + 0.1 * member) for k, g in side.items()} for side in sides.values()]
         make_store(path, near[0], near[1] or None, stats=stats, about=about, point=number_of(path, about), **options)
-    for member in range(3):
-        about = PointAbout("continued_sgd", {"member": member}, "")
+    for kind, member in product(("continued_sgd", "laplace"), range(3)):
+        about = PointAbout(kind, {"member": member}, "")
         point = number_of(path, about)
         step = {k: torch.randn(g.shape[1], generator=draw, dtype=torch.float64) for k, g in train.items()}
         notes = {side: {"loss": sum(g.double() @ step[k] for k, g in g_of.items())} for side, g_of in sides.items()}

@@ -12,6 +12,7 @@ from hf_influence.errors import BadSetting, MissingRows, StoreMismatch
 MADE_BY = {
     "parameter_dropout": "parameter_dropout()",
     "continued_sgd": "continued_sgd(model, train, folder=…), rows=False",
+    "laplace": "laplace(model, train), rows=False",
 }
 """What makes the points of a kind; with what else `collect_at` takes them for the methods over them."""
 

@@ -103,16 +103,24 @@ class FactorCatcher(RowCatcher):
         self._batch.clear()
 
     def _add(self, tap: Tap, left: Tensor, right: Tensor) -> None:
+        reached = self._reached(left, right)
+        self._batch.append((f"left.{tap.parameter}", _moment(left[reached])))
+        if _has_columns(right):
+            self._batch.append((f"right.{tap.parameter}", _moment(right[reached])))
+
+    def _reached(self, left: Tensor, right: Tensor) -> Tensor:
+        """The tokens whose part of the row is more than rounding, `[b, t]`."""
         share = torch.linalg.vector_norm(left, dim=2)  # [b, t], the length of each token's part of the row
-        two = right.ndim == 3 and right.shape[2] > 0  # neither a bias nor token ids
-        if two:
+        if _has_columns(right):
             share = share * torch.linalg.vector_norm(right, dim=2)
         # attention leaves rounding where a gradient is zero, such as that of the first token's query
         rounding = torch.finfo(share.dtype).eps ** 0.75
-        reached = share > rounding * share.amax(1, keepdim=True)
-        self._batch.append((f"left.{tap.parameter}", _moment(left[reached])))
-        if two:
-            self._batch.append((f"right.{tap.parameter}", _moment(right[reached])))
+        return share > rounding * share.amax(1, keepdim=True)
+
+
+def _has_columns(right: Tensor) -> bool:
+    """Neither the nothing of a bias nor token ids."""
+    return right.ndim == 3 and right.shape[2] > 0
 
 
 def _moment(values: Tensor) -> Tensor:

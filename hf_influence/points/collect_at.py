@@ -39,7 +39,8 @@ def collect_at(
         model: As in `collect`, with the weights after training.
         datasets: Split -> dataset, `{"train": …, "query": …}`.
         path: Folder of the store; made if it is not there.
-        points: From `checkpoints`, `parameter_dropout` or `continued_sgd`; `present()` is the weights as they are.
+        points: From `checkpoints`, `parameter_dropout`, `continued_sgd` or `laplace`; `present()` is the weights as
+            they are.
         rows: False keeps the statistics alone (the losses, for `gex`).
         overwrite: Replace points of another model or dataset instead of refusing.
         **options: As in `collect`: data_collator, batch_size, loss_reduction, compress, modules, skip, id_column,
