@@ -225,9 +225,7 @@ class GradientCapture(TrainerCallback):
                 for point in store.points():
                     if state.global_step == 0 or (point == 0 and state.global_step < state.max_steps):
                         store.drop(point)  # checked above: they are to be replaced, or come once more
-        self._during = during = DuringTraining(
-            trainer, plan, store, schedule, self.settings["compress"], self.id_column
-        )
+        self._during = during = DuringTraining(trainer, plan, store, schedule, self.id_column)
         if state.global_step > 0:
             self._finish_point(during.resume(state), model)
 

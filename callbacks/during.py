@@ -16,7 +16,6 @@ from transformers import Trainer, TrainerControl, TrainerState, TrainingArgument
 
 from hf_influence.errors import BadExample, BadSetting, StoreError
 from hf_influence.gradients.collect import Plan
-from hf_influence.gradients.compress import Compressor
 from hf_influence.gradients.positions import Positions
 from hf_influence.gradients.processes import first_process_first, rank, wait_for_all
 from hf_influence.gradients.stream import Sightings, StreamPlan
@@ -126,14 +125,13 @@ class DuringTraining:
         plan: Plan | StreamPlan,
         store: GradientStore,
         schedule: Schedule,
-        compress: Compressor | None,
         id_column: str | None,
     ):
         self.trainer = trainer
         self.store = store
         self.schedule = schedule
         self.id_column = id_column
-        self.watch = TrainingWatch(trainer.model, plan.task, plan.taps, compress)
+        self.watch = TrainingWatch(trainer.model, plan.task, plan.taps, plan.compress)
         self.positions: Positions | Sightings
         if isinstance(plan, StreamPlan):
             self.positions = Sightings(id_column)

@@ -11,6 +11,7 @@ from torch.utils.data import Sampler, WeightedRandomSampler
 from transformers import Trainer
 
 from hf_influence.errors import BadExample, BadSetting
+from hf_influence.gradients.objective import own_losses
 from hf_influence.task import IGNORED, Classification, LanguageModel, task_of
 
 By = Literal["loss", "sampling"]
@@ -49,7 +50,7 @@ class WeightedTrainer(Trainer):
         self.by = by
         self._weights: Tensor | None = None
         super().__init__(*args, compute_loss_func=self._loss, **kwargs)
-        self._task = task_of(self.model)
+        self._task = task_of(self.model, "sum")
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
@@ -94,13 +95,12 @@ class WeightedTrainer(Trainer):
 
     def _loss(self, outputs: Any, labels: Tensor, num_items_in_batch: Tensor | int | None = None) -> Tensor:
         logits = outputs["logits"] if isinstance(outputs, dict) else outputs[1]
-        if isinstance(self._task, LanguageModel):
-            targets = self._task.targets(labels, None)  # [b, t]
-            loss = F.cross_entropy(logits.float().transpose(1, 2), targets, ignore_index=IGNORED, reduction="none")
-            each, count = loss.sum(1), (targets != IGNORED).sum()
+        task, count = self._task, torch.tensor(len(labels), device=logits.device)
+        if isinstance(task, LanguageModel):
+            targets = task.targets(labels, None)  # [b, t]
+            each, count = own_losses(task, logits, targets), (targets != IGNORED).sum()
         else:
-            each = _of_classes(self._task, logits.float(), labels)
-            count = torch.tensor(len(each), device=logits.device)
+            each = _of_classes(task, logits, labels)
             if num_items_in_batch is not None and labels.ndim == 2:
                 num_items_in_batch = num_items_in_batch // labels.shape[1]  # the Trainer counts every entry
         if self._weights is not None:
@@ -112,8 +112,6 @@ class WeightedTrainer(Trainer):
 def _of_classes(task: Any, logits: Tensor, labels: Tensor) -> Tensor:
     """Loss of each example, `[b]`."""
     assert isinstance(task, Classification)
-    if task.classes == 1:
-        return (logits[:, 0] - labels.reshape(-1)).square()
-    if task.problem == "multi_label_classification":
-        return F.binary_cross_entropy_with_logits(logits, labels.to(logits), reduction="none").mean(1)
-    return F.cross_entropy(logits, labels.to(logits) if labels.ndim == 2 else labels.reshape(-1), reduction="none")
+    if labels.ndim == 2 and task.classes > 1 and task.problem in (None, "single_label_classification"):
+        return F.cross_entropy(logits, labels.to(logits), reduction="none")  # vectors of probabilities
+    return own_losses(task.settled(labels), logits, labels)

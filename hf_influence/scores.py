@@ -15,6 +15,12 @@ from torch import Tensor
 from hf_influence.errors import BadSetting, StoreError
 
 
+def mean_ranks(values: Tensor) -> Tensor:
+    """The rank of each value, 1 for the lowest, ties at their mean rank, `[n]` in float64."""
+    _, level, count = values.unique(return_inverse=True, return_counts=True)
+    return (count.cumsum(0) - (count.double() - 1) / 2)[level]
+
+
 @dataclass(frozen=True)
 class Scores:
     """One number per training example and query. **Higher = more worth keeping.**

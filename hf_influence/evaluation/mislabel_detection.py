@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Hashable, Sequence
 
 import numpy as np
+import torch
 from sklearn.metrics import average_precision_score, roc_auc_score
 from sklearn.utils import Bunch
 
 from hf_influence.errors import BadSetting
 from hf_influence.evaluation.labels import labels_for
-from hf_influence.scores import Scores
+from hf_influence.scores import Scores, mean_ranks
 
 
 def mislabel_detection(
@@ -73,7 +74,5 @@ def _rank_within(groups: list[Hashable], values: np.ndarray) -> np.ndarray:
         rows.setdefault(group, []).append(i)
     place = np.empty_like(values)
     for own in rows.values():
-        _, level, count = np.unique(values[own], return_inverse=True, return_counts=True)
-        mean_rank = np.cumsum(count) - (count - 1) / 2  # of each distinct value, from 1
-        place[own] = (mean_rank[level] - 0.5) / len(own)
+        place[own] = (mean_ranks(torch.from_numpy(values[own])).numpy() - 0.5) / len(own)
     return place

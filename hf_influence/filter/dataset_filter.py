@@ -14,10 +14,10 @@ from datasets import Dataset, DatasetDict
 from torch import Tensor
 
 from hf_influence.errors import BadExample, BadSetting
-from hf_influence.filter.matching import in_dataset_order, positions
+from hf_influence.filter.matching import ids_of, in_dataset_order
 from hf_influence.filter.report import FilterReport, Removed, group_sizes
 from hf_influence.filter.thresholds import THRESHOLDS, Threshold, name_of
-from hf_influence.scores import Scores
+from hf_influence.scores import Scores, mean_ranks
 
 _ADDED = ("influence", "influence_rank")
 
@@ -112,10 +112,10 @@ class DatasetFilter:
         needed = self._votes(len(rankings))
         values = [in_dataset_order(dataset, one) for one in rankings]  # each [n, q]
         n = len(dataset)
-        names = dict(zip(positions(dataset, rankings[0]).tolist(), rankings[0].ids, strict=True))  # row -> id
+        names = ids_of(dataset, rankings[0].id_column)
         if self.columns and (taken := [column for column in _ADDED if column in dataset.column_names]):
             raise BadExample(f"the dataset has {taken} already. Rename or remove them, or leave columns=False.")
-        mean = values[0].mean(1) if len(values) == 1 else torch.stack([_places(v.mean(1)) for v in values]).mean(0)
+        mean = values[0].mean(1) if len(values) == 1 else _mean_place(values)
         order = mean.argsort(stable=True)  # [n], worst first
         rank = order.argsort()  # [n]
 
@@ -206,8 +206,7 @@ class DatasetFilter:
         return torch.tensor([len(value) for value in dataset.with_format(None)[self.tokens]])
 
 
-def _places(values: Tensor) -> Tensor:
-    """Place of each value in the ranking, from 0 (lowest) to 1, ties at their mean place, `[n]`."""
-    _, level, count = values.unique(return_inverse=True, return_counts=True)
-    middle = count.cumsum(0) - (count + 1) / 2  # of each level, from 0
-    return (middle[level] / max(1, len(values) - 1)).double()
+def _mean_place(values: list[Tensor]) -> Tensor:
+    """The mean over rankings `[n, q]` of each row's place, from 0 (lowest) to 1, `[n]`."""
+    ranks = torch.stack([mean_ranks(ranking.mean(1)) for ranking in values])
+    return ((ranks - 1) / max(1, ranks.shape[1] - 1)).mean(0)

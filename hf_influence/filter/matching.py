@@ -35,7 +35,7 @@ def positions(dataset: Dataset, scores: Scores) -> Tensor:
             f"the scores cover {len(scores)} examples and the dataset has {n} rows: they belong to another "
             "dataset, or to another version of it. Filter the one that was scored, or score this one."
         )
-    ids = range(n) if id_column is None else dataset.with_format(None)[id_column][:]
+    ids = ids_of(dataset, id_column)
     row = {id_: i for i, id_ in enumerate(ids)}
     if len(row) < n:
         twice = next(id_ for id_, count in Counter(ids).items() if count > 1)
@@ -57,11 +57,16 @@ def positions(dataset: Dataset, scores: Scores) -> Tensor:
     return torch.tensor([row[id_] for id_ in scores.ids])
 
 
+def ids_of(dataset: Dataset, id_column: str | None) -> Sequence[Any]:
+    """What the rows of the dataset are called, in its order."""
+    return range(len(dataset)) if id_column is None else dataset.with_format(None)[id_column][:]
+
+
 def rows_named(dataset: Dataset, ids: Sequence[Any], id_column: str | None) -> list[int]:
     """The rows of the dataset with these ids."""
     if id_column is None:
         return [int(name) for name in ids]
-    row = {name: i for i, name in enumerate(dataset.with_format(None)[id_column][:])}
+    row = {name: i for i, name in enumerate(ids_of(dataset, id_column))}
     return [row[name] for name in ids]
 
 

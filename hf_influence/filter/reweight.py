@@ -10,7 +10,7 @@ from torch import Tensor
 
 from hf_influence.errors import BadExample, BadSetting
 from hf_influence.filter.matching import in_dataset_order
-from hf_influence.scores import Scores
+from hf_influence.scores import Scores, mean_ranks
 
 HOW = ("softmax", "clipped", "ranks")
 
@@ -70,7 +70,5 @@ class Reweight:
         elif self.how == "clipped":
             weight = (1 + z / (3 * self.temperature)).clamp(0, 2)
         else:
-            _, level, count = mean.unique(return_inverse=True, return_counts=True)
-            place = (count.cumsum(0) - (count - 1) / 2)[level] / len(mean)  # ties at their mean place
-            weight = place ** (1 / self.temperature)
+            weight = (mean_ranks(mean) / len(mean)) ** (1 / self.temperature)
         return weight / weight.mean()

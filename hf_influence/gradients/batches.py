@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from hf_influence.errors import BadExample, BadSetting
 from hf_influence.gradients.packing import Packing
-from hf_influence.task import IGNORED, LABELS, labels_of, unwrapped
+from hf_influence.task import IGNORED, LABELS, CausalLM, Seq2SeqLM, Task, labels_of, unwrapped
 
 SURVEYED = 1024
 PACKED = ("position_ids", "seq_idx", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
@@ -197,6 +197,40 @@ def by_token(batch: dict[str, Any], mask: Tensor) -> set[str]:
         for name, value in batch.items()
         if isinstance(value, Tensor) and value.shape == mask.shape and not name.startswith("decoder_")
     }
+
+
+def inputs_of(
+    model: nn.Module, batch: dict[str, Any], task: Task, arguments: Container[str] | None = None
+) -> tuple[dict[str, Any], Tensor, Tensor | None]:
+    """What the model's forward method is to be given of a batch, the labels, and the mask of the input.
+
+    Padding goes to the right, so that an example sees the positions that it has alone.
+
+    Args:
+        model: The model.
+        batch: A collated batch with labels, on the model's device.
+        task: Its task.
+        arguments: What `forward_arguments(model)` gives, where that is known.
+
+    Raises:
+        BadExample: No labels, or nothing that the model takes.
+    """
+    batch, per_token = dict(batch), isinstance(task, CausalLM)
+    labels = None if per_token else labels_of(batch)  # labels of whole examples and decoders stay where they are
+    batch = padding_to_the_right(batch)
+    labels = labels_of(batch) if labels is None else labels
+    arguments = forward_arguments(model) if arguments is None else arguments
+    inputs: dict[str, Any] = {name: value for name, value in batch.items() if name in arguments}
+    if not inputs:
+        raise BadExample(
+            f"the collated batch holds {', '.join(batch) or 'nothing'} beside the labels, and {type(model).__name__} "
+            "takes none of it. Tokenise the dataset."
+        )
+    if "use_cache" in arguments:
+        inputs["use_cache"] = False
+    if isinstance(task, Seq2SeqLM) and "decoder_input_ids" not in inputs:
+        inputs["decoder_input_ids"] = unwrapped(model).prepare_decoder_input_ids_from_labels(labels)
+    return inputs, labels, batch.get("attention_mask")
 
 
 def padding_to_the_right(batch: dict[str, Tensor]) -> dict[str, Tensor]:

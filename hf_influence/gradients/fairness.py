@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_influence.errors import BadExample, UnsupportedModel
-from hf_influence.gradients.example_losses import inputs_of
+from hf_influence.gradients.batches import inputs_of
 from hf_influence.task import Classification, task_of
 
 

@@ -9,14 +9,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from hf_influence.errors import BadExample, UnsupportedModel
-from hf_influence.gradients.batches import forward_arguments, padding_to_the_right
+from hf_influence.errors import UnsupportedModel
+from hf_influence.gradients.batches import forward_arguments, inputs_of
 from hf_influence.gradients.capture import RowCatcher
 from hf_influence.gradients.features import HeadInput
 from hf_influence.gradients.identity import content_hash
 from hf_influence.gradients.lora import fused_lora
 from hf_influence.gradients.modes import evaluating
-from hf_influence.task import IGNORED, CausalLM, LanguageModel, Outcome, Seq2SeqLM, Task, labels_of, unwrapped
+from hf_influence.task import IGNORED, CausalLM, LanguageModel, Outcome, Task
 
 
 class Seen(NamedTuple):
@@ -104,23 +104,9 @@ class FixedWeights:
     def forward(self, batch: dict[str, Any]) -> Seen:
         """What the model makes of a collated batch; a language model's logits at labelled positions alone."""
         batch = {name: value.to(self.device) if isinstance(value, Tensor) else value for name, value in batch.items()}
-        per_token = isinstance(self.task, CausalLM)
-        labels = None if per_token else labels_of(batch)  # labels of whole examples and decoders stay where they are
-        batch = padding_to_the_right(batch)
-        labels = labels_of(batch) if labels is None else labels
-        mask = batch.get("attention_mask")
-        inputs: dict[str, Any] = {name: value for name, value in batch.items() if name in self._arguments}
-        if not inputs:
-            raise BadExample(
-                f"the collated batch holds {', '.join(batch) or 'nothing'} beside the labels, and "
-                f"{type(self.model).__name__} takes none of it. Tokenise the dataset."
-            )
-        if "use_cache" in self._arguments:
-            inputs["use_cache"] = False
+        inputs, labels, mask = inputs_of(self.model, batch, self.task, self._arguments)
         main = inputs["input_ids"] if "input_ids" in inputs else next(iter(inputs.values()))
         self.catcher.rows_in_batch = len(main)
-        if isinstance(self.task, Seq2SeqLM) and "decoder_input_ids" not in inputs:
-            inputs["decoder_input_ids"] = unwrapped(self.model).prepare_decoder_input_ids_from_labels(labels)
         if isinstance(self.task, LanguageModel):
             logits, targets = self._labelled_logits(inputs, self.task.targets(labels, mask))
         else:

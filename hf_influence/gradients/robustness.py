@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from hf_influence.errors import BadSetting, UnsupportedModel
-from hf_influence.gradients.example_losses import example_losses, inputs_of
+from hf_influence.gradients.batches import inputs_of
+from hf_influence.gradients.example_losses import example_losses
 from hf_influence.task import Classification, Reduction, task_of, unwrapped
 
 Direction = Literal["sign", "gradient"]

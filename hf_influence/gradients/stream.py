@@ -36,6 +36,7 @@ class StreamPlan:
     task: Task
     taps: list[Tap]
     header: Header
+    compress: Compressor | None = None
 
     @classmethod
     def of(
@@ -53,7 +54,7 @@ class StreamPlan:
         taps = find_taps(model, modules, skip)
         if isinstance(chosen, Classification):  # labels of another kind are refused when they come
             chosen = chosen.settled(torch.zeros(1, dtype=torch.long))
-        return cls(chosen, taps, header_of(model, taps, chosen, compress))
+        return cls(chosen, taps, header_of(model, taps, chosen, compress), compress)
 
 
 class Sightings:

@@ -99,7 +99,7 @@ def train(name: str, size: int, rounds: int, ways: list[str], folder: str) -> di
         if way != "plain":
             plan = Plan.of(model, data, padding_with(pad), "mean", COMPRESS[way], "lora", (), None, True)
             store = GradientStore.create(Path(folder) / way, plan.header)
-            during = DuringTraining(trainer, plan, store, Schedule("epochs", 1, None), COMPRESS[way], None)
+            during = DuringTraining(trainer, plan, store, Schedule("epochs", 1, None), None)
             during.epoch = 1
             steps[way] = trainer.training_step
             during.stop()
