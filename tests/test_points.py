@@ -418,7 +418,11 @@ def test_members_of_other_weights_are_refused(tmp_path: Path) -> None:
     assert {store.point_about(point).start for point in store.points("parameter_dropout")} == {store.adapter()}
 
 
-@pytest.mark.parametrize(("datasets", "points"), [({}, [present()]), (SPLITS, []), (SPLITS, ["present"])], ids=str)
+@pytest.mark.parametrize(
+    ("datasets", "points"),
+    [({}, [present()]), (SPLITS, []), (SPLITS, ["present"])],
+    ids=["no data", "no point", "no Point"],
+)
 def test_collect_at_wants_datasets_and_points(tmp_path: Path, datasets: Any, points: Any) -> None:
     with pytest.raises(BadSetting, match="at least one dataset"):
         collect_at(tiny(), datasets, tmp_path, points)
