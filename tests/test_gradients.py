@@ -32,6 +32,11 @@ from torch import nn
 from hf_influence.errors import UnsupportedModel
 from hf_influence.evaluation.benchmarks import sentence_transformations, tokenize
 from hf_influence.gradients import dropout, gaussian, logra, per_sample_gradients, sparse_jl
+from hf_influence.gradients.capture import RowCatcher
+from hf_influence.gradients.fixed import FixedWeights
+from hf_influence.gradients.lora import FusedLora
+from hf_influence.gradients.taps import find_taps
+from hf_influence.task import task_of
 
 Made = tuple[nn.Module, list[dict[str, Any]]]
 
@@ -172,6 +177,42 @@ def test_rows_of_real_models_do_not_depend_on_the_batch(
         model, [examples[i] for i in order], tmp_path, batch_size=batch_size, data_collator=padding(side, extra=2)
     )
     assert worst_error(rows, [reference[i] for i in order]) < 1e-5
+
+
+@pytest.mark.parametrize(("real", "merged"), [("sentences", True), ("answers", False)])
+def test_adapters_are_merged_only_where_no_row_notices(request: pytest.FixtureRequest, real: str, merged: bool) -> None:
+    model, examples, reference = request.getfixturevalue(real)
+    before = {name: weight.clone() for name, weight in model.state_dict().items()}
+    hooks = models.state_of(model)
+    resting = FixedWeights(model, task_of(model), RowCatcher(find_taps(model)))
+    for _ in range(2):  # what one block has found holds in the next
+        with resting:
+            rows, _ = resting.run(padding()(examples))
+        assert resting.merged is merged
+        for i, own in enumerate(reference):
+            off = sum((rows[name][i] - g.flatten()).square().sum() for name, g in own.items()).sqrt()
+            assert off < 1e-5 * sum(g.square().sum() for g in own.values()).sqrt()
+    models.assert_same_state(hooks, models.state_of(model))
+    assert all(torch.equal(weight, before[name]) for name, weight in model.state_dict().items())
+
+
+def test_merging_that_fails_leaves_the_adapters_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, examples = tiny(), prompts()
+    resting = FixedWeights(model, task_of(model), RowCatcher(find_taps(model)))
+
+    def no_memory(self: Any) -> None:
+        raise torch.OutOfMemoryError
+
+    with resting:
+        monkeypatch.setattr(FusedLora, "merge", no_memory)
+        with pytest.raises(torch.OutOfMemoryError):
+            resting.run(padding()(examples))
+        assert resting.merged is None
+        monkeypatch.undo()
+        rows, _ = resting.run(padding()(examples))
+    assert resting.merged
+    for name, g in autograd_row(model, examples[0]).items():
+        torch.testing.assert_close(rows[name][0], g.flatten())
 
 
 def summed_loss(model: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:

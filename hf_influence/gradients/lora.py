@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from functools import partial
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -16,7 +14,7 @@ from peft.tuners.lora.layer import ParamWrapper
 from peft.utils import get_peft_model_state_dict
 from torch import Tensor, nn
 
-__all__ = ["LoraEmbedding", "adapted_parameters", "embedding_factors", "fused_lora", "lora_layers", "saved_names"]
+__all__ = ["FusedLora", "LoraEmbedding", "adapted_parameters", "embedding_factors", "lora_layers", "saved_names"]
 
 Watch = Callable[[nn.Module, Tensor], Callable[[Tensor], None]]
 """Takes a module and its input `[b, t, i]`; gives what is to be called with the gradient at its output `[b, t, o]`."""
@@ -59,48 +57,47 @@ def embedding_factors(layer: LoraEmbedding, adapter: str) -> tuple[Tensor, Tenso
     )
 
 
-@contextmanager
-def fused_lora(model: nn.Module, watch: Watch) -> Iterator[None]:
-    """Run plain LoRA linear layers in four products without intermediate copies, and watch their parts.
+class FusedLora:
+    """Runs plain LoRA linear layers in few products without intermediate copies, and watches their parts.
 
-        y = x Wᵀ + (x Aᵀ) (s B)ᵀ          ∂x = g W + (g s B) A
+        apart     y = x Wᵀ + (x Aᵀ) (s B)ᵀ          ∂x = g W + (g s B) A
+        merged    y = x (W + s B A)ᵀ                ∂x = g (W + s B A)
 
-    The same numbers as PEFT's layer up to rounding of the adapter's part: unlike with a merged weight `W + s B A`, the
-    frozen weight is not rounded anew, which a deep model amplifies (SmolLM2: 3e-5 of a row, against 1e-6). Layers that
-    are more than that (quantised, DoRA, several active adapters, hooked, under autocast) run as they are.
+    Both are PEFT's layer up to rounding. Apart, only the adapter's part is rounded otherwise; merged, the frozen weight
+    is rounded anew, which a deep model may amplify (SmolLM2: 3e-5 of a row, MiniLM: 5e-7), and W is there twice.
+    Layers that are more than that (quantised, DoRA, several active adapters, hooked, under autocast) run as they are.
 
     Args:
         model: To be run in evaluation mode, its trainable parameters still marked by `requires_grad`.
         watch: Told of every call of `lora_A`, `lora_B` and the base layer.
     """
-    patched = [layer for _, layer in lora_layers(model) if _is_plain(layer)]
-    trigger = torch.zeros((), requires_grad=True)  # asks for a backward pass where no input does
-    try:
-        for layer in patched:
-            (name,) = _active(layer)
-            down = layer.lora_A[name].weight.detach() * layer.scaling[name]
-            up = layer.lora_B[name].weight.detach().T.contiguous() * layer.scaling[name]
-            bias = layer.base_layer.bias
-            trained_bias = bias is not None and bias.requires_grad
-            layer.forward = partial(_forward, layer, name, down, up, trained_bias, trigger, watch)
-        yield
-    finally:
-        for layer in patched:
-            del layer.forward
+
+    def __init__(self, model: nn.Module, watch: Watch):
+        trigger = torch.zeros((), requires_grad=True)  # asks for a backward pass where no input does
+        self.layers = [_Fused(layer, trigger, watch) for _, layer in lora_layers(model) if _is_plain(layer)]
+
+    def __enter__(self) -> FusedLora:
+        for fused in self.layers:
+            fused.layer.forward = fused
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for fused in self.layers:
+            del fused.layer.forward
+
+    def merge(self) -> None:
+        """Merged from now on, as the weights are now."""
+        for fused in self.layers:
+            fused.merge()
+
+    def part(self) -> None:
+        """Apart from now on."""
+        for fused in self.layers:
+            fused.merged = None
 
 
 def _active(layer: Any) -> list[str]:
     return [name for name in layer.active_adapters if name in layer.lora_A]
-
-
-def _forward(
-    layer: Any, name: str, down: Tensor, up: Tensor, trained_bias: bool, trigger: Tensor, watch: Watch, x: Tensor
-) -> Tensor:
-    if torch.is_autocast_enabled(x.device.type):  # accelerate switches it on inside the model's forward
-        plain: Tensor = type(layer).forward(layer, x)
-        return plain
-    out: Tensor = _PlainLora.apply(x, trigger, layer, name, down, up, trained_bias, watch)
-    return out
 
 
 def _is_plain(layer: Any) -> bool:
@@ -115,46 +112,60 @@ def _is_plain(layer: Any) -> bool:
     return not any(m._forward_hooks or m._forward_pre_hooks or hasattr(m, "_hf_hook") for m in (layer, base))
 
 
-class _PlainLora(torch.autograd.Function):
-    """`down` is `s A`, `up` is `s Bᵀ`, both `[r, ·]`; products have their long side last, which is faster."""
+class _Fused:
+    """The forward pass of one layer."""
+
+    def __init__(self, layer: Any, trigger: Tensor, watch: Watch):
+        (name,) = _active(layer)
+        self.layer, self.trigger, self.watch = layer, trigger, watch
+        self.base, self.a, self.b = layer.base_layer, layer.lora_A[name], layer.lora_B[name]
+        self.down = self.a.weight.detach() * layer.scaling[name]  # s A, [r, i]
+        self.up = self.b.weight.detach().T.contiguous() * layer.scaling[name]  # s Bᵀ, [r, o]
+        self.trained_bias = self.base.bias is not None and self.base.bias.requires_grad
+        self.merged: Tensor | None = None
+
+    def merge(self) -> None:
+        self.merged = torch.addmm(self.base.weight.detach(), self.b.weight.detach(), self.down)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if torch.is_autocast_enabled(x.device.type):  # accelerate switches it on inside the model's forward
+            plain: Tensor = type(self.layer).forward(self.layer, x)
+            return plain
+        out: Tensor = _Products.apply(x, self.trigger, self)
+        return out
+
+
+class _Products(torch.autograd.Function):
+    """Products have their long side last, which is faster."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        trigger: Tensor,
-        layer: Any,
-        name: str,
-        down: Tensor,
-        up: Tensor,
-        trained_bias: bool,
-        watch: Watch,
-    ) -> Tensor:
-        base, b = layer.base_layer, layer.lora_B[name]
+    def forward(ctx: Any, x: Tensor, trigger: Tensor, fused: _Fused) -> Tensor:
         flat = x.flatten(0, -2)  # [N, i]
-        xa = (down @ flat.T).T  # [N, r]
-        y = F.linear(flat, base.weight, base.bias).addmm_(xa, b.weight.T)  # [N, o]
-        ctx.save_for_backward(up)
+        xa = (fused.down @ flat.T).T  # [N, r]
+        y = F.linear(flat, fused.base.weight if fused.merged is None else fused.merged, fused.base.bias)  # [N, o]
+        if fused.merged is None:
+            y.addmm_(xa, fused.b.weight.T)
         n = len(x)
         x3 = flat.view(n, -1, flat.shape[1])  # [b, t, i], N = b t
-        ctx.back_a = watch(layer.lora_A[name], x3)
-        ctx.back_b = watch(b, xa.unflatten(0, (n, -1)))
-        ctx.back_base = watch(base, x3) if trained_bias else None
-        ctx.weights = base.weight, layer.lora_A[name].weight
+        ctx.back_a = fused.watch(fused.a, x3)
+        ctx.back_b = fused.watch(fused.b, xa.unflatten(0, (n, -1)))
+        ctx.back_base = fused.watch(fused.base, x3) if fused.trained_bias else None
+        ctx.fused = fused
         return y.unflatten(0, x.shape[:-1])
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-        (up,) = ctx.saved_tensors
-        weight, a = ctx.weights
+        fused: _Fused = ctx.fused
         flat, n = g.flatten(0, -2), len(g)  # [N, o]
-        gb = (up @ flat.T).T  # [N, r]
+        gb = (fused.up @ flat.T).T  # [N, r]
         g3 = flat.view(n, -1, flat.shape[1])  # [b, t, o]
         ctx.back_a(gb.unflatten(0, (n, -1)))
         ctx.back_b(g3)
         if ctx.back_base is not None:
             ctx.back_base(g3)
         if not ctx.needs_input_grad[0]:
-            return (None,) * 8
-        gx = (flat @ weight).addmm_(gb, a)  # [N, i]
-        return gx.unflatten(0, g.shape[:-1]), None, None, None, None, None, None, None
+            return None, None, None
+        gx = flat @ (fused.base.weight if fused.merged is None else fused.merged)  # [N, i]
+        if fused.merged is None:
+            gx.addmm_(gb, fused.a.weight)
+        return gx.unflatten(0, g.shape[:-1]), None, None

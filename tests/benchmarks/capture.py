@@ -85,10 +85,10 @@ def collecting(
     taps = find_taps(model)
     store = GradientStore.create(Path(folder) / str(compress), header_of(model, taps, task, compress))
     writer = store.writer("train", adapter="", dataset="", n=1, ids=None)
-    catcher = RowCatcher(taps, compress)
+    resting = FixedWeights(model, task, RowCatcher(taps, compress))
 
     def step(i: int) -> None:
-        with FixedWeights(model, task, catcher) as resting:
+        with resting:
             started = time.perf_counter()
             rows, stats = resting.run(batches[i])
             writer.append(range(len(stats["loss"])), rows, stats)
