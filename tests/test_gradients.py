@@ -34,7 +34,6 @@ from hf_influence.evaluation.benchmarks import sentence_transformations, tokeniz
 from hf_influence.gradients import dropout, gaussian, logra, per_sample_gradients, sparse_jl
 from hf_influence.gradients.capture import RowCatcher
 from hf_influence.gradients.fixed import FixedWeights
-from hf_influence.gradients.lora import FusedLora
 from hf_influence.gradients.taps import find_taps
 from hf_influence.task import task_of
 
@@ -179,49 +178,53 @@ def test_rows_of_real_models_do_not_depend_on_the_batch(
     assert worst_error(rows, [reference[i] for i in order]) < 1e-5
 
 
-@pytest.mark.parametrize(("real", "merged"), [("sentences", True), ("answers", False)])
-def test_adapters_are_merged_only_where_no_row_notices(request: pytest.FixtureRequest, real: str, merged: bool) -> None:
-    model, examples, reference = request.getfixturevalue(real)
-    before = {name: weight.clone() for name, weight in model.state_dict().items()}
-    hooks = models.state_of(model)
+EQUAL = prompts(4, shortest=6, longest=6)
+
+
+class MeanPooled(nn.Module):
+    """A pooler that reads every token."""
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        return hidden.mean(1)
+
+
+def mean_pooled() -> nn.Module:
+    base = bert(num_labels=3)
+    base.bert.pooler = MeanPooled()
+    return lora(base, "all-linear", modules_to_save=["classifier"])
+
+
+@pytest.mark.parametrize(
+    ("make", "enough"),
+    [
+        (lambda: lora(bert(num_labels=3), "all-linear", modules_to_save=["classifier"]), True),
+        (lambda: lora(roberta(), ["query", "dense"], modules_to_save=["classifier"]), True),
+        (mean_pooled, False),
+    ],
+    ids=["BERT", "RoBERTa", "mean of all tokens"],
+)
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_the_last_layer_leaves_out_only_tokens_that_nobody_reads(
+    make: Callable[[], nn.Module], enough: bool, side: str
+) -> None:
+    model, examples = make(), [{**example, "labels": i % 3} for i, example in enumerate(EQUAL)]
+    reference = [autograd_row(model, example) for example in examples]
+    before = models.state_of(model)
     resting = FixedWeights(model, task_of(model), RowCatcher(find_taps(model)))
     for _ in range(2):  # what one block has found holds in the next
         with resting:
-            rows, _ = resting.run(padding()(examples))
-        assert resting.merged is merged
-        for i, own in enumerate(reference):
-            off = sum((rows[name][i] - g.flatten()).square().sum() for name, g in own.items()).sqrt()
-            assert off < 1e-5 * sum(g.square().sum() for g in own.values()).sqrt()
-    models.assert_same_state(hooks, models.state_of(model))
-    assert all(torch.equal(weight, before[name]) for name, weight in model.state_dict().items())
-
-
-def test_merging_that_fails_leaves_the_adapters_apart(monkeypatch: pytest.MonkeyPatch) -> None:
-    model, examples = tiny(), prompts()
-    resting = FixedWeights(model, task_of(model), RowCatcher(find_taps(model)))
-
-    def no_memory(self: Any) -> None:
-        raise torch.OutOfMemoryError
-
-    with resting:
-        monkeypatch.setattr(FusedLora, "merge", no_memory)
-        with pytest.raises(torch.OutOfMemoryError):
-            resting.run(padding()(examples))
-        assert resting.merged is None
-        monkeypatch.undo()
-        rows, _ = resting.run(padding()(examples))
-    assert resting.merged
-    for name, g in autograd_row(model, examples[0]).items():
-        torch.testing.assert_close(rows[name][0], g.flatten())
+            rows, _ = resting.run(padding(side)(examples))
+        assert resting.first_token.enough is enough
+        assert list(rows) == list(reference[0])
+        for name, row in rows.items():
+            torch.testing.assert_close(row, torch.stack([own[name].flatten() for own in reference]))
+    models.assert_same_state(before, models.state_of(model))
 
 
 def summed_loss(model: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
     logits = model(input_ids=batch["input_ids"], use_cache=False).logits
     token = nn.functional.cross_entropy(logits[:, :-1].transpose(1, 2), batch["labels"][:, 1:], reduction="none")
     return (token.sum(1) / (batch["labels"][:, 1:] != -100).sum(1)).sum()
-
-
-EQUAL = prompts(4, shortest=6, longest=6)
 
 
 @pytest.mark.parametrize("checkpointing", [None, False, True], ids=["plain", "checkpointed", "reentrant"])

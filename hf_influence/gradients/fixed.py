@@ -13,13 +13,11 @@ from hf_influence.errors import UnsupportedModel
 from hf_influence.gradients.batches import forward_arguments, inputs_of
 from hf_influence.gradients.capture import RowCatcher
 from hf_influence.gradients.features import HeadInput
+from hf_influence.gradients.first_token import FirstToken
 from hf_influence.gradients.identity import content_hash
-from hf_influence.gradients.lora import FusedLora
+from hf_influence.gradients.lora import fused_lora
 from hf_influence.gradients.modes import evaluating
 from hf_influence.task import IGNORED, CausalLM, LanguageModel, Outcome, Task
-
-MERGED = 2e-6
-"""How much of a row may change, relative to its length, for adapters to be merged into the frozen weights."""
 
 
 class Seen(NamedTuple):
@@ -39,11 +37,8 @@ class FixedWeights:
     activations alone; the rows are formed by the catcher's hooks. On the way out everything is as it was.
 
     Only the loss of the labelled tokens is computed: a language model's head sees the labelled positions of each
-    example and nothing else. With `features` the input of the last layer becomes a statistic. Adapters are merged into
-    the frozen weights, for speed, if that leaves the rows of the first batch as they are.
-
-    Attributes:
-        merged: Whether they are; `None` as long as no batch has told.
+    example and nothing else; the last layer of an encoder, the first token alone where the classifier reads no other.
+    With `features` the input of the last layer becomes a statistic.
     """
 
     def __init__(self, model: nn.Module, task: Task, catcher: RowCatcher, features: bool = False):
@@ -51,18 +46,18 @@ class FixedWeights:
         self.task = task
         self.catcher = catcher
         self.head = HeadInput(model, task) if features else None
+        self.first_token = FirstToken(model)
         self.device = next(model.parameters()).device
         self._arguments = set(forward_arguments(model))
         self._stack = ExitStack()
-        self.merged: bool | None = None
 
     def __enter__(self) -> FixedWeights:
         with ExitStack() as stack:
-            self._lora = stack.enter_context(FusedLora(self.model, self.catcher.watch))
-            if self.merged:
-                self._lora.merge()
+            stack.enter_context(fused_lora(self.model, self.catcher.watch))
             stack.enter_context(_resting(self.model))
             stack.callback(self.catcher.detach)
+            stack.callback(self.first_token.detach)
+            self.first_token.attach()
             self.catcher.attach()
             if self.head is not None:
                 stack.callback(self.head.detach)
@@ -79,32 +74,13 @@ class FixedWeights:
         Returns:
             Parameter name -> `[b, d]`, and statistic -> `[b]` (`probabilities` `[b, c]`, `features` `[b, h]`).
         """
-        if self.merged is None:
-            self.merged = self._merge_adapters(batch)
+        if self.first_token.enough is None:
+            with self.first_token.watched():
+                self.backward(batch)
+            self.first_token.attach()
         stats = self.backward(batch)
         rows = self.catcher.take()
         return rows, {**stats, "grad_norm": _norm(list(rows.values()))}
-
-    def _merge_adapters(self, batch: dict[str, Any]) -> bool | None:
-        """Merge the adapters from now on if the rows of a batch say that it makes no difference; `None` if they are 0.
-
-        An error, such as one of memory, leaves the adapters apart.
-        """
-        if not self._lora.layers:
-            return False
-        self.backward(batch)
-        apart = self.catcher.take()
-        length = _norm(list(apart.values()))
-        same: bool | None = None
-        try:
-            self._lora.merge()
-            self.backward(batch)
-            off = _norm([row - apart[name] for name, row in self.catcher.take().items()])
-            same = bool((off <= MERGED * length).all()) if length.any() else None
-        finally:
-            if not same:
-                self._lora.part()
-        return same
 
     def backward(self, batch: dict[str, Any]) -> dict[str, Tensor]:
         """Let the catcher see a batch go forward and backward; its statistics -> `[b]`."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from peft.tuners.lora.layer import ParamWrapper
 from peft.utils import get_peft_model_state_dict
 from torch import Tensor, nn
 
-__all__ = ["FusedLora", "LoraEmbedding", "adapted_parameters", "embedding_factors", "lora_layers", "saved_names"]
+__all__ = ["LoraEmbedding", "adapted_parameters", "embedding_factors", "fused_lora", "lora_layers", "saved_names"]
 
 Watch = Callable[[nn.Module, Tensor], Callable[[Tensor], None]]
 """Takes a module and its input `[b, t, i]`; gives what is to be called with the gradient at its output `[b, t, o]`."""
@@ -57,43 +58,29 @@ def embedding_factors(layer: LoraEmbedding, adapter: str) -> tuple[Tensor, Tenso
     )
 
 
-class FusedLora:
-    """Runs plain LoRA linear layers in few products without intermediate copies, and watches their parts.
+@contextmanager
+def fused_lora(model: nn.Module, watch: Watch) -> Iterator[None]:
+    """Run plain LoRA linear layers in four products without intermediate copies, and watch their parts.
 
-        apart     y = x Wᵀ + (x Aᵀ) (s B)ᵀ          ∂x = g W + (g s B) A
-        merged    y = x (W + s B A)ᵀ                ∂x = g (W + s B A)
+        y = x Wᵀ + (x Aᵀ) (s B)ᵀ          ∂x = g W + (g s B) A
 
-    Both are PEFT's layer up to rounding. Apart, only the adapter's part is rounded otherwise; merged, the frozen weight
-    is rounded anew, which a deep model may amplify (SmolLM2: 3e-5 of a row, MiniLM: 5e-7), and W is there twice.
-    Layers that are more than that (quantised, DoRA, several active adapters, hooked, under autocast) run as they are.
+    The same numbers as PEFT's layer up to rounding of the adapter's part: unlike with a merged weight `W + s B A`, the
+    frozen weight is not rounded anew, which a deep model amplifies (SmolLM2: 3e-5 of a row, against 1e-6). Layers that
+    are more than that (quantised, DoRA, several active adapters, hooked, under autocast) run as they are.
 
     Args:
         model: To be run in evaluation mode, its trainable parameters still marked by `requires_grad`.
         watch: Told of every call of `lora_A`, `lora_B` and the base layer.
     """
-
-    def __init__(self, model: nn.Module, watch: Watch):
-        trigger = torch.zeros((), requires_grad=True)  # asks for a backward pass where no input does
-        self.layers = [_Fused(layer, trigger, watch) for _, layer in lora_layers(model) if _is_plain(layer)]
-
-    def __enter__(self) -> FusedLora:
-        for fused in self.layers:
-            fused.layer.forward = fused
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        for fused in self.layers:
-            del fused.layer.forward
-
-    def merge(self) -> None:
-        """Merged from now on, as the weights are now."""
-        for fused in self.layers:
-            fused.merge()
-
-    def part(self) -> None:
-        """Apart from now on."""
-        for fused in self.layers:
-            fused.merged = None
+    patched = [layer for _, layer in lora_layers(model) if _is_plain(layer)]
+    trigger = torch.zeros((), requires_grad=True)  # asks for a backward pass where no input does
+    try:
+        for layer in patched:
+            layer.forward = _Fused(layer, trigger, watch)
+        yield
+    finally:
+        for layer in patched:
+            del layer.forward
 
 
 def _active(layer: Any) -> list[str]:
@@ -122,10 +109,6 @@ class _Fused:
         self.down = self.a.weight.detach() * layer.scaling[name]  # s A, [r, i]
         self.up = self.b.weight.detach().T.contiguous() * layer.scaling[name]  # s Bᵀ, [r, o]
         self.trained_bias = self.base.bias is not None and self.base.bias.requires_grad
-        self.merged: Tensor | None = None
-
-    def merge(self) -> None:
-        self.merged = torch.addmm(self.base.weight.detach(), self.b.weight.detach(), self.down)
 
     def __call__(self, x: Tensor) -> Tensor:
         if torch.is_autocast_enabled(x.device.type):  # accelerate switches it on inside the model's forward
@@ -142,9 +125,7 @@ class _Products(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, trigger: Tensor, fused: _Fused) -> Tensor:
         flat = x.flatten(0, -2)  # [N, i]
         xa = (fused.down @ flat.T).T  # [N, r]
-        y = F.linear(flat, fused.base.weight if fused.merged is None else fused.merged, fused.base.bias)  # [N, o]
-        if fused.merged is None:
-            y.addmm_(xa, fused.b.weight.T)
+        y = F.linear(flat, fused.base.weight, fused.base.bias).addmm_(xa, fused.b.weight.T)  # [N, o]
         n = len(x)
         x3 = flat.view(n, -1, flat.shape[1])  # [b, t, i], N = b t
         ctx.back_a = fused.watch(fused.a, x3)
@@ -165,7 +146,5 @@ class _Products(torch.autograd.Function):
             ctx.back_base(g3)
         if not ctx.needs_input_grad[0]:
             return None, None, None
-        gx = flat @ (fused.base.weight if fused.merged is None else fused.merged)  # [N, i]
-        if fused.merged is None:
-            gx.addmm_(gb, fused.a.weight)
+        gx = (flat @ fused.base.weight).addmm_(gb, fused.a.weight)  # [N, i]
         return gx.unflatten(0, g.shape[:-1]), None, None
