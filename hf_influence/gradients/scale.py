@@ -13,6 +13,7 @@ place of that vector.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -30,6 +31,10 @@ TOLERANCE = 1e-2
 TOLERANCE_HALF = 6e-2
 FAINT = 1e-4
 """An error vector shorter than this is mostly rounding: the factor of the other examples of the batch is used."""
+
+
+RARE = 0.1
+"""A probability below this loses digits where it is known as its distance from 1."""
 
 
 @dataclass(frozen=True)
@@ -101,7 +106,7 @@ def of_tokens(
     at = (targets.flatten() != IGNORED).nonzero()[:, 0]  # [k]
     y, who = targets.flatten()[at], owner.flatten()[at]
     z, g = logits.flatten(0, 1), gradient.flatten(0, 1)  # [b t, v]
-    loss, margin, el2n = _judge(z, at, y)
+    loss, margin, el2n = _read_off(z, g, at, y, who, n) or _judge(z, at, y)
     p_y = torch.exp(-loss)
     seen, own = g[at, y].to(p_y), p_y - 1  # [k], gradient at the label: c (p_y − 1)
     count = torch.bincount(who, minlength=n)
@@ -113,17 +118,8 @@ def of_tokens(
     off = _total((seen.double() - factor[who] * own).square(), who, n).sqrt() / (factor.abs() * heavy)
     _check(off, heavy / count.clamp(min=1).sqrt(), factor, _tolerance(gradient))
     # and what comes back at the hardest token is an error vector of cross-entropy
-    hardest = torch.full((n,), -1, device=at.device, dtype=torch.long)
-    order = el2n.argsort(stable=True)
-    hardest[who[order]] = order
-    some = (hardest >= 0).nonzero()[:, 0]
-    token = hardest[some]
-    error = (
-        z[at[token]]
-        .to(p_y)
-        .softmax(1)
-        .scatter_add_(1, y[token, None], torch.full_like(y[token, None], -1, dtype=p_y.dtype))
-    )
+    some, token = _hardest(el2n, who, n)
+    error = _error(z, at[token], y[token]).to(p_y)  # [n, v]
     arrived = g[at[token]].to(p_y)  # [n, v]
     miss = (arrived - factor[some, None].to(p_y) * error).norm(dim=1)
     miss = miss / arrived.norm(dim=1).clamp(min=torch.finfo(p_y.dtype).tiny)
@@ -173,6 +169,70 @@ def of_log_probabilities(
     return Measured(_own(factor, count, reduction), stats)
 
 
+def _read_off(z: Tensor, g: Tensor, at: Tensor, y: Tensor, who: Tensor, n: int) -> tuple[Tensor, Tensor, Tensor] | None:
+    """What `_judge` gives, read off the gradient `g` that came back: it has the probabilities in it already.
+
+    With `c` of the hardest token of each example, `p = g / c` wherever the label is not, and `p_y = 1 + g_y / c`.
+    Three passes over the vocabulary instead of eight, and no exponentials.
+
+    Returns:
+        `None` where `g` says too little: in half precision, or with a factor that is not positive, which the checks
+        will refuse.
+    """
+    if not {z.dtype, g.dtype} <= {torch.float32, torch.float64} or not len(at):
+        return None
+    (length, g_top), (z_top,) = _over_rows(g, at, _length, _top), _over_rows(z, at, _top)
+    some, token = _hardest(length, who, n)
+    error = _error(z, at[token], y[token])
+    up, down = z.new_zeros(2, n, dtype=torch.float64)
+    up[some] = (g[at[token]] * error).sum(1, dtype=torch.float64)
+    down[some] = error.square().sum(1, dtype=torch.float64)
+    c = _steady(up, down)[who].to(g)
+    if not bool((torch.isfinite(c) & (c > 0)).all()):
+        return None
+    z_y, own, log_p_top = z[at, y], g[at, y] / c, (g_top / c).log()  # own: p_y − 1
+    first = z_y >= z_top
+    normalizer = torch.where(first, z_y - own.log1p(), z_top - log_p_top)  # log Σ exp z
+    margin = z_y - torch.where(first, normalizer + log_p_top, z_top)
+    judged = normalizer - z_y, margin, length / c
+    lost = ((g_top <= 0) | (first & (own < RARE - 1))).nonzero()[:, 0]
+    if len(lost):
+        for values, exact in zip(judged, _judge(z, at[lost], y[lost]), strict=True):
+            values[lost] = exact
+    return judged
+
+
+def _over_rows(values: Tensor, at: Tensor, *measures: Callable[[Tensor], Tensor]) -> list[Tensor]:
+    """Each measure of the rows `at` of `values [·, v]`, `[k]`; few rows are copied, and those a few at a time."""
+    if 2 * len(at) > len(values):
+        return [measure(values)[at] for measure in measures]
+    pieces = [[measure(rows) for measure in measures] for piece in at.split(TOKENS_AT_ONCE) for rows in [values[piece]]]
+    return [torch.cat(measured) for measured in zip(*pieces, strict=True)]
+
+
+def _top(rows: Tensor) -> Tensor:
+    return rows.amax(1)
+
+
+def _length(rows: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(rows, dim=1)
+
+
+def _hardest(weight: Tensor, who: Tensor, n: int) -> tuple[Tensor, Tensor]:
+    """The examples that have tokens, and of each the token of the largest weight `[k]`."""
+    hardest = torch.full((n,), -1, device=who.device, dtype=torch.long)
+    order = weight.argsort(stable=True)
+    hardest[who[order]] = order
+    some = (hardest >= 0).nonzero()[:, 0]
+    return some, hardest[some]
+
+
+def _error(z: Tensor, at: Tensor, y: Tensor) -> Tensor:
+    """softmax(z) − onehot(y) at a few tokens, `[n, v]` in float64."""
+    p = z[at].softmax(1, dtype=torch.float64)  # whose sum is over tens of thousands
+    return p.scatter_add_(1, y[:, None], torch.full_like(p[:, :1], -1))
+
+
 def _judge(z: Tensor, at: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Loss, margin and EL2N of the tokens `at` in `z [·, v]` with the labels `y`, each `[k]`, a few at a time."""
     exact = torch.promote_types(z.dtype, torch.float32)
@@ -183,15 +243,14 @@ def _judge(z: Tensor, at: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         label = y[piece, None]
         rows = z[at[piece]].to(exact)  # a copy
         z_y = rows.gather(1, label)
-        top = rows.amax(1, keepdim=True)
-        e = rows.sub_(top).exp_()
-        total = e.sum(1, keepdim=True)
-        p_y = e.gather(1, label) / total
-        square = (torch.linalg.vector_norm(e, dim=1, keepdim=True) / total).square()
-        best_other = e.scatter_(1, label, 0).amax(1, keepdim=True).log() + top
+        best_other = rows.scatter_(1, label, -torch.inf).amax(1, keepdim=True)
+        top = torch.maximum(z_y, best_other)
+        e = rows.sub_(top).exp_()  # of all but the label
+        others, e_y = e.sum(1, keepdim=True), torch.exp(z_y - top)
+        total = others + e_y
         numbers[0, piece] = (total.log() + top - z_y)[:, 0]
         numbers[1, piece] = (z_y - best_other)[:, 0]
-        numbers[2, piece] = (square - 2 * p_y + 1).clamp(min=0).sqrt()[:, 0]
+        numbers[2, piece] = (torch.hypot(torch.linalg.vector_norm(e, dim=1, keepdim=True), others) / total)[:, 0]
     return numbers[0], numbers[1], numbers[2]
 
 
