@@ -69,8 +69,8 @@ def make_trained_store(
 ) -> GradientStore:
     """The store of a training run: these rows at point 0, and at the points 1 to 3, captured in training steps.
 
-    There the columns are rolled, so that the points hold other rows with the same lengths and angles, and the
-    statistics are others as well. Members of both ensembles are there, too.
+    There one column has the other sign, another one at each point, so that the points hold other rows with the same
+    lengths and angles, and the statistics are others as well. Members of both ensembles are there, too.
     """
     n = len(next(iter(train.values())))
     m = len(next(iter(query.values()))) if query else 0
@@ -79,12 +79,16 @@ def make_trained_store(
     make_members(path, train, query, stats=stats, **options)
     make_artifacts(store)
     for epoch, factor in ((1, 1.0), (2, 0.5), (3, 2.0)):
-        g, v = ({k: rows.roll(epoch, 1) for k, rows in (side or {}).items()} for side in (train, query))
+        g, v = ({k: _mirrored(rows, epoch) for k, rows in (side or {}).items()} for side in (train, query))
         notes = {k: value * factor if value.is_floating_point() else value for k, value in stats.items()}
         notes |= {"step": torch.full((n,), 10 * epoch), "epoch": torch.full((n,), epoch)}
         notes |= {"learning_rate": torch.full((n,), 0.1 / epoch, dtype=torch.float64)}
         make_store(path, g, v or None, stats=notes, point=epoch, **options)
     return store
+
+
+def _mirrored(rows: Tensor, epoch: int) -> Tensor:
+    return torch.where(torch.arange(rows.shape[1]) == epoch % rows.shape[1], -rows, rows)
 
 
 def make_members(

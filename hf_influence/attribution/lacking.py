@@ -39,6 +39,7 @@ def lacking(
     found = {}
     for name, about in methods().items():
         own = held["points" if "points" in about.needs else "final"] | held["store"]
+        own = own | (held["end"] & getattr(class_of(name), "at_end", frozenset()))
         if getattr(class_of(name), "kind", None) in held["kinds"]:
             own = own | {"members"}
         found[name] = tuple(need for need in about.needs if need not in own)
@@ -46,7 +47,7 @@ def lacking(
 
 
 def _held(store: GradientStore, train_split: str, query_split: str) -> dict[str, set[Any]]:
-    """Words for what there is: in the store, at the final weights, at the points of training, as members."""
+    """Words for what there is: in the store, at point 0, at all points of training, at one of both ends, as members."""
     final = _at(store, 0, train_split, query_split)
     training = [point for point in store.points("weights") if point and train_split in store.splits(point)]
     points = [_at(store, point, train_split, query_split) for point in training]
@@ -55,6 +56,7 @@ def _held(store: GradientStore, train_split: str, query_split: str) -> dict[str,
     return {
         "store": {name for name in COLLECTED_BY if has_artifact(store, name)},
         "final": final,
+        "end": final.union(*points[-1:]),
         "points": set.intersection(*points) | {"points"} if points else final,
         "kinds": {store.point_about(point).kind for point in store.points()},
     }

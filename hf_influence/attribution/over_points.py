@@ -49,3 +49,13 @@ class OverPoints(Method):
 
     def record(self, rows: Selection) -> dict[str, Any]:
         return super().record(rows) | {"points": list(rows.points)}
+
+
+@dataclass(kw_only=True)
+class OverTraining(OverPoints):
+    """Over the points of training; over the checkpoints in a store without such points."""
+
+    def chosen(self, rows: Selection) -> list[int] | None:
+        if self.points is None and not rows.training_points():
+            return rows.store.points("checkpoint") or None
+        return super().chosen(rows)

@@ -24,6 +24,7 @@ class Selection:
         train_split: The split to score.
         query_split: The split to compare with.
         points: The parameter points; one, but for a method that goes over several.
+        query_point: That of the query rows; by default they are at the same point as the training rows.
         view: What the rows are seen through.
     """
 
@@ -31,6 +32,7 @@ class Selection:
     train_split: str = "train"
     query_split: str = "query"
     points: tuple[int, ...] = (0,)
+    query_point: int | None = None
     view: Callable[[Rows], Rows] = lambda rows: rows
 
     @cached_property
@@ -41,7 +43,8 @@ class Selection:
     @cached_property
     def query(self) -> Rows:
         """The rows of the queries, at the first point; MissingRows, which says how to collect, if there are none."""
-        return self.view(self.store.rows(self.query_split, self.points[0]))
+        point = self.points[0] if self.query_point is None else self.query_point
+        return self.view(self.store.rows(self.query_split, point))
 
     @cached_property
     def parts(self) -> list[Selection]:
@@ -127,7 +130,7 @@ class Selection:
             f"{', '.join(map(str, self._held())) or 'none'}), and the method goes over the points of training. Capture "
             f'them: GradientCapture({path!r}, during="epochs"). Checkpoints of the run will do too: collect_at(model, '
             f"{{{self.train_split!r}: dataset}}, {path!r}, checkpoints(output_dir)), and name their points with "
-            "points=[…] (tracin takes them by itself)."
+            "points=[…] (tracin and tda take them by themselves)."
         )
 
     def _check_queries(self, first: Selection) -> None:

@@ -9,23 +9,18 @@ import torch
 from torch import Tensor
 
 from hf_influence.attribution.inner_product import InnerProduct
-from hf_influence.attribution.over_points import OverPoints
+from hf_influence.attribution.over_points import OverTraining
 from hf_influence.attribution.selection import Selection
 from hf_influence.attribution.self_influence import SelfInfluence
 from hf_influence.errors import MissingRows
 
 
 @dataclass(kw_only=True)
-class WeightedPoints(OverPoints):
-    """A sum over points, each row's term times the learning rate of its step; over checkpoints without such points."""
+class WeightedPoints(OverTraining):
+    """A sum over points, each row's term times the learning rate of its step."""
 
     weighted: bool = True
     """Each product times the learning rate of the step; otherwise their mean over the points."""
-
-    def chosen(self, rows: Selection) -> list[int] | None:
-        if self.points is None and not rows.training_points():
-            return rows.store.points("checkpoint") or None
-        return super().chosen(rows)
 
     def weights(self, part: Selection, n_points: int) -> Tensor:
         """What the term of each training row of a point counts, `[b]`.

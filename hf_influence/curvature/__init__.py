@@ -7,8 +7,10 @@ from hf_influence.curvature.datainf import MeanInverse
 from hf_influence.curvature.fisher import EmpiricalFisher
 from hf_influence.curvature.identity import Identity
 from hf_influence.curvature.neumann import NeumannSeries
+from hf_influence.curvature.spectrum import Apply, by_dense_side, by_gram_side
 
 __all__ = [
+    "Apply",
     "ConjugateGradients",
     "Curvature",
     "Damped",
@@ -18,5 +20,7 @@ __all__ = [
     "MeanInverse",
     "NeumannSeries",
     "Solve",
+    "by_dense_side",
+    "by_gram_side",
     "choose_damping",
 ]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 
@@ -36,10 +36,7 @@ class EmpiricalFisher(DampedPath):
         return self._gram(rows, block) if gram else self._dense(rows, block)
 
     def _dense(self, rows: Rows, block: str) -> Callable[[float], Solve]:
-        width = rows.blocks[block]
-        outer = torch.zeros(width, width, dtype=torch.float64)  # [d, d]
-        for _, g in rows.chunks(block):
-            outer += g.T @ g
+        outer = scatter_matrix((g for _, g in rows.chunks(block)), rows.blocks[block])
         square = outer.trace().item()
         outer /= max(1, len(rows))
 
@@ -54,12 +51,7 @@ class EmpiricalFisher(DampedPath):
 
     def _gram(self, rows: Rows, block: str) -> Callable[[float], Solve]:
         tiles = [g for _, g in rows.chunks(block, TILE)]  # views of the mapped files
-        ends = torch.tensor([0, *map(len, tiles)]).cumsum(0).tolist()
-        spans = [slice(start, stop) for start, stop in pairwise(ends)]
-        gram = torch.zeros(len(rows), len(rows), dtype=rows.dtype)  # [n, n], the lower half of it
-        for i, g in enumerate(tiles):
-            for j in range(i + 1):
-                torch.mm(g, tiles[j].T, out=gram[spans[i], spans[j]])
+        gram, spans = gram_matrix(tiles, rows.dtype)
         square = gram.diagonal().sum(dtype=torch.float64).item()
 
         def at_damping(damping: float) -> Solve:
@@ -79,6 +71,25 @@ class EmpiricalFisher(DampedPath):
             return solve
 
         return at_damping
+
+
+def scatter_matrix(pieces: Iterable[Tensor], width: int) -> Tensor:
+    """`GᵀG`, `[d, d]` in float64, from the rows in pieces `[b, d]`."""
+    outer = torch.zeros(width, width, dtype=torch.float64)
+    for g in pieces:
+        outer += g.T @ g
+    return outer
+
+
+def gram_matrix(tiles: Sequence[Tensor], dtype: torch.dtype) -> tuple[Tensor, list[slice]]:
+    """`GGᵀ`, the lower half of `[n, n]`, from the rows in tiles `[b, d]`, and where the rows of each tile are in it."""
+    ends = torch.tensor([0, *map(len, tiles)]).cumsum(0).tolist()
+    spans = [slice(start, stop) for start, stop in pairwise(ends)]
+    gram = torch.zeros(ends[-1], ends[-1], dtype=dtype)
+    for i, g in enumerate(tiles):
+        for j in range(i + 1):
+            torch.mm(g, tiles[j].T, out=gram[spans[i], spans[j]])
+    return gram, spans
 
 
 def _factor(matrix: Tensor, damping: float) -> Tensor:
