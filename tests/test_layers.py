@@ -71,7 +71,7 @@ def test_nothing_is_called_utils() -> None:
     assert {module.split(".")[0] for module in MODULES} <= set(LEVEL)
 
 
-@pytest.mark.parametrize("package", ["", ".callbacks", ".evaluation", ".gradients", ".points", ".attribution"])
+@pytest.mark.parametrize("package", ["", ".attribution", ".callbacks", ".evaluation", ".filter", ".gradients", ".points"])
 def test_every_public_name_has_a_docstring(package: str) -> None:
     module = importlib.import_module(f"hf_influence{package}")
     assert module.__doc__

@@ -1,6 +1,7 @@
-"""Relabelling and reweighting: what changes, what stays, and what is refused."""
+"""Relabelling, reweighting, pruning, separating: what changes, what stays, and what is refused."""
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -8,7 +9,8 @@ import torch
 from datasets import ClassLabel, Dataset, Features, Value
 
 from hf_influence.errors import BadExample, BadSetting
-from hf_influence.filter import DatasetFilter, Relabel, Reweight
+from hf_influence.filter import DatasetFilter, Prune, Relabel, Reweight, Separate
+from hf_influence.filter.separate import components
 from hf_influence.scores import Scores
 
 PHI = torch.tensor([[0.7, 0.2, 0.1], [0.1, 0.3, 0.6], [0.05, 0.05, 0.9], [0.2, 0.5, 0.3]], dtype=torch.float64)
@@ -120,3 +122,64 @@ def test_bad_weights_are_refused():
         Reweight(temperature=0)
     with pytest.raises(BadExample, match="already"):
         Reweight(column="text").apply(rows([0]), scores_of([1.0]))
+
+
+def test_the_most_typical_rows_and_copies_are_pruned() -> None:
+    data = Dataset.from_dict({"text": ["a", "b", "a", "c", "d", "b"], "id": list("uvwxyz"), "task": [0, 0, 0, 1, 1, 0]})
+    scores = scores_of([-1.0, -2.0, -1.0, -0.1, -9.0, -2.0], list("uvwxyz"), "id")
+
+    def left(**settings: Any) -> list[str]:
+        return Prune(**settings).apply(data, scores)["id"][:]
+
+    assert left(drop=3) == ["u", "v", "y"]  # the copies w and z, then the highest
+    assert left(drop=0) == ["u", "v", "x", "y"]
+    assert left(drop=3, copies=False) == ["v", "y", "z"]
+    assert left(drop=1, within="task") == ["u", "v", "y"]
+    prune = Prune(drop=3)
+    prune.apply(data, scores)
+    assert prune.report.explain("w").endswith("it has the contents of row 'u'")
+    assert "ranks 2 of 6 from the highest" in prune.report.explain("x")
+    assert [row.id for row in prune.report.removed] == ["w", "z", "x"]
+    with pytest.raises(BadSetting, match="self_gex"):
+        Prune().apply(data, Scores(torch.zeros(6, 2), list("uvwxyz"), "ip", query_ids=[0, 1], id_column="id"))
+    with pytest.raises(BadSetting, match="leaves none"):
+        Prune(drop=6).apply(data, scores)
+    with pytest.raises(BadSetting, match="neither a fraction"):
+        Prune(drop=1.5)
+
+
+def test_sources_of_different_informativeness_are_separated() -> None:
+    generator = torch.Generator().manual_seed(0)
+    source = torch.arange(300) % 3
+    values = -torch.tensor([1.0, 10.0, 20.0])[source] + torch.randn(300, generator=generator)
+    scores = Scores(values[:, None], list(range(300)), "self_ip")
+    data = Dataset.from_dict({"source_number": source.tolist()})
+    parts = Separate(groups=3).apply(data, scores)
+    assert {name: set(rows["source_number"]) for name, rows in parts.items()} == {
+        "group_0": {2},
+        "group_1": {1},
+        "group_2": {0},
+    }
+    for how in ("mixture", "otsu"):
+        two = Separate(how=how, column="part").apply(data.select(range(300)), scores)
+        assert set(two["part"]) == {"group_0", "group_1"}
+    one = Scores(torch.randn(300, 1, generator=generator), list(range(300)), "self_ip")
+    with pytest.raises(BadSetting, match="fewer than 2 groups"):
+        Separate().apply(data, one)
+    with pytest.raises(BadSetting, match="a method without"):
+        Separate().apply(data, Scores(torch.zeros(300, 1), list(range(300)), "ip", query_ids=[0]))
+    for bad in ({"groups": 1}, {"groups": 3, "how": "otsu"}, {"how": "guess"}):
+        with pytest.raises(BadSetting, match=r"groups|separate"):
+            Separate(**bad)
+    with pytest.raises(BadExample, match="already"):
+        Separate(column="source_number").apply(data, scores)
+
+
+def test_a_wide_component_does_not_claim_what_lies_beyond_the_others() -> None:
+    generator = torch.Generator().manual_seed(0)
+    narrow = torch.randn(500, generator=generator, dtype=torch.float64) * 0.1
+    wide = torch.randn(500, generator=generator, dtype=torch.float64) * 5 - 3
+    group = components(torch.cat([narrow, wide])[:, None], 2)
+    ordered = group[torch.cat([narrow, wide]).argsort()]
+    assert (ordered.diff() >= 0).all()
+    assert set(group.tolist()) == {0, 1}

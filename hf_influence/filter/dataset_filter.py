@@ -2,24 +2,35 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from fractions import Fraction
-from numbers import Integral, Real
-from typing import Any, overload
+from typing import Any, TypeVar
 
 import torch
-from datasets import Dataset, DatasetDict
+from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict, Value
 from torch import Tensor
 
 from hf_influence.errors import BadExample, BadSetting
-from hf_influence.filter.matching import ids_of, in_dataset_order
-from hf_influence.filter.report import FilterReport, Removed, group_sizes
+from hf_influence.filter.cutting import (
+    check_amount,
+    count_of,
+    gone_by,
+    groups_of,
+    lengths_of,
+    mean_place,
+    reasons_of,
+)
+from hf_influence.filter.decision import Decision, Written
+from hf_influence.filter.matching import aligned
+from hf_influence.filter.replay import carried_out, of_split
+from hf_influence.filter.report import group_sizes
+from hf_influence.filter.streams import StreamRows
 from hf_influence.filter.thresholds import THRESHOLDS, Threshold, name_of
-from hf_influence.scores import Scores, mean_ranks
+from hf_influence.scores import Scores
 
-_ADDED = ("influence", "influence_rank")
+_ADDED = {"influence": Value("float64"), "influence_rank": Value("int64")}
+Data = TypeVar("Data", bound=Any)
+"""A `Dataset`, `DatasetDict`, `IterableDataset` or `IterableDatasetDict`; the same kind comes back."""
 
 
 @dataclass(kw_only=True)
@@ -37,6 +48,8 @@ class DatasetFilter:
     >>> print(trim.report)
     kept 3 of 4 rows by ip(), drop=0.25
     least worth keeping: 1 (-0.7)
+    >>> print(trim.report.explain(1))
+    row 1 was dropped: its score -0.7 by ip ranks 0 of 4, the rule drop=0.25 drops ranks below 1
 
     Raises:
         BadSetting: Not exactly one of `drop`, `keep` and `keep_tokens`, or an amount that is none.
@@ -58,8 +71,8 @@ class DatasetFilter:
     columns: bool = False
     """Add `influence` (mean score) and `influence_rank` (0 = least worth keeping, before the drop)."""
 
-    report: FilterReport | None = field(default=None, init=False, repr=False, compare=False)
-    """What the last `apply` removed."""
+    report: Decision | None = field(default=None, init=False, repr=False, compare=False)
+    """What the last `apply` decided: `report.explain(id)`, `report.save(path)`, `report.replay(dataset)`, …"""
 
     def __post_init__(self) -> None:
         given = [name for name in ("drop", "keep", "keep_tokens") if getattr(self, name) is not None]
@@ -75,67 +88,83 @@ class DatasetFilter:
             if amount not in THRESHOLDS:
                 raise BadSetting(f"drop={amount!r} is no threshold. Give one of {', '.join(THRESHOLDS)}, or a number.")
             return
-        limit = math.inf if isinstance(amount, Integral) else 1
-        whole = name == "keep_tokens" and not isinstance(amount, Integral)
-        if whole or not isinstance(amount, Real) or isinstance(amount, bool) or not 0 <= float(amount) < limit:
-            fraction = "" if name == "keep_tokens" else f"a float in [0, 1), such as {name}=0.05, or "
-            raise BadSetting(
-                f"{name}={amount!r} is neither a fraction nor a count. Give {fraction}an int, such as {name}=100."
-            )
-
-    @overload
-    def apply(self, dataset: Dataset, scores: Scores | Sequence[Scores]) -> Dataset: ...
-
-    @overload
-    def apply(self, dataset: DatasetDict, scores: Scores | Sequence[Scores], split: str = ...) -> DatasetDict: ...
+        check_amount(name, amount, fractions=name != "keep_tokens")
 
     def apply(
-        self, dataset: Dataset | DatasetDict, scores: Scores | Sequence[Scores], split: str = "train"
-    ) -> Dataset | DatasetDict:
+        self, dataset: Data, scores: Scores | Sequence[Scores], split: str = "train", by: StreamRows | None = None
+    ) -> Data:
         """A new dataset with the same columns (and two more if `columns`); `dataset` itself is left alone.
 
         Args:
-            dataset: What was scored, or a `DatasetDict` of which one split was; its other splits stay as they are.
+            dataset: What was scored, or a `DatasetDict` of which one split was; its other splits stay as they are. Of
+                an `IterableDataset` the rows are dropped as they come.
             scores: Of every row; several of them drop a row only if they agree. A row's score is then the mean of its
                 places in the rankings, from 0 (worst) to 1.
             split: Which of a `DatasetDict`.
+            by: For a stream whose scores have no id column: how its rows are known; see `StreamRows`.
 
         Raises:
             BadExample: Not a dataset, no rows, or a column that is missing or taken.
             BadSetting: Scores of another dataset, or a rule that leaves no row.
         """
-        if isinstance(dataset, DatasetDict):
-            if split not in dataset:
-                raise BadExample(f"the DatasetDict has the splits {list(dataset)} and no {split!r}. Pass split=….")
-            return DatasetDict({**dataset, split: self.apply(dataset[split], scores)})
+        if isinstance(dataset, (DatasetDict, IterableDatasetDict)):
+            return type(dataset)({**dataset, split: self.apply(of_split(dataset, split), scores, split, by)})
+        self.report = self.decide(dataset, scores, by)
+        return carried_out(self.report, dataset, by)
+
+    def decide(
+        self, dataset: Dataset | IterableDataset, scores: Scores | Sequence[Scores], by: StreamRows | None = None
+    ) -> Decision:
+        """What `apply` would do with each row; arguments and errors as there."""
         rankings = [scores] if isinstance(scores, Scores) else list(scores)
         needed = self._votes(len(rankings))
-        values = [in_dataset_order(dataset, one) for one in rankings]  # each [n, q]
-        n = len(dataset)
-        names = ids_of(dataset, rankings[0].id_column)
-        if self.columns and (taken := [column for column in _ADDED if column in dataset.column_names]):
+        values, names = aligned(dataset, rankings)  # each [n, q]
+        table = dataset if isinstance(dataset, Dataset) else None
+        n = len(names)
+        if self.columns and (taken := [column for column in _ADDED if column in (dataset.column_names or ())]):
             raise BadExample(f"the dataset has {taken} already. Rename or remove them, or leave columns=False.")
-        mean = values[0].mean(1) if len(values) == 1 else _mean_place(values)
+        mean = values[0].mean(1) if len(values) == 1 else mean_place(values)
         order = mean.argsort(stable=True)  # [n], worst first
         rank = order.argsort()  # [n]
 
-        gone = torch.stack([self._gone(v, dataset) for v in values]).sum(0) >= needed  # [n]
+        groups = groups_of(table, self.within, n)
+        lengths = lengths_of(table, self.tokens) if self.keep_tokens is not None else None
+
+        def cut(values: Tensor, rows: list[int]) -> Tensor:
+            return self._gone(values, None if lengths is None else lengths[rows], n)
+
+        votes = torch.stack([gone_by(ranking, groups, cut) for ranking in values]).sum(0)  # [n]
+        gone = votes >= needed
+        rule = self._described()
         if n and gone.all():
-            raise BadSetting(f"{self._described()} leaves none of the {n} rows to train on. Drop fewer, or keep more.")
+            raise BadSetting(f"{rule} leaves none of the {n} rows to train on. Drop fewer, or keep more.")
+        if len(values) == 1:
+            reasons, reason = reasons_of(rule, gone, rank, groups, self.within)
+        else:
+            asks = f"of {len(values)} rankings would drop it, the rule {rule} asks for {needed}"
+            reasons, reason = tuple(f"{k} {asks}" for k in range(len(values) + 1)), votes.tolist()
+        added = dict(zip(_ADDED, (mean.tolist(), rank.tolist()), strict=True)) if self.columns else {}
         stay = (~gone).nonzero()[:, 0].tolist()
-        kept = dataset.select(stay)
-        if self.columns:
-            for column, added in zip(_ADDED, (mean, rank), strict=True):
-                kept = kept.add_column(column, added[stay].tolist())
-        self.report = FilterReport(
-            before=n,
-            rule=self._described(),
-            method=" + ".join(one.method for one in rankings),
-            settings={} if len(rankings) > 1 else dict(rankings[0].settings),
-            removed=tuple(Removed(names[i], float(mean[i]), int(rank[i])) for i in order.tolist() if gone[i]),
-            groups=group_sizes(dataset, stay),
+        known, per_token = None, True
+        if table is None and rankings[0].id_column is None:
+            known, per_token = (by or StreamRows()).stored(rankings[0])
+        return Decision(
+            rule=rule,
+            sources=tuple({"method": one.method, "settings": dict(one.settings)} for one in rankings),
+            ids=list(names),
+            id_column=rankings[0].id_column,
+            actions=["drop" if flag else "keep" for flag in gone.tolist()],
+            scores=mean.tolist(),
+            ranks=rank.tolist(),
+            reasons=reasons,
+            reason=reason,
+            groups={} if table is None else group_sizes(table, stay),
+            columns=None if table is None else tuple(table.column_names),
+            writes=tuple(Written(name=name, new=new, feature=_ADDED[name]) for name, new in added.items()),
+            tokens=known,
+            per_token=per_token,
+            dataset=table,
         )
-        return kept
 
     def _rule(self) -> tuple[str, Any]:
         name = next(name for name in ("drop", "keep", "keep_tokens") if getattr(self, name) is not None)
@@ -155,15 +184,8 @@ class DatasetFilter:
             raise BadSetting(f"agree={self.agree} of {rankings} score(s): ask for 1 to {rankings} of them.")
         return needed
 
-    def _gone(self, values: Tensor, dataset: Dataset) -> Tensor:
-        """Which rows one ranking `[n, q]` drops, `[n]`, group by group."""
-        gone = torch.zeros(len(values), dtype=torch.bool)
-        lengths = self._lengths(dataset) if self.keep_tokens is not None else None
-        for rows in self._groups(dataset):
-            gone[rows] = self._gone_of(values[rows], None if lengths is None else lengths[rows], len(values))
-        return gone
-
-    def _gone_of(self, values: Tensor, lengths: Tensor | None, n: int) -> Tensor:
+    def _gone(self, values: Tensor, lengths: Tensor | None, n: int) -> Tensor:
+        """Which rows of a group one ranking `[b, q]` drops, `[b]`; `n` rows there are in all groups."""
         name, amount = self._rule()
         if name == "drop" and (callable(amount) or isinstance(amount, str)):
             return (THRESHOLDS[amount] if isinstance(amount, str) else amount)(values)
@@ -179,34 +201,10 @@ class DatasetFilter:
 
     def _number_to_drop(self, n: int) -> int:
         name, amount = self._rule()
-        rows = int(amount) if isinstance(amount, Integral) else int(Fraction(str(amount)) * n)
+        rows = count_of(amount, n)
         drop = rows if name == "drop" else n - rows
         if drop >= n and not self.within:
             raise BadSetting(f"{name}={amount!r} leaves none of the {n} rows to train on. Drop fewer, or keep more.")
         if drop < 0 and not self.within:
             raise BadSetting(f"{name}={amount!r} asks for more rows than the {n} there are. Keep at most {n}.")
         return min(max(drop, 0), n)
-
-    def _groups(self, dataset: Dataset) -> list[list[int]]:
-        if self.within is None:
-            return [list(range(len(dataset)))]
-        if self.within not in dataset.column_names:
-            raise BadExample(f"within={self.within!r} is no column of the dataset (it has {dataset.column_names}).")
-        rows: dict[Hashable, list[int]] = {}
-        for i, value in enumerate(dataset.with_format(None)[self.within][:]):
-            rows.setdefault(value if isinstance(value, Hashable) else str(value), []).append(i)
-        return list(rows.values())
-
-    def _lengths(self, dataset: Dataset) -> Tensor:
-        if self.tokens not in dataset.column_names:
-            raise BadExample(
-                f"keep_tokens counts the entries of the column {self.tokens!r}, and the dataset has "
-                f"{dataset.column_names}. Name the column of tokens: DatasetFilter(keep_tokens=…, tokens='…')."
-            )
-        return torch.tensor([len(value) for value in dataset.with_format(None)[self.tokens]])
-
-
-def _mean_place(values: list[Tensor]) -> Tensor:
-    """The mean over rankings `[n, q]` of each row's place, from 0 (lowest) to 1, `[n]`."""
-    ranks = torch.stack([mean_ranks(ranking.mean(1)) for ranking in values])
-    return ((ranks - 1) / max(1, ranks.shape[1] - 1)).mean(0)

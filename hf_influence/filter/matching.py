@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 from torch import Tensor
 
 from hf_influence.errors import BadExample, BadSetting
@@ -16,8 +16,37 @@ from hf_influence.scores import Scores
 
 def in_dataset_order(dataset: Dataset, scores: Scores) -> Tensor:
     """The values of the scores, `[n, q]` in float64, one row for each row of the dataset; errors as in `positions`."""
+    return _ordered(scores, positions(dataset, scores))
+
+
+def aligned(dataset: Dataset | IterableDataset, rankings: Sequence[Scores]) -> tuple[list[Tensor], Sequence[Any]]:
+    """The values of several scores, each `[n, q]`, and the ids, in the order of the dataset.
+
+    A stream has no order that could be known before its end: that of the first of the scores stands for it.
+
+    Raises:
+        BadExample: As in `positions`.
+        BadSetting: As there; of a stream, scores of different examples.
+    """
+    if not isinstance(dataset, IterableDataset):
+        values = [in_dataset_order(dataset, one) for one in rankings]
+        return values, ids_of(dataset, rankings[0].id_column)
+    ids = rankings[0].ids
+    place = {name: i for i, name in enumerate(ids)}
+    for one in rankings:
+        if len(one) != len(ids) or set(one.ids) != set(ids) or one.id_column != rankings[0].id_column:
+            raise BadSetting(
+                f"the scores by {one.method} and by {rankings[0].method} are of different examples, or name them by "
+                "different columns. Score the same rows with each."
+            )
+    if len(place) < len(ids):
+        raise BadSetting("the scores have an id more than once. Score the dataset anew.")
+    return [_ordered(one, torch.tensor([place[name] for name in one.ids])) for one in rankings], ids
+
+
+def _ordered(scores: Scores, at: Tensor) -> Tensor:
     ordered = torch.empty(scores.values.shape, dtype=torch.float64)
-    ordered[positions(dataset, scores)] = scores.values.detach().cpu().double()
+    ordered[at] = scores.values.detach().cpu().double()
     return ordered
 
 
@@ -62,19 +91,11 @@ def ids_of(dataset: Dataset, id_column: str | None) -> Sequence[Any]:
     return range(len(dataset)) if id_column is None else dataset.with_format(None)[id_column][:]
 
 
-def rows_named(dataset: Dataset, ids: Sequence[Any], id_column: str | None) -> list[int]:
-    """The rows of the dataset with these ids."""
-    if id_column is None:
-        return [int(name) for name in ids]
-    row = {name: i for i, name in enumerate(ids_of(dataset, id_column))}
-    return [row[name] for name in ids]
-
-
 def _check(dataset: Dataset, id_column: str | None) -> None:
     if not isinstance(dataset, Dataset):
         raise BadExample(
-            f"{type(dataset).__name__} is not a datasets.Dataset, which is what is filtered. Make one with "
-            "Dataset.from_list, Dataset.from_pandas or, for a stream, Dataset.from_generator."
+            f"{type(dataset).__name__} is not a datasets.Dataset (or IterableDataset), which is what is filtered. Make "
+            "one with Dataset.from_list, Dataset.from_pandas or, for a stream, IterableDataset.from_generator."
         )
     if len(dataset) == 0:
         raise BadExample("the dataset has no rows, so there is nothing to filter. Check how it was loaded.")

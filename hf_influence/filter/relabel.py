@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from datasets import ClassLabel, Dataset, Value
+from datasets import ClassLabel, Dataset, IterableDataset, Value
 from datasets import List as ListOf
 from torch import Tensor
 
 from hf_influence.errors import BadExample, BadSetting
-from hf_influence.filter.dataset_filter import DatasetFilter
-from hf_influence.filter.matching import rows_named
+from hf_influence.filter.dataset_filter import Data, DatasetFilter
+from hf_influence.filter.decision import Decision, Written
+from hf_influence.filter.replay import carried_out
+from hf_influence.filter.report import group_sizes
+from hf_influence.filter.streams import StreamRows
 from hf_influence.scores import Scores
 
 HOW = ("predicted", "flip", "soft")
@@ -53,6 +56,9 @@ class Relabel:
     changed: tuple[int, ...] = field(default=(), init=False, repr=False, compare=False)
     """Rows that the last `apply` relabelled, worst first."""
 
+    report: Decision | None = field(default=None, init=False, repr=False, compare=False)
+    """What the last `apply` decided, row by row."""
+
     def __post_init__(self) -> None:
         if self.how not in HOW:
             raise BadSetting(f"how={self.how!r} is no way to relabel. Choose one of {', '.join(map(repr, HOW))}.")
@@ -70,58 +76,99 @@ class Relabel:
             BadExample: No column of class numbers.
             BadSetting: Probabilities that are missing or do not fit.
         """
-        rows, before, after, score = self._judge(dataset, scores, probabilities)
+        if not isinstance(dataset, Dataset):
+            raise BadExample(f"suggestions are rows of a datasets.Dataset, not of {type(dataset).__name__}.")
+        decision = self.decide(dataset, scores, probabilities)
+        rows, (column,) = _suspects(decision), decision.writes
+        assert column.old is not None
         chosen = dataset.select(rows)
-        new = after if self.how == "soft" else [int(value) for value in after]
-        added = {"row": rows, "score": score, "label_before": [before[row] for row in rows], "label_after": new}
-        for column, values in added.items():
-            if column in chosen.column_names:
-                raise BadExample(f"the dataset has a column {column!r} already. Rename or remove it.")
-            chosen = chosen.add_column(column, values)
+        added = {
+            "row": rows,
+            "score": [decision.scores[row] for row in rows],
+            "label_before": [column.old[row] for row in rows],
+            "label_after": [column.new[row] for row in rows],
+        }
+        for name, values in added.items():
+            if name in chosen.column_names:
+                raise BadExample(f"the dataset has a column {name!r} already. Rename or remove it.")
+            chosen = chosen.add_column(name, values)
         return chosen
 
-    def apply(self, dataset: Dataset, scores: Scores | Sequence[Scores], probabilities: Any = None) -> Dataset:
-        """The dataset with the new labels; arguments and errors as in `suggest`."""
-        rows, labels, after, _ = self._judge(dataset, scores, probabilities)
-        features = dataset.features.copy()
-        new: list[Any] = list(labels)
-        if self.how == "soft":
-            classes = len(after[0]) if after else torch.as_tensor(probabilities).shape[1]
-            new = torch.eye(classes, dtype=torch.float64)[torch.tensor(labels)].tolist()
-            features[self.label] = ListOf(Value("float64"))
-        for row, label in zip(rows, after, strict=True):
-            new[row] = label
-        self.changed = tuple(rows)
-        order = dataset.column_names
-        kind = dataset.format["type"]
-        changed = dataset.with_format(None).remove_columns(self.label).add_column(self.label, new)
-        return changed.select_columns(order).cast(features).with_format(kind)
+    def apply(
+        self,
+        dataset: Data,
+        scores: Scores | Sequence[Scores],
+        probabilities: Any = None,
+        by: StreamRows | None = None,
+    ) -> Data:
+        """The dataset with the new labels; arguments and errors as in `suggest`.
 
-    def _judge(
-        self, dataset: Dataset, scores: Scores | Sequence[Scores], probabilities: Any
-    ) -> tuple[list[int], list[int], list[Any], list[float]]:
-        """Suspicious rows, all labels, the new labels of those rows, and their scores."""
-        if self.label not in dataset.column_names:
+        An `IterableDataset` is relabelled as its rows come; `by` must name the store then, which knows their labels,
+        and the probabilities are in the order of the scores.
+        """
+        self.report = self.decide(dataset, scores, probabilities, by)
+        self.changed = tuple(_suspects(self.report))
+        return carried_out(self.report, dataset, by)
+
+    def decide(
+        self,
+        dataset: Dataset | IterableDataset,
+        scores: Scores | Sequence[Scores],
+        probabilities: Any = None,
+        by: StreamRows | None = None,
+    ) -> Decision:
+        """What `apply` would do with each row; arguments and errors as there."""
+        labels = self._labels(dataset, scores if isinstance(scores, Scores) else scores[0], by)
+        decision = self.suspects.decide(dataset, scores, by)
+        rows = [i for i, action in enumerate(decision.actions) if action == "drop"]
+        feature = (dataset.features or {}).get(self.label)
+        new, kind = self._new(rows, labels, feature, probabilities)
+        actions = ["keep"] * len(labels)
+        for row in rows:
+            actions[row] = "relabel"
+        instead = f", and such rows get another label (how={self.how!r}) instead"
+        stay, table = range(len(labels)), decision.dataset
+        return replace(
+            decision,
+            rule=f"relabel how={self.how!r} of {decision.rule}",
+            actions=actions,
+            reasons=tuple(reason + instead for reason in decision.reasons),
+            groups={} if table is None else group_sizes(table, list(stay), {self.label: new}),
+            writes=(Written(name=self.label, new=new, feature=kind, old=labels, old_feature=feature),),
+        )
+
+    def _labels(self, dataset: Dataset | IterableDataset, scores: Scores, by: StreamRows | None) -> list[int]:
+        """The class number of each row; those of a stream come from the store."""
+        if self.label not in (dataset.column_names or [self.label]):
             raise BadExample(f"no column {self.label!r} among {dataset.column_names}. Name it: Relabel(label='…', …).")
-        labels = dataset.with_format(None)[self.label][:]
+        if isinstance(dataset, Dataset):
+            labels = dataset.with_format(None)[self.label][:]
+        else:
+            labels = (by or StreamRows()).labels(scores)
         if not all(isinstance(label, int) and label >= 0 for label in labels):
             raise BadExample(
                 f"the column {self.label!r} holds {next(x for x in labels if not isinstance(x, int) or x < 0)!r}, "
                 "which is no class number, so there is no other class to give. Relabelling is for one class a row."
             )
-        self.suspects.apply(dataset, scores)
-        assert self.suspects.report is not None
-        removed = self.suspects.report.removed
-        id_column = scores.id_column if isinstance(scores, Scores) else scores[0].id_column
-        where = rows_named(dataset, [item.id for item in removed], id_column)
+        return labels
+
+    def _new(self, rows: list[int], labels: list[int], feature: Any, probabilities: Any) -> tuple[list[Any], Any]:
+        """The labels of all rows after relabelling some, and the type of the column."""
+        new: list[Any] = list(labels)
         if self.how == "flip":
-            kind = dataset.features[self.label]
-            if max(labels) > 1 or (isinstance(kind, ClassLabel) and kind.num_classes != 2):
+            if max(labels) > 1 or (isinstance(feature, ClassLabel) and feature.num_classes != 2):
                 raise BadSetting("how='flip' is for two classes. Pass probabilities and how='predicted' or 'soft'.")
-            return where, labels, [1 - labels[row] for row in where], [item.score for item in removed]
+            for row in rows:
+                new[row] = 1 - labels[row]
+            return new, feature
         phi = self._probabilities(probabilities, labels)
+        if self.how == "soft":
+            new = torch.eye(phi.shape[1], dtype=torch.float64)[torch.tensor(labels)].tolist()
+            feature = ListOf(Value("float64"))
         give = self._soft if self.how == "soft" else self._predicted
-        return where, labels, [give(phi[row], labels[row]) for row in where], [item.score for item in removed]
+        for row in rows:
+            new[row] = give(phi[row], labels[row])
+        return new, feature
 
     def _probabilities(self, probabilities: Any, labels: list[int]) -> Tensor:
         if probabilities is None:
@@ -152,3 +199,9 @@ class Relabel:
         if len(phi) == 2:
             soft[1 - label] = 1  # its limit, free of rounding
         return [float(value) for value in soft]
+
+
+def _suspects(decision: Decision) -> list[int]:
+    """The rows that get another label, worst first."""
+    rows = [i for i, action in enumerate(decision.actions) if action == "relabel"]
+    return sorted(rows, key=decision.ranks.__getitem__)

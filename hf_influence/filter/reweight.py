@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
-from datasets import Dataset
+from datasets import Dataset, IterableDataset, Value
 from torch import Tensor
 
 from hf_influence.errors import BadExample, BadSetting
-from hf_influence.filter.matching import in_dataset_order
+from hf_influence.filter.dataset_filter import Data, DatasetFilter
+from hf_influence.filter.decision import Decision, Written
+from hf_influence.filter.replay import carried_out
+from hf_influence.filter.streams import StreamRows
 from hf_influence.scores import Scores, mean_ranks
 
 HOW = ("softmax", "clipped", "ranks")
@@ -44,23 +47,40 @@ class Reweight:
     """Small: few rows count for much. Large: all count alike."""
     column: str = "weight"
 
+    report: Decision | None = field(default=None, init=False, repr=False, compare=False)
+    """What the last `apply` decided, row by row."""
+
     def __post_init__(self) -> None:
         if self.how not in HOW:
             raise BadSetting(f"how={self.how!r} is no way to weigh. Choose one of {', '.join(map(repr, HOW))}.")
         if not self.temperature > 0:
             raise BadSetting(f"temperature={self.temperature!r} must be above 0.")
 
-    def apply(self, dataset: Dataset, scores: Scores) -> Dataset:
-        """The dataset with the column of weights.
+    def apply(self, dataset: Data, scores: Scores, by: StreamRows | None = None) -> Data:
+        """The dataset with the column of weights; rows of an `IterableDataset` get theirs as they come.
 
         Raises:
             BadExample: The column is taken.
             BadSetting: Scores of another dataset.
         """
-        if self.column in dataset.column_names:
+        self.report = self.decide(dataset, scores, by)
+        return carried_out(self.report, dataset, by)
+
+    def decide(self, dataset: Dataset | IterableDataset, scores: Scores, by: StreamRows | None = None) -> Decision:
+        """What `apply` would do with each row; arguments and errors as there."""
+        if self.column in (dataset.column_names or ()):
             raise BadExample(f"the dataset has a column {self.column!r} already. Name another: Reweight(column='…').")
-        mean = in_dataset_order(dataset, scores).mean(1)  # [n]
-        return dataset.add_column(self.column, self._weights(mean).tolist())
+        decision = DatasetFilter(drop=0).decide(dataset, scores, by)
+        weights = self._weights(torch.tensor(decision.scores, dtype=torch.float64)).tolist()
+        rule = f"reweight how={self.how!r}, temperature={self.temperature!r}"
+        return replace(
+            decision,
+            rule=rule,
+            actions=["weight"] * len(weights),
+            reasons=(f"the rule {rule} gives weights with mean 1",),
+            reason=[0] * len(weights),
+            writes=(Written(name=self.column, new=weights, feature=Value("float64")),),
+        )
 
     def _weights(self, mean: Tensor) -> Tensor:
         spread = mean.std(correction=0)

@@ -1,0 +1,318 @@
+"""Decision: what happens to each row of a dataset, why, and how to do it again or take it back."""
+
+from __future__ import annotations
+
+import json
+import platform
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, field, fields
+from functools import cached_property
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from datasets import Dataset, Features
+
+from hf_influence.errors import BadExample, StoreError
+from hf_influence.filter.card import DONE, section
+from hf_influence.filter.contents import code_of_all, row_codes
+from hf_influence.filter.replay import replayed, undone
+from hf_influence.filter.report import Removed
+from hf_influence.filter.wording import number, printable, quoted, settings_of
+from hf_influence.store.files import write_json
+
+if TYPE_CHECKING:
+    from hf_influence.filter.streams import StreamRows
+
+SCHEMA = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Written:
+    """A column that a decision writes.
+
+    Attributes:
+        name: Of the column.
+        new: Its value for each row of the dataset, the dropped ones included.
+        feature: Its type; `None` leaves it to the values.
+        old: What it replaces; `None` for a column that was not there.
+        old_feature: The type of that.
+    """
+
+    name: str
+    new: list[Any]
+    feature: Any = None
+    old: list[Any] | None = None
+    old_feature: Any = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Decision:
+    """What happens to each row, and why; all lists are in the order of the dataset.
+
+    >>> from hf_influence.filter import DatasetFilter
+    >>> from hf_influence.scores import Scores
+    >>> import torch
+    >>> train = Dataset.from_dict({"text": ["good", "bad", "fine", "fair"]})
+    >>> trim = DatasetFilter(drop=0.25)
+    >>> _ = trim.apply(train, Scores(torch.tensor([[0.9], [-0.7], [0.4], [0.1]]), ids=[0, 1, 2, 3], method="ip"))
+    >>> print(trim.report.explain(1))
+    row 1 was dropped: its score -0.7 by ip ranks 0 of 4, the rule drop=0.25 drops ranks below 1
+    >>> trim.report.undo(trim.report.replay(train), rest=train)["text"][:]
+    ['good', 'bad', 'fine', 'fair']
+
+    Attributes:
+        rule: As it was set, e.g. `drop=0.05`.
+        sources: Method and settings of each of the scores.
+        ids: What the rows are called.
+        id_column: The column that holds the ids; `None` where they are positions.
+        actions: "keep", "drop", "relabel", "weight" or "separate".
+        scores: Mean over the queries; with several scores the mean place in their rankings, from 0 to 1.
+        ranks: Place in the order in which rows go: 0 is the first.
+        from_highest: The highest scores go first.
+        reasons: The texts that say how the rule falls.
+        reason: Which of them goes with each row.
+        groups: Per value of the first of the columns label, task and source that exists: rows before and after.
+        columns: The columns of the dataset; `None` for a stream.
+        writes: The columns that are written.
+        split_by: A column that is written, by whose values the rows are split into a DatasetDict.
+        tokens: Of a stream without ids: the hash that was stored of the tokens and labels of each row.
+        per_token: Whether the labels in that hash go by token.
+        versions: Of this library, datasets and Python.
+    """
+
+    rule: str
+    sources: tuple[dict[str, Any], ...]
+    ids: Sequence[Any]
+    id_column: str | None
+    actions: list[str]
+    scores: list[float]
+    ranks: list[int]
+    from_highest: bool = False
+    reasons: tuple[str, ...] = ()
+    reason: list[int]
+    groups: dict[Hashable, tuple[int, int]] = field(default_factory=dict)
+    columns: tuple[str, ...] | None = None
+    writes: tuple[Written, ...] = ()
+    split_by: str | None = None
+    tokens: list[int] | None = None
+    per_token: bool = True
+    versions: dict[str, str] = field(default_factory=lambda: _versions())
+    dataset: Dataset | None = field(default=None, repr=False, compare=False)
+    """What was decided on, from which `contents` are computed when they are first asked for; not saved."""
+    known_contents: list[str] | None = field(default=None, repr=False, compare=False)
+
+    @property
+    def before(self) -> int:
+        """Rows of the dataset that went in."""
+        return len(self.actions)
+
+    @property
+    def after(self) -> int:
+        """Rows of the dataset that came out."""
+        return len(self.kept)
+
+    @property
+    def method(self) -> str:
+        """Of the scores; several joined by a plus."""
+        return " + ".join(source["method"] for source in self.sources)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Of the method; of several none."""
+        return self.sources[0]["settings"] if len(self.sources) == 1 else {}
+
+    @cached_property
+    def kept(self) -> list[int]:
+        """The rows that are not dropped, ascending."""
+        return [i for i, action in enumerate(self.actions) if action != "drop"]
+
+    @cached_property
+    def removed(self) -> tuple[Removed, ...]:
+        """The dropped examples, the first to go first."""
+        gone = [i for i, action in enumerate(self.actions) if action == "drop"]
+        return tuple(
+            Removed(self.ids[i], self.scores[i], self.ranks[i]) for i in sorted(gone, key=self.ranks.__getitem__)
+        )
+
+    @cached_property
+    def contents(self) -> list[str] | None:
+        """The code of each row's contents, by which a dataset is known again; `None` for a stream."""
+        if self.known_contents is not None or self.dataset is None or self.columns is None:
+            return self.known_contents
+        return row_codes(self.dataset, self.columns)
+
+    def explain(self, id: int | str) -> str:
+        """What happened to the row of this id and why, in a sentence.
+
+        Raises:
+            BadExample: No such row.
+        """
+        i = self._places.get(id)
+        if i is None:
+            where = f"the values of the column {quoted(self.id_column)}" if self.id_column else "positions"
+            first = quoted(self.ids[0]) if self.before else "none"
+            raise BadExample(
+                f"no row {quoted(id)} among the {self.before} that were decided on. Their ids are {where}; the first "
+                f"is {first}."
+            )
+        rank = f"ranks {self.ranks[i]} of {self.before}{' from the highest' if self.from_highest else ''}"
+        return (
+            f"row {quoted(id)} {self._happened(i)}: its score {number(self.scores[i])} by {printable(self.method)} "
+            f"{rank}, {self.reasons[self.reason[i]]}"
+        )
+
+    def to_dataset(self) -> Dataset:
+        """A table with a line for each row: id, action, score, rank, rule, method, why; old and new values."""
+        table: dict[str, Sequence[Any]] = {
+            "id": list(self.ids),
+            "action": self.actions,
+            "score": self.scores,
+            "rank": self.ranks,
+            "rule": [self.rule] * self.before,
+            "method": [self.method] * self.before,
+            "why": [self.reasons[at] for at in self.reason],
+        }
+        for column in self.writes:
+            table |= {f"{column.name}_before": column.old} if column.old is not None else {}
+            table[f"{column.name}_after"] = column.new
+        return Dataset.from_dict(table)
+
+    def replay(self, dataset: Any, split: str = "train", by: StreamRows | None = None) -> Any:
+        """Do the same to the same dataset again: bit-identical rows.
+
+        Args:
+            dataset: The one that was decided on, from wherever it was loaded; or a stream of its rows, which are then
+                known by id, by their contents or, if the decision was made on a stream, by their tokens. Of a stream's
+                rows with the same contents all stay if one of them does.
+            split: Which of a `DatasetDict`.
+            by: For a stream: how its rows are told apart; see `StreamRows`.
+
+        Raises:
+            BadExample: It is not that dataset; the message names the first row that differs.
+        """
+        return replayed(self, dataset, split, by)
+
+    def undo(self, curated: Any, rest: Dataset | None = None) -> Dataset:
+        """The dataset as it was: old labels back, added columns gone, dropped rows in their places.
+
+        Args:
+            curated: What the decision made; columns that were added since are left out.
+            rest: Any dataset that has the dropped rows, such as the original. Not needed where none was dropped.
+
+        Raises:
+            BadExample: Something else than what the decision made, or dropped rows that are not there.
+        """
+        return undone(self, curated, rest)
+
+    def card(self) -> str:
+        """The section for a dataset card, in Markdown; `add_to_card` puts it there."""
+        return section(self)
+
+    def save(self, path: str | Path) -> None:
+        """Write everything to one JSON file, which appears whole. `Decision.load` reads it.
+
+        Contents of rows go in as hashes; ids, old and new labels as they are.
+        """
+        contents = self.contents
+        saved = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("dataset", "known_contents")}
+        saved |= {
+            "ids": list(self.ids),
+            "groups": [[group, *sizes] for group, sizes in self.groups.items()],
+            "writes": [vars(column) | _plain_features(column) for column in self.writes],
+            "contents": contents,
+        }
+        counts = {action: self.actions.count(action) for action in DONE if action in self.actions}
+        whole = None if contents is None else code_of_all(contents)
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(path, {"schema": SCHEMA, "counts": counts, "content": whole, **saved})
+
+    @classmethod
+    def load(cls, path: str | Path) -> Decision:
+        """Read what `save` wrote.
+
+        Raises:
+            StoreError: No such file, not a decision, or one that was damaged or changed.
+        """
+        try:
+            saved = json.loads(Path(path).read_text(encoding="utf-8"))
+            if saved.pop("schema") != SCHEMA:
+                raise StoreError(f"{path} was written in another layout. Read it with the version that wrote it.")
+            del saved["counts"]
+            whole, contents = saved.pop("content"), saved.pop("contents")
+            for name in ("sources", "reasons", "columns"):
+                saved[name] = None if saved[name] is None else tuple(saved[name])
+            saved["groups"] = {group: (before, after) for group, before, after in saved["groups"]}
+            saved["writes"] = tuple(_with_features(Written(**column)) for column in saved["writes"])
+            decision = cls(**saved, known_contents=contents)
+            decision._check(whole)
+        except (OSError, KeyError, TypeError, ValueError, AttributeError) as error:
+            raise StoreError(
+                f"{path} does not hold a decision ({type(error).__name__}: {printable(error)}). Decisions are written "
+                "by `trim.report.save(path)`."
+            ) from error
+        return decision
+
+    def __str__(self) -> str:
+        lines = [f"kept {self.after} of {self.before} rows by {self.method}({settings_of(self.settings)}), {self.rule}"]
+        for action, done in DONE.items():
+            if action not in ("keep", "drop") and action in self.actions:
+                lines[0] += f"; {done}: {self.actions.count(action)}"
+        if self.removed:
+            worst = ", ".join(f"{printable(row.id)} ({number(row.score)})" for row in self.removed[:5])
+            order = "first to go" if self.from_highest else "least worth keeping"
+            lines.append(f"{order}: {worst}{', …' if len(self.removed) > 5 else ''}")
+        hit_most = sorted(self.groups.items(), key=lambda item: item[1][1] - item[1][0])[:10]
+        lines += [f"  {printable(group)}: {before} -> {after}" for group, (before, after) in hit_most]
+        return "\n".join(lines)
+
+    @cached_property
+    def _places(self) -> dict[Any, int]:
+        return {name: i for i, name in enumerate(self.ids)}
+
+    def _happened(self, i: int) -> str:
+        action = self.actions[i]
+        if action in ("keep", "drop"):
+            return "was kept" if action == "keep" else "was dropped"
+        column = self.writes[0]
+        if action == "relabel":
+            assert column.old is not None
+            return f"was relabelled from {printable(column.old[i])} to {printable(column.new[i])}"
+        new = column.new[i]
+        return f"got the weight {number(new)}" if action == "weight" else f"went to {quoted(new)}"
+
+    def _check(self, whole: str | None) -> None:
+        """ValueError if the parts do not fit together."""
+        n = len(self.actions)
+        lists: list[Sequence[Any] | None] = [self.ids, self.scores, self.ranks, self.reason, self.contents, self.tokens]
+        lists += [values for column in self.writes for values in (column.new, column.old)]
+        if any(values is not None and len(values) != n for values in lists):
+            raise ValueError(f"its lists are not all of {n} rows")
+        if unknown := set(self.actions) - set(DONE):
+            raise ValueError(f"it has the action {sorted(unknown)[0]!r}")
+        if any(not 0 <= at < len(self.reasons) for at in self.reason):
+            raise ValueError("it has a row without a reason")
+        if self.contents is not None and code_of_all(self.contents) != whole:
+            raise ValueError("the hashes of its rows were changed")
+
+
+def _plain_features(column: Written) -> dict[str, Any]:
+    given = {"feature": column.feature, "old_feature": column.old_feature}
+    return {name: None if kind is None else Features({"it": kind}).to_dict()["it"] for name, kind in given.items()}
+
+
+def _with_features(column: Written) -> Written:
+    given = {"feature": column.feature, "old_feature": column.old_feature}
+    kinds = {name: None if kind is None else Features.from_dict({"it": kind})["it"] for name, kind in given.items()}
+    return Written(**{**vars(column), **kinds})
+
+
+def _versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for name in ("hf-influence", "datasets"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:  # run from a folder of sources
+            found[name] = "not installed"
+    return found

@@ -1,0 +1,139 @@
+"""Separate: mixed sources told apart by how much their rows teach beyond the others."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from datasets import Dataset, Value
+from sklearn.mixture import GaussianMixture
+from torch import Tensor
+
+from hf_influence.errors import BadExample, BadSetting
+from hf_influence.filter.decision import Decision, Written
+from hf_influence.filter.matching import ids_of, in_dataset_order
+from hf_influence.filter.prune import check_without_queries
+from hf_influence.filter.replay import carried_out
+from hf_influence.filter.report import group_sizes
+from hf_influence.filter.thresholds import THRESHOLDS
+from hf_influence.filter.wording import quoted
+from hf_influence.scores import Scores
+
+HOW = ("mixture", "otsu")
+COLUMN = "influence_group"
+
+
+@dataclass(kw_only=True)
+class Separate:
+    """The groups of a mixed dataset, from the least typical rows (group_0) to the most typical.
+
+    Sources differ in how much their rows teach that the others do not, which self-influence measures:
+
+        "mixture"   k normal distributions are fitted to the scores; a row goes to the likelier of its two neighbours
+        "otsu"      the cut that makes the means of two groups differ most; it always finds two
+
+    >>> train = Dataset.from_dict({"text": ["12", "house number 7", "40", "sign 31"]})
+    >>> scores = Scores(torch.tensor([[-0.1], [-5.0], [-0.2], [-6.0]]), ids=[0, 1, 2, 3], method="self_ip")
+    >>> groups = Separate(how="otsu").apply(train, scores)
+    >>> {name: rows["text"][:] for name, rows in groups.items()}
+    {'group_0': ['house number 7', 'sign 31'], 'group_1': ['12', '40']}
+
+    Look at the groups before you trust them: classes that are hard form a group as well. In the source MNIST and SVHN
+    are told apart with an AUC of 73 % by self-influence of GEX, and about as by chance by most others.
+
+    Source: GEX, section 5.4; Harutyunyan et al., Estimating Informativeness of Samples with Smooth Unique
+    Information, ICLR 2021.
+
+    Raises:
+        BadSetting: An unknown `how`, or a number of groups that it cannot make.
+    """
+
+    groups: int = 2
+    how: str = "mixture"
+    column: str | None = None
+    """Give the dataset with this column of group names, instead of a DatasetDict."""
+
+    report: Decision | None = field(default=None, init=False, repr=False, compare=False)
+    """What the last `apply` decided, row by row."""
+
+    def __post_init__(self) -> None:
+        if self.how not in HOW:
+            raise BadSetting(f"how={self.how!r} is no way to separate. Choose one of {', '.join(map(repr, HOW))}.")
+        if not isinstance(self.groups, int) or self.groups < 2 or (self.how == "otsu" and self.groups != 2):
+            raise BadSetting(f"groups={self.groups!r}: give a whole number, at least 2; how='otsu' makes exactly 2.")
+
+    def apply(self, dataset: Dataset, scores: Scores) -> Any:
+        """A DatasetDict with a split for each group; with `column` a dataset with one more column.
+
+        Raises:
+            BadExample: Not a dataset, no rows, or the column is taken.
+            BadSetting: Scores with queries or of another dataset, or scores that form fewer groups.
+        """
+        self.report = self.decide(dataset, scores)
+        return carried_out(self.report, dataset)
+
+    def decide(self, dataset: Dataset, scores: Scores) -> Decision:
+        """What `apply` would do with each row; arguments and errors as there."""
+        check_without_queries(scores, "Separate takes scores apart that say how typical a row is")
+        values = in_dataset_order(dataset, scores)  # [n, 1]
+        name = self.column or COLUMN
+        if name in dataset.column_names:
+            raise BadExample(f"the dataset has a column {name!r} already. Name another: Separate(column='…').")
+        group = components(values, self.groups) if self.how == "mixture" else (~THRESHOLDS["otsu"](values)).long()
+        sizes = torch.bincount(group, minlength=self.groups).tolist()
+        if 0 in sizes:
+            raise BadSetting(
+                f"the scores by {scores.method} form fewer than {self.groups} groups (sizes {sizes}), so there is "
+                "nothing to separate by. Try fewer groups, another method such as self_gex, or how='otsu', which "
+                "always cuts."
+            )
+        mean, rule = values.mean(1), f"separate groups={self.groups}, how={self.how!r}"
+        ids = ids_of(dataset, scores.id_column)
+        names = [f"group_{k:0{len(str(self.groups - 1))}d}" for k in group.tolist()]
+        ends = [(float(mean[group == k].min()), float(mean[group == k].max())) for k in range(self.groups)]
+        return Decision(
+            rule=rule,
+            sources=({"method": scores.method, "settings": dict(scores.settings)},),
+            ids=list(ids),
+            id_column=scores.id_column,
+            actions=["separate"] * len(ids),
+            scores=mean.tolist(),
+            ranks=mean.argsort(stable=True).argsort().tolist(),
+            reasons=tuple(
+                f"the rule {rule} puts scores from {a:.3g} to {b:.3g} into {quoted(f'group_{k}')}"
+                for k, (a, b) in enumerate(ends)
+            ),
+            reason=group.tolist(),
+            groups=group_sizes(dataset, list(range(len(ids)))),
+            columns=tuple(dataset.column_names),
+            writes=(Written(name=name, new=names, feature=Value("string")),),
+            split_by=None if self.column else name,
+            dataset=dataset,
+        )
+
+
+def components(values: Tensor, k: int) -> Tensor:
+    """The group of each row, `[n]`, by k normal distributions in ascending order of their means.
+
+    A row goes to the likelier of the two whose means enclose its score, so that a wide distribution does not claim
+    what lies beyond the others. All rows are in group 0 where one distribution explains the scores as well (by the
+    Bayesian information criterion).
+
+    Args:
+        values: `[n, q]`.
+        k: At least 2.
+    """
+    mean = values.double().mean(1)
+    if len(mean) < 2 * k or mean.min() == mean.max():
+        return torch.zeros(len(mean), dtype=torch.long)
+    scaled = ((mean - mean.mean()) / mean.std()).numpy()[:, None]
+    one, several = (GaussianMixture(c, n_init=5, random_state=0).fit(scaled) for c in (1, k))
+    if several.bic(scaled) >= one.bic(scaled):
+        return torch.zeros(len(mean), dtype=torch.long)
+    centers, order = torch.from_numpy(several.means_[:, 0]).sort()
+    odds = torch.from_numpy(several.predict_proba(scaled))[:, order]  # [n, k]
+    upper = torch.searchsorted(centers, torch.from_numpy(scaled[:, 0]).contiguous())  # [n], 0 to k
+    lower, upper = (upper - 1).clamp(min=0), upper.clamp(max=k - 1)
+    rows = torch.arange(len(mean))
+    return torch.where(odds[rows, upper] > odds[rows, lower], upper, lower)
