@@ -15,7 +15,10 @@ from hf_influence.scores import Scores, mean_ranks
 
 
 def mislabel_detection(
-    scores: Scores, is_mislabeled: Sequence[bool], within: Sequence[Hashable] | None = None
+    scores: Scores,
+    is_mislabeled: Sequence[bool],
+    within: Sequence[Hashable] | None = None,
+    kinds: Sequence[Hashable] | None = None,
 ) -> Bunch:
     """AUC and average precision of "a low mean score means a wrong label (or answer)".
 
@@ -24,19 +27,24 @@ def mislabel_detection(
         suspicion_i = (rank_i − ½) / size of the group,   rank 1 … size, ties at their mean rank
 
     which takes away what differs between groups only because one task is harder than another. Ties count
-    half, so the order of the rows never matters. Cost: one sort.
+    half, so the order of the rows never matters. Cost: one sort, and one for each kind.
 
-    Use it where the wrong labels are known, usually because they were planted. See also: class_detection.
+        data = corrupt_answers(right, within="task")
+        mislabel_detection(scores, data["is_wrong"], within=data["task"], kinds=data["kind"])
+
+    Use it where the wrong labels are known, usually because they were planted. See also: class_detection,
+    corrupt_answers and flipped_labels (which plant them), biases.
     Source: Kwon et al., DataInf, ICLR 2024, section 4.2.
 
     Args:
         scores: Any method, with or without queries.
         is_mislabeled: n flags in dataset order; in the order of `scores.ids` where these are not dataset indices.
         within: n groups (class, task, source), ordered likewise.
+        kinds: What sort of mistake each wrong example has, ordered likewise; those of right examples are ignored.
 
     Returns:
         `auc` (½ = chance) and `average_precision` (share of wrong labels = chance), read as `result["auc"]`
-        or `result.auc`.
+        or `result.auc`; with `kinds` also `auc_by_kind`, the AUC of each kind alone against all right examples.
 
     Raises:
         BadSetting: Flags or groups that do not fit the scores, flags other than true and false, or all the same.
@@ -59,12 +67,20 @@ def mislabel_detection(
             "and wrong ones to tell apart. Flip some labels first, with a seed."
         )
     suspicion = -scores.mean().double().cpu().numpy()  # [n]
-    if within is not None:
-        suspicion = _rank_within(labels_for(scores.ids, within, "within", scores.id_column), suspicion)
-    return Bunch(
-        auc=float(roc_auc_score(wrong, suspicion)),
-        average_precision=float(average_precision_score(wrong, suspicion)),
+    groups = None if within is None else labels_for(scores.ids, within, "within", scores.id_column)
+    place = suspicion if groups is None else _rank_within(groups, suspicion)
+    result = Bunch(
+        auc=float(roc_auc_score(wrong, place)), average_precision=float(average_precision_score(wrong, place))
     )
+    if kinds is not None:
+        kind = np.array(list(map(str, labels_for(scores.ids, kinds, "kinds", scores.id_column))))
+        result["auc_by_kind"] = {}
+        for name in sorted(set(kind[wrong])):
+            rows = np.flatnonzero(~wrong | (kind == name))  # the other kinds are out of the ranking within groups, too
+            own = [groups[i] for i in rows] if groups is not None else None
+            place = suspicion[rows] if own is None else _rank_within(own, suspicion[rows])
+            result["auc_by_kind"][str(name)] = float(roc_auc_score(wrong[rows], place))
+    return result
 
 
 def _rank_within(groups: list[Hashable], values: np.ndarray) -> np.ndarray:

@@ -1,6 +1,6 @@
 """Do the training prompts that influence a query most share its task? AUC and recall of every method on three sets.
 
-    python tests/benchmarks/class_detection.py --train 180 --test 30 --json classes.json --markdown classes.md
+    python tests/benchmarks/class_detection.py --train 180 --test 30 --results runs/classes --markdown classes.md
 
 SmolLM2-135M-Instruct with LoRA on q_proj and v_proj learns the whole text of ten sentence transformations or ten kinds
 of word problems (without and with reasoning), made by `hf_influence.evaluation.benchmarks`; then whole rows are
@@ -10,28 +10,25 @@ collected from the prompt, the answer and the text. The papers train on 900 prom
 from __future__ import annotations
 
 import argparse
-import json
-import platform
 import tempfile
-import time
-from collections.abc import Callable
-from datetime import date
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, get_args
 
 from datasets import DatasetDict
 from peft import LoraConfig, get_peft_model
+from series import Given, best, every_method, finish, parser, runs_of
 from transformers import DataCollatorForSeq2Seq, Trainer, TrainingArguments, set_seed
 
-from hf_influence import attribute, collect
+from hf_influence import collect
 from hf_influence.attribution import methods
-from hf_influence.errors import InfluenceError
-from hf_influence.evaluation import class_detection
+from hf_influence.evaluation import Run, Table, class_detection
 from hf_influence.evaluation.benchmarks import math_problems, sentence_transformations, tokenize
 from hf_influence.evaluation.benchmarks.tokenization import Part
+from hf_influence.evaluation.table import BASELINES
 from hf_influence.pretrained import load_language_model
+from hf_influence.scores import Scores
 
 SETS: dict[str, Callable[..., DatasetDict]] = {
     "sentence_transformations": sentence_transformations,
@@ -40,32 +37,22 @@ SETS: dict[str, Callable[..., DatasetDict]] = {
 }
 
 
-def measure(store: Path, train: list[str], query: list[str]) -> dict[str, dict[str, Any]]:
-    """Every method with a score a query that the store has the rows for; what stopped the others."""
-    found: dict[str, dict[str, Any]] = {}
-    for method, about in methods().items():
-        if "queries" not in about.needs:
-            continue
-        settings = {"labels": train} if "labels" in about.needs else {}
-        started = time.perf_counter()
-        try:
-            scores = attribute(store, method, **settings)
-        except InfluenceError as error:
-            found[method] = {"left out": f"{type(error).__name__}: {str(error).splitlines()[0][:160]}"}
-            continue
-        took = time.perf_counter() - started
-        if scores.query_ids is None or len(scores.query_ids) != len(query):
-            continue  # one column for all queries ranks no single one
-        signed = "labels" in about.needs
-        found[method] = {"seconds": took, **class_detection(scores, train, query, absolute=not signed)}
-    return found
+def figures(train: list[str], query: list[str], method: str, scores: Scores) -> Mapping[str, Any] | None:
+    """AUC and recall where there is a score a query; for the baselines of one column, that column for every query."""
+    needs = methods()[method].needs
+    if scores.query_ids is None and method in BASELINES:
+        same = scores.values.expand(-1, len(query))
+        scores = Scores(same, scores.ids, method, scores.settings, list(range(len(query))), scores.id_column)
+    if scores.query_ids is None or len(scores.query_ids) != len(query):
+        return None  # one column for all queries ranks no single one
+    return class_detection(scores, train, query, absolute="labels" not in needs)
 
 
-def run(name: str, args: argparse.Namespace) -> dict[str, dict[str, dict[str, Any]]]:
+def run(name: str, seed: int, args: argparse.Namespace) -> dict[str, dict[str, dict[str, Any]]]:
     """Part of the text -> method -> figures."""
     model, tokenizer = load_language_model()
-    data = SETS[name](train=args.train, test=args.test, seed=args.seed)
-    set_seed(args.seed)
+    data = SETS[name](train=args.train, test=args.test, seed=seed)
+    set_seed(seed)
     lora = LoraConfig(r=8, lora_alpha=16, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
     with tempfile.TemporaryDirectory() as folder:
         arguments = TrainingArguments(
@@ -73,7 +60,7 @@ def run(name: str, args: argparse.Namespace) -> dict[str, dict[str, dict[str, An
             num_train_epochs=args.epochs,
             per_device_train_batch_size=args.batch_size,
             learning_rate=args.learning_rate,
-            seed=args.seed,
+            seed=seed,
             save_strategy="no",
             logging_strategy="no",
             report_to=[],
@@ -91,62 +78,40 @@ def run(name: str, args: argparse.Namespace) -> dict[str, dict[str, dict[str, An
             store = Path(folder) / part
             for split, rows in (("train", data["train"]), ("query", data["test"])):
                 collect(trainer.model, tokenize(rows, tokenizer, gradient=part), store, split)
-            found[part] = measure(store, list(data["train"]["task"]), list(data["test"]["task"]))
-            best = sorted((-row["auc_mean"], m) for m, row in found[part].items() if "auc_mean" in row)[:6]
-            print(name, part, ", ".join(f"{method} {-auc:.3f}" for auc, method in best), flush=True)
+            sides = (list(data["train"]["task"]), list(data["test"]["task"]))
+            texts = [list(data[split][part]) for split in ("train", "test")]
+            given = Given(sides[0], texts[0], texts[1], seed)
+            found[part] = every_method(store, given, partial(figures, *sides))
+            print(name, part, f"seed {seed}", best(found[part], "auc_mean"), flush=True)
     return found
 
 
-def table(results: dict[str, dict[str, dict[str, dict[str, Any]]]], args: argparse.Namespace) -> str:
-    """Markdown: a row a method, a column a set and part; AUC / recall; best mean first."""
-    columns = [(name, part) for name in results for part in results[name]]
-    cells: dict[str, dict[tuple[str, str], dict[str, Any]]] = {}
-    for name, part in columns:
-        for method, row in results[name][part].items():
-            if "auc_mean" in row:
-                cells.setdefault(method, {})[name, part] = row
-    order = sorted(cells, key=lambda m: -sum(row["auc_mean"] for row in cells[m].values()) / len(cells[m]))
-    lines = [
-        f"SmolLM2-135M-Instruct + LoRA r=8, {args.train} training and {args.test} test prompts, {args.epochs} epochs, "
-        f"batch {args.batch_size}, learning rate {args.learning_rate}, seed {args.seed}; {date.today()}, "
-        f"{platform.machine()}, torch {version('torch')}, transformers {version('transformers')}.",
-        "",
-        "AUC / recall, mean over the queries; absolute influence, but for class-wise outliers.",
-        "",
-        "| method | " + " | ".join(f"{name}, {part}" for name, part in columns) + " |",
-        "|---|" + "---|" * len(columns),
-    ]
-    for method in order:
-        shown = (cells[method].get(column) for column in columns)
-        lines.append(
-            f"| `{method}` | "
-            + " | ".join(f"{row['auc_mean']:.3f} / {row['recall_mean']:.3f}" if row else "" for row in shown)
-            + " |"
-        )
-    return "\n".join(lines) + "\n"
+def columns(run: Run) -> Iterator[tuple[str, Any]]:
+    for part, rows in run.result.items():
+        yield f"{run.key['set']}, {part}", rows
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--sets", nargs="+", default=list(SETS), choices=list(SETS))
-    parser.add_argument("--train", type=int, default=900)
-    parser.add_argument("--test", type=int, default=100)
-    parser.add_argument("--epochs", type=float, default=3)
-    parser.add_argument("--batch-size", type=int, default=8)
-    parser.add_argument("--learning-rate", type=float, default=2e-3)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--json", type=Path)
-    parser.add_argument("--markdown", type=Path)
-    args = parser.parse_args()
-    results: dict[str, Any] = {}
+    options = parser(__doc__)
+    options.add_argument("--sets", nargs="+", default=list(SETS), choices=list(SETS))
+    options.add_argument("--seeds", nargs="+", type=int, default=[0])
+    options.add_argument("--train", type=int, default=900)
+    options.add_argument("--test", type=int, default=100)
+    options.add_argument("--epochs", type=float, default=3)
+    options.add_argument("--batch-size", type=int, default=8)
+    options.add_argument("--learning-rate", type=float, default=2e-3)
+    args = options.parse_args()
+    runs = runs_of(args, "sets", "seeds")
     for name in args.sets:
-        results[name] = run(name, args)
-        if args.json:
-            args.json.write_text(json.dumps(results, indent=1))
-    text = table(results, args)
-    print(text)
-    if args.markdown:
-        args.markdown.write_text(text)
+        for seed in args.seeds:
+            runs.do({"set": name, "seed": seed}, partial(run, name, seed, args))
+    title = (
+        f"SmolLM2-135M-Instruct + LoRA r=8, {args.train} training and {args.test} test prompts, {args.epochs} epochs, "
+        f"batch {args.batch_size}, learning rate {args.learning_rate}; mean over the queries, absolute influence, but "
+        "for methods that take labels."
+    )
+    beside = ("length_rho", "duplicates_rho", "seconds")
+    finish(Table(title=title, metrics=("auc_mean", "recall_mean"), beside=beside), columns, runs, args)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,8 @@ def swap_answers(dataset: Dataset, fraction: float, seed: int = 0, within: str |
     of one random other row whose answer differs; the giver keeps its own, so an answer may be given more than once.
     The column `is_wrong` says where; `text`, if present, is written again as prompt + answer.
 
-    Use it to make a detection benchmark: `mislabel_detection(scores, swapped["is_wrong"])`.
+    Use it to make a detection benchmark: `mislabel_detection(scores, swapped["is_wrong"])`. See also: corrupt_answers
+    (several kinds of mistakes, and an error where a row allows none).
 
     Args:
         dataset: With a column `answer`; and `prompt`, if there is a column `text`.

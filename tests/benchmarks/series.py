@@ -1,0 +1,99 @@
+"""What the benchmarks share: the options of a series of runs, every method on a store, the table at the end."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hf_influence.attribution import attribute, lacking, methods
+from hf_influence.errors import InfluenceError
+from hf_influence.evaluation import Run, Runs, Table, biases
+from hf_influence.scores import Scores
+
+LEAVE = ("results", "markdown", "json", "data")
+"""Options that say where things lie and do not change what a run finds; nor do those that a series goes over."""
+
+
+def parser(description: str | None) -> argparse.ArgumentParser:
+    """With the options of every series."""
+    made = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made.add_argument("--results", type=Path, help="folder where each run is kept at once; a series goes on from there")
+    made.add_argument("--json", type=Path, help="the table and the single figures")
+    made.add_argument("--markdown", type=Path, help="the table")
+    return made
+
+
+def runs_of(args: argparse.Namespace, *over: str) -> Runs:
+    """The runs of these options; `over` names those that the series goes over."""
+    return Runs(args.results, {name: value for name, value in vars(args).items() if name not in (*LEAVE, *over)})
+
+
+@dataclass(frozen=True)
+class Given:
+    """What is passed to the methods that need it, one for each example in dataset order."""
+
+    labels: Sequence[Any]
+    texts: Sequence[str]
+    query_texts: Sequence[str]
+    seed: int
+
+    def settings(self, method: str, needs: Sequence[str]) -> dict[str, Any]:
+        """Those of one method."""
+        settings: dict[str, Any] = {"seed": self.seed} if method == "random" else {}
+        settings |= {"labels": self.labels} if "labels" in needs else {}
+        return settings | ({"texts": self.texts, "query_texts": self.query_texts} if "texts" in needs else {})
+
+
+def every_method(
+    store: Path, given: Given, figures: Callable[[str, Scores], Mapping[str, Any] | None]
+) -> dict[str, dict[str, Any]]:
+    """Method -> what `figures` says of its scores, with seconds and biases; or what it was left out for.
+
+    `figures` gives `None` for a method that the benchmark is not about.
+    """
+    found: dict[str, dict[str, Any]] = {}
+    for method, lacks in lacking(store).items():
+        needs = methods()[method].needs
+        if missing := set(lacks) - {"labels", "texts"}:
+            found[method] = {"left out": f"the store has no {', '.join(sorted(missing))}"}
+            continue
+        started = time.perf_counter()
+        try:
+            scores = attribute(store, method, **given.settings(method, needs))
+        except InfluenceError as error:
+            found[method] = {"left out": f"{type(error).__name__}: {str(error).splitlines()[0][:160]}"}
+            continue
+        took = time.perf_counter() - started
+        if (figure := figures(method, scores)) is not None:
+            bias = biases(scores, store)
+            rho = {"length_rho": bias.length, "duplicates_rho": bias.duplicates}
+            found[method] = {**figure, **rho, "seconds": took}
+    return found
+
+
+def best(found: Mapping[str, Mapping[str, Any]], metric: str, k: int = 5) -> str:
+    """The first methods of a run in a line."""
+    order = sorted((row for row in found.items() if metric in row[1]), key=lambda row: -row[1][metric])
+    return ", ".join(f"{method} {row[metric]:.3f}" for method, row in order[:k])
+
+
+def finish(
+    table: Table, columns: Callable[[Run], Iterator[tuple[str, Any]]], runs: Runs, args: argparse.Namespace
+) -> None:
+    """Print and write the table of whatever runs are there; `columns` cuts a run into columns."""
+    about = []
+    for run in runs:
+        about.append(run.about)
+        for column, rows in columns(run):
+            table.add(column, rows)
+    text = table.markdown(about)
+    print(text)
+    if args.markdown:
+        args.markdown.write_text(text)
+    if args.json:
+        args.json.write_text(json.dumps(table.json(about), indent=1))
