@@ -71,9 +71,9 @@ def test_nothing_is_called_utils() -> None:
     assert {module.split(".")[0] for module in MODULES} <= set(LEVEL)
 
 
-@pytest.mark.parametrize("package", ["", ".attribution", ".callbacks", ".evaluation", ".filter", ".gradients", ".points"])
+@pytest.mark.parametrize("package", ["", "attribution", "callbacks", "evaluation", "filter", "gradients", "points"])
 def test_every_public_name_has_a_docstring(package: str) -> None:
-    module = importlib.import_module(f"hf_influence{package}")
+    module = importlib.import_module(f"hf_influence.{package}".rstrip("."))
     assert module.__doc__
     assert list(module.__all__) == sorted(module.__all__)
     for name in module.__all__:

@@ -10,13 +10,13 @@ within a round.
 "Of training" compares with the step that a Trainer makes, which draws dropout masks: what an epoch of collecting costs
 in epochs of training.
 
-Measured on two CPU cores (AVX2) with torch 2.13, two runs of 40 rounds for MiniLM, two of 20 and 24 for SmolLM2 at batch
-8, one of 20 at batch 16; the medians move by about ±0.02 from run to run:
+Measured on two CPU cores (AVX2) with torch 2.13, in two runs of 40 rounds for MiniLM and of 20 to 24 for SmolLM2 (one at
+batch 16); the medians move by about ±0.02 from run to run:
 
     model     batch    full rows (at most 1.03)    dropout r=16 (at most 0.97)    full / dropout rows of training
     MiniLM     8       0.91 to 0.94                0.92                           0.76 / 0.77
     MiniLM    16       0.88                        0.85 to 0.86                   0.71 / 0.69
-    SmolLM2    8       0.95 to 0.98                0.96 to 0.97                        1.00 / 0.95
+    SmolLM2    8       0.95 to 0.98                0.96 to 0.97                   0.97 / 0.96
     SmolLM2   16       0.96                        0.94                           1.02 / 1.00
 
 Peak memory 3.4 GiB. Of the gain on MiniLM most comes from its last layer, which works on the first token alone since
