@@ -10,7 +10,7 @@ within a round.
 "Of training" compares with the step that a Trainer makes, which draws dropout masks: what an epoch of collecting costs
 in epochs of training.
 
-Measured on two CPU cores (AVX2) with torch 2.13, in two runs of 40 rounds for MiniLM and of 20 to 24 for SmolLM2 (one at
+Measured on two CPU cores (AVX2) with torch 2.13, in two runs of 40 rounds for MiniLM and of 20 for SmolLM2 (one at
 batch 16); the medians move by about ±0.02 from run to run:
 
     model     batch    full rows (at most 1.03)    dropout r=16 (at most 0.97)    full / dropout rows of training
