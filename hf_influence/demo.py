@@ -30,8 +30,8 @@ from transformers.utils import logging as transformers_logging
 
 from hf_influence.attribution import attribute, lacking, methods
 from hf_influence.callbacks import GradientCapture
-from hf_influence.evaluation import class_detection, mislabel_detection
-from hf_influence.evaluation.benchmarks import sentence_transformations, swap_answers, tokenize
+from hf_influence.evaluation import class_detection, corrupt_answers, mislabel_detection
+from hf_influence.evaluation.benchmarks import sentence_transformations, tokenize
 from hf_influence.evaluation.benchmarks.tokenization import Part
 from hf_influence.filter import DatasetFilter
 from hf_influence.gradients import collect, losses
@@ -73,7 +73,7 @@ class Demo:
         with _stage(console, f"data and model: {self.model or SMOLLM2}"):
             _, self.tokenizer = load_language_model(self.model)
             data = sentence_transformations(train=self.size, test=self.size, seed=self.seed)
-            train = swap_answers(data["train"], self.wrong, seed=self.seed, within="task")
+            train = corrupt_answers(data["train"], ["swapped_within"], self.wrong, self.seed)
             half = self.size // 2
             query, held_out = data["test"].select(range(half)), data["test"].select(range(half, self.size))
         with _stage(console, f"fine-tuning on {len(train)} prompts, {sum(train['is_wrong'])} with a wrong answer"):

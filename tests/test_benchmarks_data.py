@@ -15,7 +15,6 @@ from hf_influence.evaluation.benchmarks import (
     TRANSFORMATIONS,
     math_problems,
     sentence_transformations,
-    swap_answers,
     tokenize,
 )
 from hf_influence.evaluation.benchmarks.balanced_splits import Example, balanced_splits
@@ -139,53 +138,6 @@ def test_running_out_of_examples_is_said_instead_of_repeating_one():
     assert len(balanced_splits(tasks, train=4, test=2, seed=0)["train"]) == 4
     with pytest.raises(BadSetting, match=r"no new example of 'dice' after 6 .* Ask for fewer"):
         balanced_splits(tasks, train=5, test=2, seed=0)
-
-
-@pytest.mark.parametrize("within", ["task", None])
-def test_swapped_answers_are_wrong_and_come_from_another_row(within):
-    right = sentence_transformations(train=200, test=0)["train"]
-    swapped = swap_answers(right, 0.2, seed=3, within=within)
-    task_of = dict(zip(right["answer"], right["task"], strict=True))
-    assert sum(swapped["is_wrong"]) == 40
-    same_task = 0
-    for before, after in zip(right, swapped, strict=True):
-        assert (after["answer"] != before["answer"]) == after["is_wrong"]
-        assert after["answer"] in task_of
-        assert after["text"] == after["prompt"] + after["answer"]
-        assert (after["prompt"], after["task"]) == (before["prompt"], before["task"])
-        same_task += after["is_wrong"] and task_of[after["answer"]] == after["task"]
-    assert same_task == 40 if within else same_task < 20
-
-
-def test_swapping_repeats_with_the_seed_and_leaves_its_input_alone():
-    right = math_problems(train=100, test=0)["train"]
-    before = right.to_dict()
-    first, again, other = (swap_answers(right, 0.29, seed=seed) for seed in (0, 0, 1))
-    assert first.to_dict() == again.to_dict() != other.to_dict()
-    assert sum(first["is_wrong"]) == 29
-    assert right.to_dict() == before
-
-
-def test_an_equal_answer_of_another_row_is_never_given():
-    rows = Dataset.from_dict({"answer": ["4", "4", "4", "5"]})
-    swapped = swap_answers(rows, 1, within=None)
-    assert swapped["answer"][:3] == ["5", "5", "5"]
-    assert swapped["answer"][3] == "4"
-
-
-@pytest.mark.parametrize(
-    ("columns", "fraction", "error", "message"),
-    [
-        ({"answer": ["a", "b"], "task": ["x", "x"]}, 1.5, BadSetting, "from 0 to 1"),
-        ({"answer": ["a", "b"]}, 0.5, BadExample, r"no \['task'\]"),
-        ({"text": ["a"], "task": ["x"]}, 0.5, BadExample, r"no \['answer', 'prompt'\]"),
-        ({"answer": ["a"], "task": ["x"], "is_wrong": [True]}, 0.5, BadExample, "swapped before"),
-        ({"answer": ["a", "b"], "task": ["x", "y"]}, 1, BadSetting, "all 1 rows with task='x' .* row 0"),
-    ],
-)
-def test_what_cannot_be_swapped_is_named(columns, fraction, error, message):
-    with pytest.raises(error, match=message):
-        swap_answers(Dataset.from_dict(columns), fraction)
 
 
 EOS, BOS = 1, 2

@@ -130,7 +130,7 @@ def math_problems(*, train: int = 900, test: int = 100, reasoning: bool = False,
     integers, chosen so that every division is exact but that of the cupcakes, where full boxes are counted. No
     problem occurs twice. The least varied kind, `reading`, has 8,982 problems, so some 80,000 examples exist.
 
-    See also: sentence_transformations, swap_answers (to plant wrong answers), class_detection.
+    See also: sentence_transformations, corrupt_answers (to plant wrong answers), class_detection.
     Source: the ten kinds are those of Kwon et al., DataInf, ICLR 2024, appendix; the wording is our own.
 
     Raises:

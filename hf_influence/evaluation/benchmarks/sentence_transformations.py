@@ -138,7 +138,7 @@ def sentence_transformations(*, train: int = 900, test: int = 100, seed: int = 0
     Each of the 28,800 sentences is used at most once, over all tasks and both splits, so that nothing but the task
     links a test prompt with training prompts.
 
-    See also: math_problems, swap_answers (to plant wrong answers), class_detection.
+    See also: math_problems, corrupt_answers (to plant wrong answers), class_detection.
     Source: the ten rules are those of Kwon et al., DataInf, ICLR 2024, appendix; the wording and the sentences
     are our own.
 
