@@ -1,4 +1,4 @@
-"""How the cost of each family grows with n rows, d columns a block, m queries and r kept columns.
+"""How the cost of each family grows with n rows, d columns a block, m queries, r kept columns and T members.
 
     python tests/benchmarks/costs.py --json costs.json --plot costs.png
 
@@ -31,10 +31,17 @@ from hf_influence.gradients.capture import RowCatcher
 from hf_influence.gradients.compress import Compressor, dropout, gaussian
 from hf_influence.gradients.fixed import FixedWeights
 from hf_influence.gradients.taps import find_taps
+from hf_influence.store import PointAbout, number_of
 from hf_influence.task import task_of
 
-BASE = {"n": 500, "d": 1024, "m": 50, "r": 16}
-STEPS = {"n": (500, 1000, 2000, 4000), "d": (1024, 2048, 4096, 8192), "m": (50, 100, 200, 400), "r": (16, 32, 64, 128)}
+BASE = {"n": 500, "d": 1024, "m": 50, "r": 16, "T": 5}
+STEPS = {
+    "n": (500, 1000, 2000, 4000),
+    "d": (1024, 2048, 4096, 8192),
+    "m": (50, 100, 200, 400),
+    "r": (16, 32, 64, 128),
+    "T": (1, 2, 4, 8),
+}
 BLOCKS = 4
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "ip": ("n m d", {}),
@@ -44,7 +51,11 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "fisher": ("n² d + n³ (Gram side)", {"side": "gram"}),
     "dropout": ("n r (r + m)", {}),
     "gaussian": ("n d r", {}),
+    "lissa": ("n m d a step", {}),
+    "cg": ("n m d a step", {}),
+    "ip_ensemble": ("T n m d", {}),
 }
+GROWS_WITH = {"r": ("dropout", "gaussian"), "T": ("ip_ensemble",)}
 
 
 def seconds(run: Callable[[], object], rounds: int) -> float:
@@ -70,9 +81,14 @@ def grow(method: str, size: str, rounds: int, folder: Path) -> tuple[list[float]
     for value in STEPS[size]:
         sizes = BASE | {size: value}
         kept = dropout(sizes["r"]) if method == "dropout" else None
-        path = folder / f"{sizes['n']}-{sizes['d']}-{sizes['m']}-{sizes['r'] if kept else 'whole'}"
+        members = range(sizes["T"]) if method == "ip_ensemble" else ()
+        path = folder / f"{sizes['n']}-{sizes['d']}-{sizes['m']}-{sizes['r'] if kept else 'whole'}-{len(members)}"
         if not path.exists():
             fill(path, sizes["n"], sizes["m"], BLOCKS, sizes["d"], kept)
+            for member in members:
+                about = PointAbout("parameter_dropout", {"member": member}, "")
+                point = number_of(path, about)
+                fill(path, sizes["n"], sizes["m"], BLOCKS, sizes["d"], None, about=about, point=point)
         settings = dict(FAMILIES[method][1])
         if method in ("dropout", "gaussian"):
             settings["r"] = sizes["r"]
@@ -127,9 +143,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         for method in args.methods:
             sizes = [
-                s
-                for s in STEPS
-                if (s != "r" or method in ("dropout", "gaussian")) and not (s == "m" and "self" in method)
+                size
+                for size in STEPS
+                if method in GROWS_WITH.get(size, (method,)) and not (size == "m" and "self" in method)
             ]
             curves[method] = {size: grow(method, size, args.rounds, Path(folder)) for size in sizes}
             shown = ", ".join(f"{size}^{exponent(*curve):.2f}" for size, curve in curves[method].items())

@@ -28,6 +28,7 @@ import time
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -38,14 +39,16 @@ from hf_influence.store import GradientStore, Header
 LIMITS = {"datainf": 4.0, "fisher": 14.0, "dropout": 0.1}
 
 
-def fill(path: Path, rows: int, queries: int, blocks: int, width: int, compress: Compressor | None) -> Path:
-    """A store of random rows, the same ones whole and compressed."""
+def fill(
+    path: Path, rows: int, queries: int, blocks: int, width: int, compress: Compressor | None, **where: Any
+) -> Path:
+    """A store of random rows, the same ones whole and compressed; `where` names the point, by default the first."""
     names = {f"block{i}": [width] for i in range(blocks)}
     header = Header(model={}, task={}, blocks=names, compress=compress.settings() if compress else None)
     maps = {name: compress.fit(name, width) if compress else (lambda g: g) for name in names}
     generator = torch.Generator().manual_seed(0)
     for split, n in (("train", rows), ("query", queries)):
-        writer = GradientStore.create(path, header).writer(split, adapter="", dataset="", n=n, ids=None)
+        writer = GradientStore.create(path, header).writer(split, adapter="", dataset="", n=n, ids=None, **where)
         for start in range(0, n, 50):
             index = range(start, min(start + 50, n))
             whole = {name: torch.randn(len(index), width, generator=generator) for name in names}
