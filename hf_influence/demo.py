@@ -38,7 +38,7 @@ from hf_influence.gradients import collect, losses
 from hf_influence.pretrained import SMOLLM2, load_language_model
 
 ITERATIVE = ("cg", "lissa")
-"""They come close to what `fisher` solves exactly; on so few rows of so many columns at up to a hundred times its cost."""
+"""They come close to what `fisher` solves exactly; on few rows of many columns at up to a hundred times its cost."""
 
 
 @dataclass(kw_only=True)
