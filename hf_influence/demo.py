@@ -37,7 +37,7 @@ from hf_influence.filter import DatasetFilter
 from hf_influence.gradients import collect, losses
 from hf_influence.pretrained import SMOLLM2, load_language_model
 
-ITERATIVE = ("cg", "lissa")
+ITERATIVE = ("cg", "lissa", "self_cg", "self_lissa")
 """They come close to what `fisher` solves exactly; on few rows of many columns at up to a hundred times its cost."""
 
 
