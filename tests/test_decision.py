@@ -11,10 +11,10 @@ import torch
 from datasets import ClassLabel, Dataset, DatasetDict, Features, List, Value, load_dataset, load_from_disk
 from huggingface_hub import DatasetCard
 
+from hf_influence.dataset.contents import row_code, row_codes
 from hf_influence.errors import BadExample, StoreError
 from hf_influence.filter import DatasetFilter, Decision, Prune, Relabel, Reweight, Separate, add_to_card, save_curated
 from hf_influence.filter.card import END, START, with_section
-from hf_influence.filter.contents import row_code, row_codes
 from hf_influence.scores import Scores
 
 N = 8

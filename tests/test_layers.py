@@ -14,6 +14,7 @@ ROOT = Path(__file__).parents[1]
 ORDER = (
     {"errors"},
     {"store", "scores", "task"},
+    {"dataset"},
     {"gradients", "curvature"},
     {"points"},
     {"attribution"},

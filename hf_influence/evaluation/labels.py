@@ -5,10 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from datasets import Dataset
-
 from hf_influence.errors import BadSetting
-from hf_influence.scores import Scores
 
 
 def labels_for(ids: list[int] | list[str], labels: Iterable[Any], what: str, id_column: str | None = None) -> list[Any]:
@@ -32,23 +29,3 @@ def labels_for(ids: list[int] | list[str], labels: Iterable[Any], what: str, id_
     if id_column is None and set(ids) == set(range(len(ids))):
         return [plain[int(i)] for i in ids]
     return plain
-
-
-def rows_of(scores: Scores, dataset: Dataset) -> list[int]:
-    """The row of the dataset that each of the scores belongs to.
-
-    Raises:
-        BadSetting: They are not of this dataset.
-    """
-    names = list(range(len(dataset)))
-    if scores.id_column is not None and scores.id_column in dataset.column_names:
-        names = list(dataset.with_format(None)[scores.id_column])
-    row = {name: i for i, name in enumerate(names)}
-    rows = [row[name] for name in scores.ids if name in row]
-    if len(set(rows)) != len(dataset) or len(scores) != len(dataset):
-        where = f"in its column {scores.id_column!r}" if scores.id_column else "its indices"
-        raise BadSetting(
-            f"the scores cover {len(scores)} examples, of which {len(set(rows))} are among the {len(dataset)} rows of "
-            f"the dataset (told by {where}), so the rest cannot be ranked. Give the dataset that was scored."
-        )
-    return rows

@@ -12,8 +12,8 @@ from typing import Literal
 from datasets import Dataset
 from sklearn.utils import Bunch
 
+from hf_influence.dataset.matching import in_dataset_order
 from hf_influence.errors import BadSetting
-from hf_influence.evaluation.labels import rows_of
 from hf_influence.evaluation.runs import Runs, content_of
 from hf_influence.evaluation.shares import share_of
 from hf_influence.scores import Scores
@@ -53,6 +53,7 @@ def removal_curve(
 
     Raises:
         BadSetting: A fraction, an end or seeds that cannot work, scores of another dataset, a result that is no number.
+        BadExample: A dataset without rows or without the scores' id column.
 
     See also: lds (both directions in one figure), retraining_gain.
     """
@@ -67,9 +68,7 @@ def removal_curve(
     if not seeds:
         raise BadSetting("seeds is empty: without random drops of the same size there is nothing to compare with.")
     runs = Runs(folder, {"dataset": content_of(dataset)})
-    rows, mean = rows_of(scores, dataset), scores.mean().double().cpu()
-    by_row = mean.new_empty(len(rows))
-    by_row[rows] = mean
+    by_row = in_dataset_order(dataset, scores).mean(1)  # [n]
     order = {"lowest": by_row.argsort(stable=True).tolist(), "highest": (-by_row).argsort(stable=True).tolist()}
 
     def without(dropped: Sequence[int], **key: object) -> float:

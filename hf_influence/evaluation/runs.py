@@ -13,6 +13,7 @@ from typing import Any
 
 from datasets import Dataset
 
+from hf_influence.dataset.contents import code_of_all, row_codes
 from hf_influence.errors import BadSetting, StoreError, StoreMismatch
 from hf_influence.evaluation.provenance import provenance
 from hf_influence.store.files import write_json
@@ -114,10 +115,7 @@ class Runs:
 
 def content_of(dataset: Dataset) -> str:
     """A hash of the columns and rows of a dataset, the same in every process."""
-    digest = hashlib.sha256(repr(dataset.column_names).encode())
-    for table in dataset.with_format("arrow").iter(1000) if len(dataset) else ():
-        digest.update(repr(table.to_pylist()).encode())
-    return digest.hexdigest()[:16]
+    return code_of_all([repr(dataset.column_names), *row_codes(dataset, dataset.column_names)])[:16]
 
 
 def _file_name(key: Mapping[str, Any]) -> str:

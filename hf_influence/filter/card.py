@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, TypeVar
 from datasets import Dataset, DatasetDict
 from huggingface_hub import DatasetCard
 
+from hf_influence.dataset.contents import code_of_all
 from hf_influence.errors import BadExample
-from hf_influence.filter.contents import code_of_all
 from hf_influence.filter.wording import markdown
 
 if TYPE_CHECKING:

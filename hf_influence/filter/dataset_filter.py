@@ -10,6 +10,7 @@ import torch
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict, Value
 from torch import Tensor
 
+from hf_influence.dataset.matching import aligned
 from hf_influence.errors import BadExample, BadSetting
 from hf_influence.filter.cutting import (
     check_amount,
@@ -20,8 +21,7 @@ from hf_influence.filter.cutting import (
     mean_place,
     reasons_of,
 )
-from hf_influence.filter.decision import Decision, Written
-from hf_influence.filter.matching import aligned
+from hf_influence.filter.decision import Decision, Written, sources_of
 from hf_influence.filter.replay import carried_out, of_split
 from hf_influence.filter.report import group_sizes
 from hf_influence.filter.streams import StreamRows
@@ -150,7 +150,7 @@ class DatasetFilter:
             known, per_token = (by or StreamRows()).stored(rankings[0])
         return Decision(
             rule=rule,
-            sources=tuple({"method": one.method, "settings": dict(one.settings)} for one in rankings),
+            sources=sources_of(*rankings),
             ids=list(names),
             id_column=rankings[0].id_column,
             actions=["drop" if flag else "keep" for flag in gone.tolist()],

@@ -13,18 +13,24 @@ from typing import TYPE_CHECKING, Any
 
 from datasets import Dataset, Features
 
+from hf_influence.dataset.contents import code_of_all, row_codes
 from hf_influence.errors import BadExample, StoreError
 from hf_influence.filter.card import DONE, section
-from hf_influence.filter.contents import code_of_all, row_codes
 from hf_influence.filter.replay import replayed, undone
 from hf_influence.filter.report import Removed
 from hf_influence.filter.wording import number, printable, quoted, settings_of
+from hf_influence.scores import Scores
 from hf_influence.store.files import write_json
 
 if TYPE_CHECKING:
     from hf_influence.filter.streams import StreamRows
 
 SCHEMA = 1
+
+
+def sources_of(*rankings: Scores) -> tuple[dict[str, Any], ...]:
+    """What a decision says of the scores that it was made by."""
+    return tuple({"method": scores.method, "settings": dict(scores.settings)} for scores in rankings)
 
 
 @dataclass(frozen=True, kw_only=True)

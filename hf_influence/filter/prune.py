@@ -8,11 +8,11 @@ import torch
 from datasets import Dataset
 from torch import Tensor
 
+from hf_influence.dataset.contents import row_codes
+from hf_influence.dataset.matching import ids_of, in_dataset_order
 from hf_influence.errors import BadSetting
-from hf_influence.filter.contents import row_codes
 from hf_influence.filter.cutting import check_amount, count_of, gone_by, groups_of, reasons_of
-from hf_influence.filter.decision import Decision
-from hf_influence.filter.matching import ids_of, in_dataset_order
+from hf_influence.filter.decision import Decision, sources_of
 from hf_influence.filter.replay import carried_out
 from hf_influence.filter.report import group_sizes
 from hf_influence.filter.wording import quoted
@@ -90,7 +90,7 @@ class Prune:
             reasons += (f"it has the contents of row {quoted(names[original])}",)
         return Decision(
             rule=rule,
-            sources=({"method": scores.method, "settings": dict(scores.settings)},),
+            sources=sources_of(scores),
             ids=list(names),
             id_column=scores.id_column,
             actions=["drop" if flag else "keep" for flag in gone.tolist()],

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict, concatenate_datasets
 
+from hf_influence.dataset.contents import row_codes
 from hf_influence.errors import BadExample
-from hf_influence.filter.contents import row_codes
 from hf_influence.filter.streams import StreamRows, carried_out_on_stream
 from hf_influence.filter.wording import quoted
 

@@ -10,9 +10,9 @@ from datasets import Dataset, Value
 from sklearn.mixture import GaussianMixture
 from torch import Tensor
 
+from hf_influence.dataset.matching import ids_of, in_dataset_order
 from hf_influence.errors import BadExample, BadSetting
-from hf_influence.filter.decision import Decision, Written
-from hf_influence.filter.matching import ids_of, in_dataset_order
+from hf_influence.filter.decision import Decision, Written, sources_of
 from hf_influence.filter.prune import check_without_queries
 from hf_influence.filter.replay import carried_out
 from hf_influence.filter.report import group_sizes
@@ -94,7 +94,7 @@ class Separate:
         ends = [(float(mean[group == k].min()), float(mean[group == k].max())) for k in range(self.groups)]
         return Decision(
             rule=rule,
-            sources=({"method": scores.method, "settings": dict(scores.settings)},),
+            sources=sources_of(scores),
             ids=list(ids),
             id_column=scores.id_column,
             actions=["separate"] * len(ids),

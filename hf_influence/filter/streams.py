@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from datasets import Features, IterableDataset
 
+from hf_influence.dataset.contents import row_code
 from hf_influence.errors import BadExample, BadSetting
-from hf_influence.filter.contents import row_code
 from hf_influence.filter.wording import quoted
 from hf_influence.gradients.batches import Collator, padding_with
 from hf_influence.gradients.training import Batch

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -74,11 +74,12 @@ class FixedWeights:
         Returns:
             Parameter name -> `[b, d]`, and statistic -> `[b]` (`probabilities` `[b, c]`, `features` `[b, h]`).
         """
-        if self.first_token.enough is None:
-            with self.first_token.watched():
-                self.backward(batch)
+        known = self.first_token.enough is not None
+        with nullcontext() if known else self.first_token.watched():
+            stats = self.backward(batch)
+        if not known and self.first_token.enough:
             self.first_token.attach()
-        stats = self.backward(batch)
+            stats = self.backward(batch)  # again, so that a batch has the same rows wherever a pass began
         rows = self.catcher.take()
         return rows, {**stats, "grad_norm": _norm(list(rows.values()))}
 

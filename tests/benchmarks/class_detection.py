@@ -18,8 +18,8 @@ from typing import Any, get_args
 
 from datasets import DatasetDict
 from peft import LoraConfig, get_peft_model
-from series import Given, best, every_method, finish, parser, runs_of
-from transformers import DataCollatorForSeq2Seq, Trainer, TrainingArguments, set_seed
+from series import Given, arguments, best, every_method, finish, parser, runs_of
+from transformers import DataCollatorForSeq2Seq, Trainer, set_seed
 
 from hf_influence import collect
 from hf_influence.attribution import methods
@@ -55,20 +55,9 @@ def run(name: str, seed: int, args: argparse.Namespace) -> dict[str, dict[str, d
     set_seed(seed)
     lora = LoraConfig(r=8, lora_alpha=16, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
     with tempfile.TemporaryDirectory() as folder:
-        arguments = TrainingArguments(
-            folder,
-            num_train_epochs=args.epochs,
-            per_device_train_batch_size=args.batch_size,
-            learning_rate=args.learning_rate,
-            seed=seed,
-            save_strategy="no",
-            logging_strategy="no",
-            report_to=[],
-            dataloader_pin_memory=False,
-        )
         trainer = Trainer(
             get_peft_model(model, lora),
-            arguments,
+            arguments(folder, args, seed),
             train_dataset=tokenize(data["train"], tokenizer),
             data_collator=DataCollatorForSeq2Seq(tokenizer),
         )

@@ -25,8 +25,8 @@ from typing import Any
 
 from datasets import Dataset, load_dataset
 from peft import LoraConfig, get_peft_model
-from series import Given, best, every_method, finish, parser, runs_of
-from transformers import DataCollatorWithPadding, Trainer, TrainingArguments, set_seed
+from series import Given, arguments, best, every_method, finish, parser, runs_of
+from transformers import DataCollatorWithPadding, Trainer, set_seed
 
 from hf_influence.callbacks import GradientCapture
 from hf_influence.evaluation import Run, Table, flipped_labels, mislabel_detection
@@ -62,21 +62,9 @@ def run(name: str, rank: int, seed: int, args: argparse.Namespace) -> dict[str, 
     lora = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=["query", "value"], task_type="SEQ_CLS")
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         store = Path(folder)
-        arguments = TrainingArguments(
-            str(store / "trainer"),
-            num_train_epochs=args.epochs,
-            per_device_train_batch_size=args.batch_size,
-            learning_rate=args.learning_rate,
-            seed=seed,
-            save_strategy="no",
-            logging_strategy="no",
-            report_to=[],
-            disable_tqdm=True,
-            dataloader_pin_memory=False,
-        )
         trainer = Trainer(
             get_peft_model(model, lora),
-            arguments,
+            arguments(store / "trainer", args, seed),
             train_dataset=tokens(rows, name, tokenizer),
             data_collator=DataCollatorWithPadding(tokenizer),
             callbacks=[GradientCapture(store, tokens(query, name, tokenizer), during="epochs")],

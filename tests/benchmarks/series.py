@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from transformers import TrainingArguments
+
 from hf_influence.attribution import attribute, lacking, methods
 from hf_influence.errors import InfluenceError
 from hf_influence.evaluation import Run, Runs, Table, biases
@@ -31,6 +33,22 @@ def parser(description: str | None) -> argparse.ArgumentParser:
 def runs_of(args: argparse.Namespace, *over: str) -> Runs:
     """The runs of these options; `over` names those that the series goes over."""
     return Runs(args.results, {name: value for name, value in vars(args).items() if name not in (*LEAVE, *over)})
+
+
+def arguments(folder: str | Path, args: argparse.Namespace, seed: int) -> TrainingArguments:
+    """How the model of a run is trained: what the options say, and nothing but the rows is kept."""
+    return TrainingArguments(
+        str(folder),
+        num_train_epochs=args.epochs,
+        per_device_train_batch_size=args.batch_size,
+        learning_rate=args.learning_rate,
+        seed=seed,
+        save_strategy="no",
+        logging_strategy="no",
+        report_to=[],
+        disable_tqdm=True,
+        dataloader_pin_memory=False,
+    )
 
 
 @dataclass(frozen=True)
