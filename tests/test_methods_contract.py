@@ -18,7 +18,7 @@ from hf_influence.store import GradientStore
 
 TABLE = methods()
 WITH_QUERIES = [name for name, about in TABLE.items() if "queries" in about.needs]
-ONE_COLUMN = {"vote", "kernel_ridge"} | TABLE.keys() - set(WITH_QUERIES)
+ONE_COLUMN = {"vote", "vote_mean", "kernel_ridge", "kernel_ridge_mean"} | TABLE.keys() - set(WITH_QUERIES)
 WORDS = ["", "a red house", "the house", "red red wine", "ship"]
 every_method = pytest.mark.parametrize("method", TABLE)
 

@@ -20,7 +20,7 @@ from hf_influence.attribution import attribute, methods
 from hf_influence.callbacks import GradientCapture
 from hf_influence.errors import BadSetting, MissingRows, StoreMismatch
 from hf_influence.gradients import adam_state
-from hf_influence.store import GradientStore
+from hf_influence.store import GradientStore, PointAbout
 
 assert_exact = partial(torch.testing.assert_close, rtol=1e-12, atol=1e-12)
 
@@ -28,6 +28,11 @@ N, M = 8, 3
 OVER_POINTS = [name for name, about in methods().items() if "points" in about.needs]
 PRESENT = {1: [0, 1, 2, 3, 4, 6, 7], 2: [0, 2, 3, 5, 6, 7], 4: [0, 1, 2, 3, 4, 7]}
 """What each point of the store holds; the example 5 is in one of them only."""
+
+
+def per_query(method: str) -> bool:
+    """Whether a method has a column for each query."""
+    return "queries" in methods()[method].needs and not method.startswith(("vote", "kernel_ridge"))
 
 
 def random(seed: int, n: int, *widths: int) -> Blocks:
@@ -86,6 +91,29 @@ def test_means_are_over_the_points_that_hold_the_example(
     scores = attribute(store_of(tmp_path), method)
     assert scores.query_ids is None
     assert_exact(scores.values, sign * oracle.mean_over_points(seen(statistic)))
+
+
+@pytest.mark.parametrize("method", ["kernel_ridge", "vote"])
+def test_a_method_on_average_over_the_points_that_hold_the_example(tmp_path: Path, method: str) -> None:
+    store = store_of(tmp_path)
+    total, times = torch.zeros(N, 1, dtype=torch.float64), torch.zeros(N, 1, dtype=torch.float64)
+    for point, held in PRESENT.items():
+        total[held] += attribute(store, method, point=point).values
+        times[held] += 1
+    scores = attribute(store, f"{method}_mean")
+    assert_exact(scores.values, total / times)
+    assert scores.query_ids == [f"{method}_mean"]
+    assert scores.settings["points"] == list(PRESENT)
+
+
+def test_means_over_training_take_checkpoints_where_there_is_no_more(tmp_path: Path) -> None:
+    losses = torch.arange(2.0 * N, dtype=torch.float64).view(2, N)
+    for k in range(2):
+        about = PointAbout("checkpoint", {"step": k})
+        make_store(tmp_path, random(k, N, 5), random(9, M, 5), stats={"loss": losses[k]}, point=5 + k, about=about)
+    scores = attribute(tmp_path, "loss_mean")
+    assert scores.settings["points"] == [5, 6]
+    assert_exact(scores.values[:, 0], -losses.mean(0))
 
 
 def test_forgetting_counts_the_events_of_the_paper(tmp_path: Path) -> None:
@@ -268,7 +296,7 @@ def test_every_method_over_points_runs_on_what_a_trainer_leaves(tmp_path: Path) 
         scores = attribute(capture.path, method)
         assert scores.settings["points"] == [1, 2, 3]
         assert scores.ids == held
-        assert scores.values.shape == (len(held), 2 if "queries" in methods()[method].needs else 1)
+        assert scores.values.shape == (len(held), 2 if per_query(method) else 1)
 
 
 def test_a_wrong_label_sinks_where_training_memorises_it(tmp_path: Path) -> None:

@@ -20,9 +20,10 @@ class Statistic(Method):
 
     sign: ClassVar[int]
 
-    def __init_subclass__(cls, *, statistic: str, sign: int, **kwargs: Any) -> None:
+    def __init_subclass__(cls, *, statistic: str = "", sign: int = 0, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        cls.needs, cls.sign = (statistic,), sign
+        if statistic:
+            cls.needs, cls.sign = (statistic,), sign
 
     def score(self, rows: Selection) -> Tensor:
         """Scores `[n, 1]`; MissingRows if the statistic was not collected."""

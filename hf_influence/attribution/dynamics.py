@@ -3,37 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from hf_influence.attribution.over_points import OverPoints
+from hf_influence.attribution.baselines import El2n, Loss, Margin
+from hf_influence.attribution.over_points import MeanOverTraining, OverTraining
 from hf_influence.attribution.selection import Selection
 from hf_influence.attribution.statistic import statistic
 
 
 @dataclass(kw_only=True)
-class MeanStatistic(OverPoints):
-    """`sign` times the mean of a statistic over the points that hold the example."""
-
-    sign: ClassVar[int]
-
-    def __init_subclass__(cls, *, statistic: str, sign: int, **kwargs: Any) -> None:
-        super().__init_subclass__(**kwargs)
-        cls.needs, cls.sign = ("points", statistic), sign
-
-    def score(self, rows: Selection) -> Tensor:
-        total, times = torch.zeros(2, len(rows.ids), dtype=torch.float64)  # each [n]
-        for part in rows.parts:
-            at = rows.places(part)
-            total[at] += statistic(part.train, self.needs[-1], self.name).to(total)
-            times[at] += 1
-        return (self.sign * total / times).to(rows.train.dtype)[:, None]
-
-
-@dataclass(kw_only=True)
-class LossMean(MeanStatistic, name="loss_mean", statistic="loss", sign=-1):
+class LossMean(MeanOverTraining, Loss, name="loss_mean"):
     """Minus the mean of the example's loss over training: what is learnt late or never comes lowest.
 
         score[i] = −1/|C_i| Σ_{c ∈ C_i} ℓ_c(x_i, y_i),   C_i the points that hold i
@@ -46,7 +27,7 @@ class LossMean(MeanStatistic, name="loss_mean", statistic="loss", sign=-1):
 
 
 @dataclass(kw_only=True)
-class Aum(MeanStatistic, name="aum", statistic="margin", sign=1):
+class Aum(MeanOverTraining, Margin, name="aum"):
     """Area under the margin: by how much the logit of the label exceeds the best other logit, on average in training.
 
         score[i] = 1/|C_i| Σ_{c ∈ C_i} (z_i[y_i] − max_{k ≠ y_i} z_i[k])(θ_c),   C_i the points that hold i
@@ -59,7 +40,7 @@ class Aum(MeanStatistic, name="aum", statistic="margin", sign=1):
 
 
 @dataclass(kw_only=True)
-class El2nMean(MeanStatistic, name="el2n_mean", statistic="el2n", sign=-1):
+class El2nMean(MeanOverTraining, El2n, name="el2n_mean"):
     """Minus the length of the error vector of the predicted probabilities, on average in training.
 
         score[i] = −1/|C_i| Σ_{c ∈ C_i} ‖softmax(z_i(θ_c)) − onehot(y_i)‖₂,   C_i the points that hold i
@@ -72,7 +53,7 @@ class El2nMean(MeanStatistic, name="el2n_mean", statistic="el2n", sign=-1):
 
 
 @dataclass(kw_only=True)
-class Forgetting(OverPoints, name="forgetting"):
+class Forgetting(OverTraining, name="forgetting"):
     """Minus how often training forgets the example: right the last time it was seen, wrong now. Never learnt is worst.
 
         score[i] = −Σ_t max(0, a_i[t−1] − a_i[t]) − T (1 − max_t a_i[t]),   a the share of labels predicted right

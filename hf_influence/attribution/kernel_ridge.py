@@ -10,6 +10,7 @@ from torch import Tensor
 
 from hf_influence.attribution.finite import check_finite
 from hf_influence.attribution.method import Method
+from hf_influence.attribution.over_points import MeanOverTraining
 from hf_influence.attribution.products import cosines
 from hf_influence.attribution.selection import Selection
 from hf_influence.errors import MissingRows
@@ -51,4 +52,19 @@ class KernelRidge(Method, name="kernel_ridge"):
         return cosines(rows.train, query) @ weight.to(kernel)
 
     def columns(self, rows: Selection) -> list[Any]:
-        return ["kernel_ridge"]
+        return [self.name]
+
+
+@dataclass(kw_only=True)
+class KernelRidgeMean(MeanOverTraining, KernelRidge, name="kernel_ridge_mean"):
+    """Kernel ridge regression on the directions of the gradients, on average over training.
+
+        score[i] = 1/|C_i| Σ_{c ∈ C_i} Σ_q cos(g_i, v_q) α_q at θ_c,   α = (K + λI)⁻¹ 1, C_i the points that hold i
+
+    Each point asks the queries with other weights, and what only one of them believes is averaged away.
+
+    Cost: that of `kernel_ridge` at each point.
+    Use when: rows were captured during training, with clean queries, and labels may be wrong.
+    See also: KernelRidge (one point), LossMean (without queries).
+    Source: a method of this library.
+    """

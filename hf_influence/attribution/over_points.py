@@ -6,6 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from hf_influence.attribution.method import Method
 from hf_influence.attribution.selection import Selection
 from hf_influence.errors import BadSetting
@@ -59,3 +62,25 @@ class OverTraining(OverPoints):
         if self.points is None and not rows.training_points():
             return rows.store.points("checkpoint") or None
         return super().chosen(rows)
+
+
+@dataclass(kw_only=True)
+class MeanOverTraining(OverTraining):
+    """A method for one point on average over training: it inherits from this first and from that method second.
+
+    score[i] = 1/|C_i| Σ_{c ∈ C_i} score_c[i],   C_i the points that hold i
+    """
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        cls.needs = (*cls.needs, "points")
+
+    def score(self, rows: Selection) -> Tensor:
+        """Scores `[n, q]`, as the method gives at each point."""
+        parts = [(rows.places(part), super(MeanOverTraining, self).score(part)) for part in rows.parts]  # type: ignore[safe-super]
+        total = torch.zeros(len(rows.ids), parts[0][1].shape[1], dtype=torch.float64)
+        times = torch.zeros(len(rows.ids), 1, dtype=torch.float64)
+        for at, values in parts:
+            total[at] += values.double()
+            times[at] += 1
+        return (total / times).to(rows.train.dtype)

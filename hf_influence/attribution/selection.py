@@ -129,8 +129,7 @@ class Selection:
             f"{path} holds no rows of the split {self.train_split!r} from training steps (points with rows of it: "
             f"{', '.join(map(str, self._held())) or 'none'}), and the method goes over the points of training. Capture "
             f'them: GradientCapture({path!r}, during="epochs"). Checkpoints of the run will do too: collect_at(model, '
-            f"{{{self.train_split!r}: dataset}}, {path!r}, checkpoints(output_dir)), and name their points with "
-            "points=[…] (tracin and tda take them by themselves)."
+            f"{{{self.train_split!r}: dataset}}, {path!r}, checkpoints(output_dir))."
         )
 
     def _check_queries(self, first: Selection) -> None:

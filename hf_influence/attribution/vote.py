@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from hf_influence.attribution.method import Method
+from hf_influence.attribution.over_points import MeanOverTraining
 from hf_influence.attribution.products import cosines
 from hf_influence.attribution.selection import Selection
 from hf_influence.errors import MissingRows
@@ -42,7 +43,20 @@ class Vote(Method, name="vote"):
         return cos.gather(1, nearest).sum(1, keepdim=True)
 
     def columns(self, rows: Selection) -> list[Any]:
-        return ["vote"]
+        return [self.name]
 
     def record(self, rows: Selection) -> dict[str, Any]:
         return super().record(rows) | {"k": min(self.k, len(rows.query))}
+
+
+@dataclass(kw_only=True)
+class VoteMean(MeanOverTraining, Vote, name="vote_mean"):
+    """The vote of the queries that know an example best, on average over training.
+
+        score[i] = 1/|C_i| Σ_{c ∈ C_i} Σ_{q ∈ N_i(θ_c)} cos(g_i(θ_c), v_q(θ_c)),   C_i the points that hold i
+
+    Cost: that of `vote` at each point.
+    Use when: rows were captured during training, with clean queries of many kinds, and labels may be wrong.
+    See also: Vote (one point), KernelRidgeMean.
+    Source: a method of this library.
+    """

@@ -31,17 +31,20 @@ class MovedQueries(ABC):
     loss_reduction: Reduction = "mean"
 
     def __call__(self, model: nn.Module, batch: dict[str, Any]) -> Tensor:
+        with self.moving(model, batch) as moved:
+            return example_losses(model, moved, self.loss_reduction).sum()
+
+    @contextmanager
+    def moving(self, model: nn.Module, batch: dict[str, Any]) -> Iterator[dict[str, Any]]:
+        """Inside it the model sees the queries as the adversary has moved them; gives the batch to run it on."""
         with torch.enable_grad():
-            shift = self.adversary(model, batch)
-        return self._losses(model, batch, shift.detach()).sum()
+            shift = self.adversary(model, batch).detach()
+        with _moved(model, batch, lambda x: x + shift.to(x)) as moved:
+            yield moved
 
     @abstractmethod
     def adversary(self, model: nn.Module, batch: dict[str, Any]) -> Tensor:
         """The displacement δ of the inputs, `[b, …]`."""
-
-    def _losses(self, model: nn.Module, batch: dict[str, Any], shift: Tensor) -> Tensor:
-        with _moved(model, batch, lambda x: x + shift.to(x)) as moved:
-            return example_losses(model, moved, self.loss_reduction)
 
     def _slope(self, model: nn.Module, batch: dict[str, Any], shift: Tensor, of: Scalars) -> tuple[Tensor, Tensor]:
         """A number of each example at moved inputs, `[b]`, and its gradient at the input, `[b, …]`."""

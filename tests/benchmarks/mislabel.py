@@ -23,7 +23,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset, load_dataset
+from glue import HELD_OUT, TEXTS, load, texts, tokens
 from peft import LoraConfig, get_peft_model
 from series import Given, arguments, best, every_method, finish, parser, runs_of
 from transformers import DataCollatorWithPadding, Trainer, set_seed
@@ -31,25 +31,6 @@ from transformers import DataCollatorWithPadding, Trainer, set_seed
 from hf_influence.callbacks import GradientCapture
 from hf_influence.evaluation import Run, Table, flipped_labels, mislabel_detection
 from hf_influence.pretrained import load_classifier
-
-TEXTS = {"sst2": ("sentence",), "mrpc": ("sentence1", "sentence2"), "qnli": ("question", "sentence")}
-HELD_OUT = {"sst2": "validation", "mrpc": "test", "qnli": "validation"}
-MAX_TOKENS = 128
-
-
-def load(name: str, split: str, folder: Path | None) -> Dataset:
-    if folder is not None:
-        return Dataset.from_parquet(str(folder / name / f"{split}.parquet"))
-    return load_dataset("nyu-mll/glue", name, split=split)
-
-
-def texts(rows: Dataset, name: str) -> list[str]:
-    return [" ".join(parts) for parts in zip(*(rows[column] for column in TEXTS[name]), strict=True)]
-
-
-def tokens(rows: Dataset, name: str, tokenizer: Any) -> Dataset:
-    encoded = tokenizer(*(list(rows[column]) for column in TEXTS[name]), truncation=True, max_length=MAX_TOKENS)
-    return Dataset.from_dict({**encoded, "labels": list(rows["label"])})
 
 
 def run(name: str, rank: int, seed: int, args: argparse.Namespace) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -35,11 +36,23 @@ def runs_of(args: argparse.Namespace, *over: str) -> Runs:
     return Runs(args.results, {name: value for name, value in vars(args).items() if name not in (*LEAVE, *over)})
 
 
-def arguments(folder: str | Path, args: argparse.Namespace, seed: int) -> TrainingArguments:
-    """How the model of a run is trained: what the options say, and nothing but the rows is kept."""
+def on_the_way(runs: Runs, **key: Any) -> Path | None:
+    """Folder for what a run keeps before it is finished: its own for each key and for other settings."""
+    if runs.folder is None:
+        return None
+    code = hashlib.sha256(json.dumps([key, runs.settings], sort_keys=True).encode()).hexdigest()[:8]
+    return runs.folder / "on_the_way" / "-".join([*map(str, key.values()), code])
+
+
+def arguments(folder: str | Path, args: argparse.Namespace, seed: int, steps: int = -1) -> TrainingArguments:
+    """How the model of a run is trained: what the options say, and nothing but the rows is kept.
+
+    With `steps`, that many steps of the optimiser instead of the epochs.
+    """
     return TrainingArguments(
         str(folder),
         num_train_epochs=args.epochs,
+        max_steps=steps,
         per_device_train_batch_size=args.batch_size,
         learning_rate=args.learning_rate,
         seed=seed,
@@ -67,8 +80,16 @@ class Given:
         return settings | ({"texts": self.texts, "query_texts": self.query_texts} if "texts" in needs else {})
 
 
+def scored(store: Path, method: str, given: Given) -> Scores:
+    """The scores of one method with its defaults."""
+    return attribute(store, method, **given.settings(method, methods()[method].needs))
+
+
 def every_method(
-    store: Path, given: Given, figures: Callable[[str, Scores], Mapping[str, Any] | None]
+    store: Path,
+    given: Given,
+    figures: Callable[[str, Scores], Mapping[str, Any] | None],
+    without: Sequence[str] = (),
 ) -> dict[str, dict[str, Any]]:
     """Method -> what `figures` says of its scores, with seconds and biases; or what it was left out for.
 
@@ -76,13 +97,15 @@ def every_method(
     """
     found: dict[str, dict[str, Any]] = {}
     for method, lacks in lacking(store).items():
-        needs = methods()[method].needs
+        if method in without:
+            found[method] = {"left out": "by the option --without"}
+            continue
         if missing := set(lacks) - {"labels", "texts"}:
             found[method] = {"left out": f"the store has no {', '.join(sorted(missing))}"}
             continue
         started = time.perf_counter()
         try:
-            scores = attribute(store, method, **given.settings(method, needs))
+            scores = scored(store, method, given)
         except InfluenceError as error:
             found[method] = {"left out": f"{type(error).__name__}: {str(error).splitlines()[0][:160]}"}
             continue
@@ -109,9 +132,29 @@ def finish(
         about.append(run.about)
         for column, rows in columns(run):
             table.add(column, rows)
-    text = table.markdown(about)
+    publish(table.markdown(about), table.json(about), args)
+
+
+def finish_each(
+    tables: Mapping[str, Table],
+    columns: Callable[[Run], Iterator[tuple[str, str, Any]]],
+    runs: Runs,
+    args: argparse.Namespace,
+) -> None:
+    """The same with several tables, under their names; `columns` says of each column in which table it is."""
+    about: dict[str, list[Any]] = {name: [] for name in tables}
+    for run in runs:
+        for name, column, rows in columns(run):
+            about[name].append(run.about)
+            tables[name].add(column, rows)
+    text = "\n".join(f"## {name}\n\n{table.markdown(about[name])}" for name, table in tables.items())
+    publish(text, {name: table.json(about[name]) for name, table in tables.items()}, args)
+
+
+def publish(text: str, figures: Any, args: argparse.Namespace) -> None:
+    """Print the text, and write what the options ask for."""
     print(text)
     if args.markdown:
         args.markdown.write_text(text)
     if args.json:
-        args.json.write_text(json.dumps(table.json(about), indent=1))
+        args.json.write_text(json.dumps(figures, indent=1))

@@ -1,0 +1,170 @@
+"""Train, score, drop, and train anew from fresh weights, once or several times, as one call."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from weakref import ref
+
+from datasets import Dataset
+from transformers import Trainer, TrainerCallback
+
+from hf_influence.attribution.attribute import attribute
+from hf_influence.attribution.method import make_method
+from hf_influence.callbacks.capture import GradientCapture
+from hf_influence.callbacks.curate import check_actions, check_rule
+from hf_influence.errors import BadExample, BadSetting, StoreMismatch
+from hf_influence.filter.decision import Decision
+from hf_influence.filter.replay import carried_out
+from hf_influence.filter.whole import Rule, on_whole
+from hf_influence.scores import Scores
+
+MakeTrainer = Callable[[Dataset, list[TrainerCallback]], Trainer]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Retrained:
+    """What `curate_and_retrain` gives.
+
+    Attributes:
+        trainer: The last one, trained on `dataset`.
+        dataset: The curated dataset: rows of the original in their order, with the weights if the rule weighs.
+        decisions: One a round, all about the original dataset: `decisions[-1].replay(original)` is `dataset`.
+    """
+
+    trainer: Trainer
+    dataset: Dataset
+    decisions: list[Decision]
+
+
+def curate_and_retrain(
+    make_trainer: MakeTrainer,
+    dataset: Dataset,
+    rule: Rule,
+    method: str,
+    folder: str | Path,
+    *,
+    query_dataset: Any = None,
+    rounds: int = 1,
+    capture: dict[str, Any] | None = None,
+    **settings: Any,
+) -> Retrained:
+    """Train, score, curate, and train a fresh model on the rest; with one round the protocol of the papers.
+
+        def make_trainer(train_dataset, callbacks):
+            return Trainer(fresh_peft_model(), args, train_dataset=train_dataset, data_collator=collator,
+                           callbacks=callbacks)
+
+        done = curate_and_retrain(make_trainer, train, DatasetFilter(drop=0.05), "datainf", "runs/rounds",
+                                  query_dataset=clean)
+        done.trainer.evaluate(held_out)
+        print(done.decisions[-1].explain(17))
+
+    Each round trains on what the rounds before have left, scores that, and applies the rule to it: three rounds of
+    drop=0.1 leave 0.9³ of the rows. Ids are those of the original dataset throughout, and a row that is dropped stays
+    so. Weights are made anew each round, and the first round has none: with `Reweight` let `make_trainer` build a
+    `WeightedTrainer` where the dataset has the column. A smaller set has fewer steps an epoch; for trainings of equal
+    length set `max_steps`.
+
+    Cost: rounds + 1 trainings, and the disk for the rows of each round.
+
+    Called again after it was interrupted, it goes on after the last round that was finished, whose scores and decision
+    are in `folder`.
+
+    Args:
+        make_trainer: Gives a Trainer for a training set, with fresh weights each time and these callbacks.
+        dataset: What to curate; with the rows that the Trainers train on (text, if they are SFTTrainers).
+        rule: `DatasetFilter`, `Reweight`, `Prune`, or an object with `decide(dataset, scores)`.
+        method: As in `attribute`.
+        folder: For each round a folder with `rows` (the store), `scores.safetensors` and `decision.json`.
+        query_dataset: As in `GradientCapture`.
+        rounds: How often to score and curate.
+        capture: More settings of `GradientCapture`, such as `{"during": "epochs", "at_end": False}` for a method over
+            several points.
+        **settings: Of the method.
+
+    Raises:
+        BadSetting: Fewer than one round, a rule that does more than drop or weigh, a method or capture that cannot
+            work, or a `make_trainer` that loses the callbacks or goes on with trained weights.
+        BadExample: Not a dataset with a length.
+        StoreMismatch: The folder has rounds of another dataset, rule or method.
+
+    See also: CurateEachEpoch (within one training), removal_curve (is it worth it?).
+    """
+    check_rule(rule)
+    make_method(method, settings)
+    capture = dict(capture or {})
+    if taken := {"path", "query_dataset", "train_dataset", "overwrite"} & set(capture):
+        raise BadSetting(f"capture={{…}} has {sorted(taken)}, which each round sets for itself. Leave them out.")
+    if not isinstance(rounds, int) or rounds < 1:
+        raise BadSetting(f"rounds={rounds!r}: pass a whole number, at least 1.")
+    if not isinstance(dataset, Dataset):
+        raise BadExample(
+            f"{type(dataset).__name__} is not a datasets.Dataset, and the rows of each round are found by their places "
+            "in it. Make one (Dataset.from_list, Dataset.from_generator)."
+        )
+    decisions: list[Decision] = []
+    models: list[ref[Any]] = []  # those that are still there
+    for number in range(1, rounds + 1):
+        place, before = Path(folder) / f"round-{number:02d}", decisions[-1] if decisions else None
+        at = list(range(len(dataset))) if before is None else before.kept
+        if not (place / "decision.json").is_file():
+            current = dataset if before is None else carried_out(before, dataset)
+            taker = GradientCapture(place / "rows", query_dataset, train_dataset=current, overwrite=True, **capture)
+            _train(make_trainer, current, [taker], models)
+            attribute(taker.path, method, **settings).save(place / "scores.safetensors")
+        scores = Scores.load(place / "scores.safetensors")
+        _check_scores(scores, method, settings, place)
+        decision = rule.decide(dataset.select(at), scores)
+        check_actions(decision)
+        decision = on_whole(decision, dataset, at, before)
+        _keep(decision, place / "decision.json")
+        decisions.append(decision)
+    curated = carried_out(decisions[-1], dataset)
+    return Retrained(trainer=_train(make_trainer, curated, [], models), dataset=curated, decisions=decisions)
+
+
+def _train(make: MakeTrainer, dataset: Dataset, callbacks: list[TrainerCallback], models: list[ref[Any]]) -> Trainer:
+    """One run, of a trainer that is as it must be; `models` are those that were trained before."""
+    trainer = make(dataset, callbacks)
+    if any(all(other is not callback for other in trainer.callback_handler.callbacks) for callback in callbacks):
+        raise BadSetting("make_trainer(dataset, callbacks) made a Trainer without these callbacks. Pass them on.")
+    if any(trainer.model is model() for model in models):
+        raise BadSetting(
+            "make_trainer gave a model that was trained before, and a round that goes on with it has seen what was "
+            "dropped. Make a new model in make_trainer each time."
+        )
+    models.append(ref(trainer.model))
+    trainer.train()
+    return trainer
+
+
+def _check_scores(scores: Scores, method: str, settings: dict[str, Any], place: Path) -> None:
+    """StoreMismatch if a finished round was scored in another way, as far as plain settings tell."""
+    given = {name: value for name, value in settings.items() if isinstance(value, (bool, int, float, str))}
+    if scores.method != method or any(scores.settings.get(name) != value for name, value in given.items()):
+        raise StoreMismatch(
+            f"{place} was scored by {scores.method} with {scores.settings}, and now {method} with {given} is asked "
+            "for. Choose another folder."
+        )
+
+
+def _keep(decision: Decision, file: Path) -> None:
+    """Write it; if the round was finished before, see that it is the same."""
+    if not file.is_file():
+        decision.save(file)
+        return
+    earlier = Decision.load(file)
+    if earlier.contents != decision.contents:
+        raise StoreMismatch(f"{file} is about a dataset with other contents. Choose another folder.")
+    if _outcome(earlier) != _outcome(decision):
+        raise StoreMismatch(
+            f"{file} was decided by {earlier.rule}, and now it would be by {decision.rule}, with another outcome: the "
+            "rounds after it would not follow from it. Choose another folder."
+        )
+
+
+def _outcome(decision: Decision) -> Any:
+    return decision.rule, decision.actions, [column.new for column in decision.writes]

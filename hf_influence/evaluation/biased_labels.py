@@ -1,0 +1,71 @@
+"""Wrong labels that are wrong against one group of people, planted so that it is known where they are."""
+
+from __future__ import annotations
+
+from random import Random
+from typing import Any
+
+from datasets import Dataset, Value
+
+from hf_influence.errors import BadExample
+from hf_influence.evaluation.shares import share_of
+
+
+def biased_labels(
+    dataset: Dataset,
+    share: float,
+    *,
+    column: str,
+    group: Any,
+    label: str = "label",
+    right: Any = 1,
+    wrong: Any = 0,
+    seed: int = 0,
+) -> Dataset:
+    """A copy of `dataset` in which a share of the rows, all of one group and one label, has another label.
+
+    ⌊share · n⌋ of the rows with that group and the label `right` get the label `wrong`, drawn at random. A model that
+    learns them treats the group worse: demographic parity and the fair score rise.
+
+    Args:
+        dataset: With a label and a group an example.
+        share: Of all rows, in [0, 1].
+        column: The column of groups.
+        group: The group that is wronged.
+        label: The column of labels.
+        right: The label that some of the group lose.
+        wrong: The label that they get.
+        seed: The same seed chooses the same rows.
+
+    Returns:
+        The dataset with one more column, `is_wrong`.
+
+    Raises:
+        BadSetting: A share out of range.
+        BadExample: A column is missing or there already, or fewer rows than wanted have that group and label.
+
+    >>> rows = Dataset.from_dict({"sex": ["f", "f", "m", "m"], "label": [1, 1, 1, 1]})
+    >>> biased = biased_labels(rows, 0.25, column="sex", group="f")
+    >>> sum(biased["is_wrong"]), biased["label"][2:]
+    (1, [1, 1])
+
+    See also: flipped_labels (wrong labels against no one in particular), demographic_parity, fair_score.
+    """
+    wanted = int(share_of(share) * len(dataset))
+    if missing := [name for name in (column, label) if name not in dataset.column_names]:
+        raise BadExample(f"the dataset has the columns {dataset.column_names} but no {missing}. Name yours.")
+    if "is_wrong" in dataset.column_names:
+        raise BadExample("the dataset has a column 'is_wrong' already: wrong labels were planted before. Plant once.")
+    plain = dataset.with_format(None)
+    given = list(plain[label])
+    able = [i for i, (g, y) in enumerate(zip(plain[column], given, strict=True)) if g == group and y == right]
+    if wanted > len(able):
+        raise BadExample(
+            f"{wanted} of {len(given)} rows are to get the label {wrong!r}, and only {len(able)} have "
+            f"{column}={group!r} and {label}={right!r}. Choose a smaller share."
+        )
+    chosen = set(Random(seed).sample(able, wanted))
+    names, feature = dataset.column_names, dataset.features[label]
+    biased = dataset.add_column("is_wrong", [i in chosen for i in range(len(given))], feature=Value("bool"))
+    labels = [wrong if i in chosen else y for i, y in enumerate(given)]
+    return biased.remove_columns(label).add_column(label, labels, feature=feature).select_columns([*names, "is_wrong"])

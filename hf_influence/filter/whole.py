@@ -1,0 +1,96 @@
+"""A decision about some rows of a dataset, as one about all of them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any, Protocol
+
+from datasets import Dataset
+
+from hf_influence.dataset.matching import ids_of
+from hf_influence.filter.decision import Decision
+from hf_influence.filter.report import group_sizes
+from hf_influence.scores import Scores
+
+UNSCORED = "it has no score yet, so nothing is done about it"
+
+
+class Rule(Protocol):
+    """What decides: `DatasetFilter`, `Reweight`, `Prune`, or an object of yours."""
+
+    def decide(self, dataset: Any, scores: Scores) -> Decision:
+        """What happens to each row of the dataset that was scored."""
+
+
+def decide_on_scored(rule: Rule, dataset: Dataset, scores: Scores) -> Decision:
+    """What a rule says of a dataset of which not every row has a score: those without one are kept, with weight 1.
+
+    The rule looks at the rows with scores alone: a share is a share of them. The others come last in the ranks and have
+    the score NaN.
+
+    Args:
+        rule: See `Rule`.
+        dataset: All rows.
+        scores: Of some of them, known by index or by the values of the id column.
+    """
+    row = {name: i for i, name in enumerate(ids_of(dataset, scores.id_column))}
+    at = sorted(row[name] for name in scores.ids)
+    if len(at) == len(dataset):
+        return rule.decide(dataset, scores)
+    if scores.id_column is None:
+        place = {i: k for k, i in enumerate(at)}
+        scores = replace(scores, ids=[place[row[name]] for name in scores.ids])
+    return on_whole(rule.decide(dataset.select(at), scores), dataset, at)
+
+
+def on_whole(decision: Decision, dataset: Dataset, at: Sequence[int], before: Decision | None = None) -> Decision:
+    """The same decision, about a dataset that has more rows.
+
+    Args:
+        decision: About `dataset.select(at)`.
+        dataset: All rows.
+        at: Where the rows that were decided on stand in it.
+        before: An earlier decision about all of them, which holds for the others: they keep its score and its reason,
+            and come first in the ranks, in its order. Without one the others are kept, and come last.
+
+    Returns:
+        A decision that `replay` carries out on `dataset`.
+    """
+    n, decided = len(dataset), set(at)
+    rest = [i for i in range(n) if i not in decided]
+    scores, ranks, reason = [math.nan] * n, [0] * n, [len(decision.reasons)] * n
+    actions = ["weight" if decision.writes else "keep"] * n
+    reasons = (*decision.reasons, UNSCORED)
+    if before is not None:
+        rest.sort(key=before.ranks.__getitem__)
+        reasons = (*decision.reasons, *before.reasons)
+        for i in rest:
+            actions[i], scores[i] = before.actions[i], before.scores[i]
+            reason[i] = len(decision.reasons) + before.reason[i]
+    first, others = (0, len(at)) if before is None else (len(rest), 0)
+    for k, i in enumerate(at):
+        actions[i], scores[i], reason[i] = decision.actions[k], decision.scores[k], decision.reason[k]
+        ranks[i] = first + decision.ranks[k]
+    for k, i in enumerate(rest):
+        ranks[i] = others + k
+    place = {i: k for k, i in enumerate(at)}
+    writes = tuple(
+        replace(column, new=[column.new[place[i]] if i in place else 1.0 for i in range(n)])
+        for column in decision.writes
+    )
+    return replace(
+        decision,
+        ids=list(ids_of(dataset, decision.id_column)),
+        actions=actions,
+        scores=scores,
+        ranks=ranks,
+        reasons=reasons,
+        reason=reason,
+        groups=group_sizes(dataset, [i for i in range(n) if actions[i] != "drop"]),
+        columns=tuple(dataset.column_names),
+        writes=writes,
+        dataset=dataset,
+        known_contents=None,
+    )

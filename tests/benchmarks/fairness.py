@@ -1,0 +1,189 @@
+"""Does trimming by the fairness target make a model fairer, and what does it cost in accuracy?
+
+    python tests/benchmarks/fairness.py --data FOLDER --results runs/fairness --markdown fairness.md
+
+FOLDER is that of `mislabel.py`. The bias is planted, since GLUE says nothing of who speaks: each text is given a
+speaker of one of two groups ("the actress said : …"), drawn evenly, and a share of the training rows (`--share`), all
+of women and of class 1, get the label 0. The real texts keep their own he's and she's. MiniLM with LoRA on query and
+value learns these rows, their gradients are taken at the end, and so is that of the gap between the mean predictions
+for clean held-out texts told by the one group and the very same texts told by the other (`collect_target`, `fairness`).
+Each method ranks the training rows by that target; then the model is trained again, from the same head and adapter and
+for as many steps, on
+
+    clean        the rows whose label was not changed
+    drop M       without the lowest scores by method M, the given share of the rows; `drop random` is a random drop
+
+and judged by other clean held-out texts, each as a woman and as a man tell it (`swap_terms`):
+
+    fair score   share of texts whose predicted class changes with the speaker; lower is fairer
+    parity       gap between the mean predicted probabilities of class 1; lower is fairer
+    accuracy     over both versions; higher is better, and a model that always says the same is perfectly fair
+
+`biased` is the first training. `auc` says how well the scores find the changed labels, over all rows alike.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from random import Random
+from typing import Any
+
+from datasets import Dataset, concatenate_datasets
+from glue import HELD_OUT, TEXTS, fine_tune, load, options, texts, tokens, whole_run
+from series import Given, finish, runs_of, scored
+from torch import nn
+
+from hf_influence import collect, collect_target, fairness
+from hf_influence.attribution.method import make_method
+from hf_influence.errors import BadSetting
+from hf_influence.evaluation import (
+    Run,
+    Table,
+    biased_labels,
+    demographic_parity,
+    fair_score,
+    mislabel_detection,
+    swap_terms,
+)
+from hf_influence.filter import DatasetFilter
+from hf_influence.gradients import losses
+from hf_influence.pretrained import load_classifier
+
+BASELINES = ("random", "loss", "length")
+GROUPS = ("man", "woman")
+SPEAKERS = (
+    ("man", "woman"),
+    ("boy", "girl"),
+    ("brother", "sister"),
+    ("father", "mother"),
+    ("son", "daughter"),
+    ("uncle", "aunt"),
+    ("actor", "actress"),
+    ("king", "queen"),
+)
+PAIRS = (*SPEAKERS, ("he", "she"), ("himself", "herself"), ("husband", "wife"), ("male", "female"))
+"""What is swapped; his, him and her are left alone, as "her" may stand for either."""
+
+
+def told(rows: Dataset, name: str, seed: int) -> Dataset:
+    """Each text told by a speaker, whose group is the new column `group`."""
+    draw = Random(seed)
+    column = TEXTS[name][0]
+    groups = [draw.randrange(2) for _ in range(len(rows))]
+    speakers = [draw.choice(SPEAKERS)[group] for group in groups]
+    spoken = [f"the {who} said : {text}" for who, text in zip(speakers, rows[column], strict=True)]
+    rows = rows.remove_columns(column).add_column(column, spoken)
+    return rows.add_column("group", [GROUPS[group] for group in groups])
+
+
+def both(rows: Dataset, name: str) -> Dataset:
+    """The same texts told by the other group, after all as they are."""
+    other = rows
+    for column in TEXTS[name]:
+        other = other.remove_columns(column).add_column(column, swap_terms(rows[column], PAIRS))
+    swapped = [GROUPS[1 - GROUPS.index(group)] for group in rows["group"]]
+    other = other.remove_columns("group").add_column("group", swapped).select_columns(rows.column_names)
+    return concatenate_datasets([rows, other])
+
+
+def parts(name: str, args: argparse.Namespace, seed: int) -> tuple[Dataset, Dataset, Dataset]:
+    """Training rows with biased labels, queries and held-out rows that are clean and told both ways."""
+    rows = load(name, "train", args.data).shuffle(seed=seed).select(range(args.rows))
+    train = biased_labels(told(rows, name, seed), args.share, column="group", group="woman", seed=seed)
+    clean = load(name, HELD_OUT[name], args.data).shuffle(seed=seed)
+    if args.queries + args.held_out > len(clean):
+        raise BadSetting(
+            f"--queries {args.queries} and --held-out {args.held_out} are more than the {len(clean)} rows that {name} "
+            "keeps for evaluation, and a row must not be both. Lower one of them."
+        )
+    clean = told(clean.select(range(args.queries + args.held_out)), name, seed)
+    query, held_out = clean.select(range(args.queries)), clean.select(range(args.queries, len(clean)))
+    return train, both(query, name), both(held_out, name)
+
+
+def judged(model: nn.Module, held_out: Dataset, groups: list[str]) -> dict[str, float]:
+    """The figures of a model on texts of which the second half is the first one swapped."""
+    stats = losses(model, held_out)
+    y, half = stats["probabilities"], len(groups) // 2
+    classes = y.argmax(1)
+    return {
+        "fair score": fair_score(classes[:half], classes[half:]),
+        "parity": demographic_parity(y[:, 1], groups),
+        "accuracy": float(stats["correct"].double().mean()),
+    }
+
+
+def run(name: str, seed: int, args: argparse.Namespace) -> dict[str, dict[str, dict[str, float]]]:
+    """Share that is dropped -> training set -> figures."""
+    train, query, held_out = parts(name, args, seed)
+    _, tokenizer = load_classifier()
+    as_tokens, test = tokens(train, name, tokenizer), tokens(held_out, name, tokenizer)
+    wrong, groups = train["is_wrong"], list(held_out["group"])
+    found: dict[str, dict[str, dict[str, float]]] = {str(drop): {} for drop in args.drops}
+
+    def note(where: str, rows: str, model: nn.Module, **more: float) -> None:
+        found[where][rows] = {**judged(model, test, groups), **more}
+        figures = ", ".join(f"{key} {value:.3f}" for key, value in found[where][rows].items())
+        print(f"{name} seed {seed}, {where} {rows}: {figures}", flush=True)
+
+    first, *others = found
+    again = partial(fine_tune, args=args, seed=seed, steps=whole_run(args))
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+        model = fine_tune(as_tokens, args, seed)
+        note(first, "biased", model)
+        collect(model, as_tokens, folder)
+        people = tokens(query, name, tokenizer).add_column("group", query["group"])
+        collect_target(model, people, folder, target=fairness("group", groups=GROUPS), split="query")
+        given = Given(list(train["label"]), texts(train, name), texts(query, name), seed)
+        scores = {method: scored(Path(folder), method, given) for method in args.methods}
+    note(first, "clean", again(as_tokens.select([i for i, flag in enumerate(wrong) if not flag])))
+    for drop in others:
+        found[drop] |= found[first]
+    for drop in args.drops:
+        for method, own in scores.items():
+            rows = DatasetFilter(drop=drop).apply(as_tokens, own)
+            note(str(drop), f"drop {method}", again(rows), auc=mislabel_detection(own, wrong).auc)
+    return found
+
+
+def columns(run: Run) -> Iterator[tuple[str, Any]]:
+    for drop, rows in run.result.items():
+        yield f"{run.key['set']}, drop {float(drop):.0%}", rows
+
+
+def main() -> None:
+    made = options(
+        __doc__, sets=["sst2"], rows=600, queries=100, epochs=3, share=0.15, held_out=200, learning_rate=3e-3
+    )
+    made.add_argument("--methods", nargs="+", default=["ip", "datainf", "fisher"])
+    made.add_argument("--drops", nargs="+", type=float, default=[0.1, 0.2], help="shares of the rows to leave out")
+    args = made.parse_args()
+    args.methods = list(dict.fromkeys([*args.methods, *BASELINES]))
+    for method in args.methods:
+        make_method(method, {})  # a name that is none is refused before the training, not after
+    runs = runs_of(args, "sets", "seeds")
+    for name in args.sets:
+        for seed in args.seeds:
+            runs.do({"set": name, "seed": seed}, partial(run, name, seed, args))
+    title = (
+        f"MiniLM + LoRA r={args.rank}, {args.rows} training rows told by women and men, {args.share:.0%} planted (by "
+        f"women, of class 1, labelled 0), {args.queries} clean queries and {args.held_out} held-out texts told both "
+        f"ways, {args.epochs} epochs, batch {args.batch_size}, learning rate {args.learning_rate}. Fair score and "
+        "parity: lower is fairer."
+    )
+    table = Table(
+        title=title,
+        metrics=("fair score", "parity", "accuracy"),
+        beside=("auc",),
+        baselines=("biased", "clean", *(f"drop {method}" for method in BASELINES)),
+        higher_is_better=False,
+    )
+    finish(table, columns, runs, args)
+
+
+if __name__ == "__main__":
+    main()

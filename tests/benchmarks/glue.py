@@ -1,0 +1,124 @@
+"""What the benchmarks of MiniLM share: three GLUE sets with flipped labels, and how the classifier learns them."""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from datasets import Dataset, load_dataset
+from peft import LoraConfig, get_peft_model
+from series import Given, arguments, parser
+from torch import nn
+from transformers import DataCollatorWithPadding, Trainer, TrainerCallback, set_seed
+
+from hf_influence.callbacks import WeightedTrainer
+from hf_influence.errors import BadSetting
+from hf_influence.evaluation import flipped_labels
+from hf_influence.pretrained import load_classifier
+
+TEXTS = {"sst2": ("sentence",), "mrpc": ("sentence1", "sentence2"), "qnli": ("question", "sentence")}
+HELD_OUT = {"sst2": "validation", "mrpc": "test", "qnli": "validation"}
+MAX_TOKENS = 128
+WEIGHT = "weight"
+
+
+def load(name: str, split: str, folder: Path | None) -> Dataset:
+    if folder is not None:
+        return Dataset.from_parquet(str(folder / name / f"{split}.parquet"))
+    return load_dataset("nyu-mll/glue", name, split=split)
+
+
+def texts(rows: Dataset, name: str) -> list[str]:
+    return [" ".join(parts) for parts in zip(*(rows[column] for column in TEXTS[name]), strict=True)]
+
+
+def tokens(rows: Dataset, name: str, tokenizer: Any) -> Dataset:
+    """Tokens and labels, and the weights where the rows have them."""
+    encoded = tokenizer(*(list(rows[column]) for column in TEXTS[name]), truncation=True, max_length=MAX_TOKENS)
+    weights = {WEIGHT: list(rows[WEIGHT])} if WEIGHT in rows.column_names else {}
+    return Dataset.from_dict({**encoded, "labels": list(rows["label"]), **weights})
+
+
+class Parts(NamedTuple):
+    """Random parts of a set that share no row: training rows with flipped labels, clean queries, clean held-out rows.
+
+    Both clean parts come from the split that the set keeps for evaluation, and are other ones for each seed.
+    """
+
+    train: Dataset
+    query: Dataset
+    held_out: Dataset
+
+    @classmethod
+    def of(cls, name: str, args: argparse.Namespace, seed: int) -> Parts:
+        rows = load(name, "train", args.data).shuffle(seed=seed).select(range(args.rows))
+        clean = load(name, HELD_OUT[name], args.data).shuffle(seed=seed)
+        if args.queries + args.held_out > len(clean):
+            raise BadSetting(
+                f"--queries {args.queries} and --held-out {args.held_out} are more than the {len(clean)} rows that "
+                f"{name} keeps for evaluation, and a row must not be both. Lower one of them."
+            )
+        query = clean.select(range(args.queries))
+        held_out = clean.select(range(args.queries, args.queries + args.held_out))
+        return cls(flipped_labels(rows, args.share, seed), query, held_out)
+
+    def given(self, name: str, seed: int) -> Given:
+        """What the methods are passed."""
+        return Given(list(self.train["label"]), texts(self.train, name), texts(self.query, name), seed)
+
+
+def fine_tune(
+    rows: Dataset, args: argparse.Namespace, seed: int, *callbacks: TrainerCallback, steps: int = -1, order: int = 0
+) -> nn.Module:
+    """MiniLM with LoRA on query and value, trained on tokens; weights count where the rows have them.
+
+    The head and the adapter that it begins with depend on `seed` alone; `order` stirs the order of the rows and the
+    dropout as well.
+    """
+    model, tokenizer = load_classifier(seed=seed)
+    set_seed(seed)
+    lora = LoraConfig(r=args.rank, lora_alpha=2 * args.rank, target_modules=["query", "value"], task_type="SEQ_CLS")
+    kind = WeightedTrainer if WEIGHT in rows.column_names else Trainer
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+        trainer = kind(
+            get_peft_model(model, lora),
+            arguments(folder, args, seed + 1000 * order, steps),
+            train_dataset=rows,
+            data_collator=DataCollatorWithPadding(tokenizer),
+            callbacks=list(callbacks),
+        )
+        trainer.train()
+    return trainer.model
+
+
+def whole_run(args: argparse.Namespace) -> int:
+    """Steps of a training on all rows, for trainings on fewer that are to have as many."""
+    return int(args.epochs * -(-args.rows // args.batch_size))
+
+
+def options(description: str | None, **defaults: Any) -> argparse.ArgumentParser:
+    """The options of a series on these sets, with other defaults where given."""
+    made = parser(description)
+    made.add_argument("--data", type=Path, help="folder of parquet files; the hub without")
+    made.add_argument("--sets", nargs="+", default=list(TEXTS), choices=list(TEXTS))
+    made.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    made.add_argument("--rows", type=int, default=1500, help="to train on")
+    made.add_argument("--queries", type=int, default=200, help="clean rows to compare with")
+    made.add_argument("--held-out", type=int, default=400, help="clean rows to judge retrained models by")
+    made.add_argument("--share", type=float, default=0.2, help="of the labels that are flipped")
+    made.add_argument("--rank", type=int, default=8)
+    made.add_argument("--epochs", type=int, default=8)
+    made.add_argument("--batch-size", type=int, default=16)
+    made.add_argument("--learning-rate", type=float, default=5e-4)
+    made.set_defaults(**defaults)
+    return made
+
+
+def trained_how(args: argparse.Namespace) -> str:
+    """For the title of a table."""
+    return (
+        f"MiniLM + LoRA r={args.rank}, {args.rows} training rows, {args.share:.0%} labels flipped, {args.queries} "
+        f"clean queries, {args.epochs} epochs, batch {args.batch_size}, learning rate {args.learning_rate}."
+    )

@@ -1,0 +1,115 @@
+"""What the benchmarks of SmolLM2 share: three sets of prompts and answers, and how the language model learns them."""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset, DatasetDict
+from peft import LoraConfig, get_peft_model
+from series import arguments, parser
+from torch import nn
+from transformers import DataCollatorForSeq2Seq, Trainer, TrainerCallback, set_seed
+
+from hf_influence.errors import BadExample, BadSetting
+from hf_influence.evaluation.benchmarks import math_problems, sentence_transformations
+from hf_influence.pretrained import load_language_model
+
+MADE: dict[str, Callable[..., DatasetDict]] = {
+    "sentence_transformations": sentence_transformations,
+    "math_with_reasoning": partial(math_problems, reasoning=True),
+}
+"""Sets that can be made where there is no folder."""
+SETS = (*MADE, "instructions")
+SLOW = ("cg", "self_cg", "self_lissa")
+"""Left out by default: on few rows of many columns they take up to a hundred times as long as the exact `fisher`."""
+
+
+def load(name: str, args: argparse.Namespace, tokenizer: Any, seed: int) -> DatasetDict:
+    """`train` and `test`, `args.rows` and `args.queries` rows, with prompt, answer, task and text (prompt + answer).
+
+    From a folder they are drawn at random among the rows of at most `args.max_tokens` tokens: cutting the others would
+    make answers wrong that nobody has planted.
+    """
+    if args.data is None:
+        if name not in MADE:
+            raise BadSetting(f"{name} is a set of real data that cannot be made. Give its folder: --data FOLDER.")
+        return MADE[name](train=args.rows, test=args.queries, seed=seed)
+    sizes = {"train": args.rows, "test": args.queries}
+    return DatasetDict({split: _drawn(name, split, size, args, tokenizer, seed) for split, size in sizes.items()})
+
+
+def _drawn(name: str, split: str, size: int, args: argparse.Namespace, tokenizer: Any, seed: int) -> Dataset:
+    rows = Dataset.from_parquet(str(args.data / name / f"{split}.parquet"))
+    rows = rows.map(_instruction if "output" in rows.column_names else _prompt, remove_columns=rows.column_names)
+    lengths = [len(ids) for ids in tokenizer(list(rows["text"]))["input_ids"]]
+    rows = rows.select([i for i, length in enumerate(lengths) if length <= args.max_tokens])
+    if size > len(rows):
+        raise BadExample(
+            f"{name}/{split} has {len(rows)} rows of at most {args.max_tokens} tokens, and {size} are asked for. Lower "
+            "--rows or --queries, or raise --max-tokens."
+        )
+    return rows.shuffle(seed=seed).select(range(size))
+
+
+def _prompt(row: dict[str, str]) -> dict[str, str]:
+    return {**row, "answer": row["text"].removeprefix(row["prompt"])}
+
+
+def _instruction(row: dict[str, str]) -> dict[str, str]:
+    prompt = "".join(f"{part}\n" for part in (row["instruction"], row["input"]) if part)
+    return {"prompt": prompt, "answer": row["output"], "task": row["source"], "text": prompt + row["output"]}
+
+
+def fine_tune(rows: Dataset, args: argparse.Namespace, seed: int, *callbacks: TrainerCallback) -> nn.Module:
+    """SmolLM2 with LoRA on q_proj and v_proj, trained on tokens."""
+    model, tokenizer = load_language_model()
+    set_seed(seed)
+    lora = LoraConfig(r=8, lora_alpha=16, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+        trainer = Trainer(
+            get_peft_model(model, lora),
+            arguments(folder, args, seed),
+            train_dataset=rows,
+            data_collator=DataCollatorForSeq2Seq(tokenizer),
+            callbacks=list(callbacks),
+        )
+        trainer.train()
+    return trainer.model
+
+
+def options(description: str | None) -> argparse.ArgumentParser:
+    """The options of a series on these sets; `parsed` reads them."""
+    made = parser(description)
+    made.add_argument("--data", type=Path, help="folder of parquet files; without, the sets that can be made are")
+    made.add_argument("--sets", nargs="+", choices=SETS, help="all that there are by default")
+    made.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    made.add_argument("--rows", type=int, default=200, help="to train on")
+    made.add_argument("--queries", type=int, default=50, help="clean rows to compare with")
+    made.add_argument("--max-tokens", type=int, default=256, help="longer rows of the folder are not drawn")
+    made.add_argument("--without", nargs="*", default=list(SLOW), help="methods to leave out")
+    made.add_argument("--epochs", type=int, default=3)
+    made.add_argument("--batch-size", type=int, default=8)
+    made.add_argument("--learning-rate", type=float, default=2e-3)
+    return made
+
+
+def parsed(made: argparse.ArgumentParser) -> argparse.Namespace:
+    """The options given; `made`, whether the sets are, is one of them, so that the two are not mixed in one table."""
+    args = made.parse_args()
+    args.made = args.data is None
+    args.sets = args.sets or list(MADE if args.made else SETS)
+    return args
+
+
+def trained_how(args: argparse.Namespace) -> str:
+    """For the title of a table."""
+    return (
+        f"SmolLM2-135M-Instruct + LoRA r=8, {args.rows} training rows, {args.queries} clean queries, "
+        f"{'generated' if args.made else 'given'} data, {args.epochs} epochs, batch {args.batch_size}, learning rate "
+        f"{args.learning_rate}."
+    )

@@ -1,0 +1,118 @@
+"""What the suites make of finished runs: exact on figures that are made up, with no model."""
+
+import importlib
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from datasets import Dataset
+
+from hf_influence.evaluation import Runs, Table, retraining_gain
+from hf_influence.scores import Scores
+
+
+@pytest.fixture
+def suite(monkeypatch):
+    monkeypatch.syspath_prepend(Path(__file__).parent / "benchmarks")
+    return importlib.import_module
+
+
+def test_several_tables_are_filled_from_one_series(suite, tmp_path, capsys):
+    series = suite("series")
+    args = series.parser("").parse_args(["--json", str(tmp_path / "t.json"), "--markdown", str(tmp_path / "t.md")])
+    runs = Runs()
+    for seed, auc in enumerate((0.5, 0.7)):
+        runs.do({"seed": seed}, lambda auc=auc: {"one": {"ip": {"auc": auc}}, "other": {"loss": {"auc": 1 - auc}}})
+    tables = {name: Table(title="T.", metrics=["auc"], baselines=()) for name in ("one", "other")}
+    series.finish_each(tables, lambda run: ((name, "toy", rows) for name, rows in run.result.items()), runs, args)
+    text = (tmp_path / "t.md").read_text()
+    one, other = text.split("## other")
+    assert "| `ip` | 0.600 ± 0.141 |" in one
+    assert "| `loss` | 0.400 ± 0.141 |" in other
+    assert capsys.readouterr().out.strip() == text.strip()
+    assert set(json.loads((tmp_path / "t.json").read_text())) == {"one", "other"}
+
+
+def test_what_is_kept_on_the_way_has_a_folder_for_each_key_and_settings(suite, tmp_path):
+    where = suite("series").on_the_way
+    runs, others = Runs(tmp_path, {"rows": 1}), Runs(tmp_path, {"rows": 2})
+    assert where(runs, set="a", seed=0) == where(Runs(tmp_path, {"rows": 1}), set="a", seed=0)
+    assert len({where(runs, set="a", seed=0), where(runs, set="a", seed=1), where(others, set="a", seed=0)}) == 3
+    assert where(Runs(), set="a") is None
+
+
+def test_training_again_is_one_where_nothing_is_drawn_anew_and_falls_with_the_noise(suite):
+    again = suite("datamodeling").training_again
+    losses = torch.randn(40, 5, dtype=torch.float64)
+    assert again(torch.stack([losses, losses]))["training again"]["lds"] == pytest.approx(1)
+    noise = torch.randn(2, 40, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    assert 0.2 < again(losses + noise)["training again"]["lds"] < 0.8
+    assert "left out" in again(losses[None])["training again"]
+
+
+def test_a_removal_is_held_against_random_drops_and_each_of_these_against_the_others(suite):
+    point = {"fraction": 0.1, "lowest": 0.5, "highest": 0.9, "random": [0.6, 0.8]}
+    run = SimpleNamespace(key={"set": "toy"}, result={"ip": [point]})
+    table = Table(title="T.", metrics=["without lowest", "without highest"], baselines=())
+    for column, rows in suite("removal").columns(run):
+        assert column == "toy, 10%"
+        table.add(column, rows)
+    cells = {row: found["columns"]["toy, 10%"] for row, found in table.json([])["rows"].items()}
+    assert cells["ip"]["without lowest"]["values"] == pytest.approx([0.2])
+    assert cells["ip"]["without highest"]["values"] == pytest.approx([-0.2])
+    assert cells["random"]["without lowest"]["values"] == pytest.approx([0.2, -0.2])
+
+
+def test_kinds_of_wrong_answers_get_a_column_each_and_ranks_within_tasks(suite):
+    answers = suite("wrong_answers")
+    train = {
+        "is_wrong": [True, False, True, False, False],
+        "kind": ["refusal", "clean", "truncated", "clean", "clean"],
+        "task": ["a", "a", "b", "b", "b"],
+    }
+    scores = Scores(torch.tensor([[1.0], [2.0], [9.0], [10.0], [11.0]]), list(range(5)), "ip")
+    found = answers.figures(train, "ip", scores)
+    assert found["auc"] == pytest.approx(5 / 6)
+    assert found["kinds"] == {
+        "refusal": {"auc": 1.0, "within": pytest.approx(2.5 / 3)},
+        "truncated": {"auc": pytest.approx(2 / 3), "within": 1.0},
+    }
+    left = {"left out": "no rows"}
+    run = SimpleNamespace(key={"set": "s", "kind": answers.ALL}, result={"methods": {"ip": found, "gex": left}})
+    assert [column for _, column, _ in answers.columns(run)] == [answers.ALL, "truncated", "refusal"]
+    apart = SimpleNamespace(key={"set": "s", "kind": "refusal"}, result={"methods": {"ip": found}})
+    assert [column for _, column, _ in answers.columns(apart)] == ["refusal"]
+    assert list(answers.columns(SimpleNamespace(key=apart.key, result=left))) == []
+
+
+def test_groups_are_held_against_the_sources(suite):
+    source = ["a"] * 20 + ["b"] * 20
+    draw = torch.Generator().manual_seed(0)
+    values = 0.1 * torch.randn(40, 1, generator=draw) + torch.tensor([0.0] * 20 + [5.0] * 20)[:, None]
+    train = Dataset.from_dict({"task": source})
+    query = Dataset.from_dict({"task": ["a", "b"]})
+    figures = suite("separation").figures
+    assert figures(train, query, "self_ip", Scores(values, list(range(40)), "self_ip")) == {"rand": 1.0, "found": 2}
+    with_queries = Scores(torch.cat([-values, values], 1), list(range(40)), "ip", query_ids=[0, 1])
+    assert "rand" not in (found := figures(train, query, "ip", with_queries))
+    assert found["auc_mean"] == pytest.approx(0.5)  # by size, both columns put b first
+
+
+def test_a_share_of_the_gap_is_told_only_where_there_is_one(suite):
+    retraining = suite("retraining")
+    clear = retraining_gain({"noisy": [0.70, 0.71], "clean": [0.80, 0.81], "drop ip": [0.75, 0.76]})
+    assert retraining.gap(clear) == "Gap between noisy and clean: 0.100 ± 0.000 (95 %)."
+    run = SimpleNamespace(key={"set": "s"}, result={"noisy": {"accuracy": 0.7}, "drop ip": {"accuracy": 0.75}})
+    ((_, _, rows),) = retraining.columns({"s": clear}, run)
+    assert rows["drop ip"]["share"] == pytest.approx(0.5)
+    assert rows["noisy"]["share"] is None
+    one_seed = retraining_gain({"noisy": [0.7], "clean": [0.8], "drop ip": [0.75]})
+    assert "no shares of it" in retraining.gap(one_seed)
+
+
+def test_an_instruction_becomes_a_prompt_and_an_answer(suite):
+    row = {"instruction": "Translate.", "input": "Hund", "output": "dog", "source": "words"}
+    made = suite("prompts")._instruction(row)
+    assert made == {"prompt": "Translate.\nHund\n", "answer": "dog", "task": "words", "text": "Translate.\nHund\ndog"}
