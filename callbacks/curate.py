@@ -75,7 +75,7 @@ class CurateEachEpoch(TrainerCallback):
         method: As in `attribute`, any that needs no more than rows during training.
         after: The first decision is made after so many epochs.
         epochs: Decide after these epochs only, counted from 1.
-        **settings: Of the method. `labels` are those of the whole training set.
+        **settings: Of the method. `labels` and `groups` are those of the whole training set.
 
     Attributes:
         decisions: Epoch after which it was made -> decision about the Trainer's training set.
@@ -90,7 +90,7 @@ class CurateEachEpoch(TrainerCallback):
         self,
         capture: GradientCapture,
         rule: Rule,
-        method: str,
+        method: str = "auto",
         *,
         after: int = 1,
         epochs: Sequence[int] | None = None,
@@ -247,10 +247,7 @@ class CurateEachEpoch(TrainerCallback):
             return None
         if issubclass(class_of(self.method), OverPoints):
             return attribute(store, self.method, points=points, **self.settings)
-        settings = dict(self.settings)
-        if settings.get("labels") is not None:  # of the examples that the epoch was made of
-            settings["labels"] = [settings["labels"][at] for at in store.rows("train", points[-1]).positions.tolist()]
-        scores = attribute(store, self.method, point=points[-1], **settings)
+        scores = attribute(store, self.method, point=points[-1], **self.settings)
         return scores if last == 0 else with_earlier(scores, Scores.load(self._scores_file(last)))
 
     def _log(self, trainer: Trainer, control: TrainerControl, ended: int, seconds: float) -> None:

@@ -43,8 +43,8 @@ def curate_and_retrain(
     make_trainer: MakeTrainer,
     dataset: Dataset,
     rule: Rule,
-    method: str,
     folder: str | Path,
+    method: str = "auto",
     *,
     query_dataset: Any = None,
     rounds: int = 1,
@@ -57,8 +57,7 @@ def curate_and_retrain(
             return Trainer(fresh_peft_model(), args, train_dataset=train_dataset, data_collator=collator,
                            callbacks=callbacks)
 
-        done = curate_and_retrain(make_trainer, train, DatasetFilter(drop=0.05), "datainf", "runs/rounds",
-                                  query_dataset=clean)
+        done = curate_and_retrain(make_trainer, train, DatasetFilter(drop=0.05), "runs/rounds", query_dataset=clean)
         done.trainer.evaluate(held_out)
         print(done.decisions[-1].explain(17))
 
@@ -77,8 +76,8 @@ def curate_and_retrain(
         make_trainer: Gives a Trainer for a training set, with fresh weights each time and these callbacks.
         dataset: What to curate; with the rows that the Trainers train on (text, if they are SFTTrainers).
         rule: `DatasetFilter`, `Reweight`, `Prune`, or an object with `decide(dataset, scores)`.
-        method: As in `attribute`.
         folder: For each round a folder with `rows` (the store), `scores.safetensors` and `decision.json`.
+        method: As in `attribute`.
         query_dataset: As in `GradientCapture`.
         rounds: How often to score and curate.
         capture: More settings of `GradientCapture`, such as `{"during": "epochs", "at_end": False}` for a method over

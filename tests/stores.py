@@ -33,6 +33,7 @@ def make_store(
     query_stats: dict[str, Tensor] | None = None,
     about: PointAbout | None = None,
     rows: bool = True,
+    task: dict[str, Any] | None = None,
 ) -> GradientStore:
     """A store of these whole rows, compressed by `compress`, each split in as many shards, the last rows first.
 
@@ -43,7 +44,7 @@ def make_store(
     dtype = str(next(iter(train.values())).dtype).removeprefix("torch.")
     header = Header(
         model={},
-        task={},
+        task=task or {},
         blocks=shapes,
         compress=compress.settings() if compress else None,
         widths={name: compress.width(shape) for name, shape in shapes.items()} if compress else None,

@@ -316,6 +316,7 @@ folder = Path(sys.argv[1])
 run, curate = curated(folder, per_device_train_batch_size=1, num_train_epochs=2)
 torch.save({{"batches": run.batches, "decisions": {{e: d.kept for e, d in curate.decisions.items()}},
             "weights": weights(run)}}, folder / f"{{run.args.process_index}}.pt")
+torch.distributed.destroy_process_group()  # or its threads may outlive the interpreter
 """
 
 
@@ -487,7 +488,7 @@ class Makes:
 def test_one_round_is_train_score_drop_and_train_anew(tmp_path: Path) -> None:
     data = Dataset.from_list(EXAMPLES)
     make = Makes(tmp_path)
-    done = curate_and_retrain(make, data, DatasetFilter(drop=0.25), "datainf", tmp_path / "r", query_dataset=QUERIES)
+    done = curate_and_retrain(make, data, DatasetFilter(drop=0.25), tmp_path / "r", "datainf", query_dataset=QUERIES)
 
     capture = GradientCapture(tmp_path / "by-hand", QUERIES)
     trainer(tmp_path, [capture], num_train_epochs=1).train()
@@ -504,7 +505,7 @@ def test_one_round_is_train_score_drop_and_train_anew(tmp_path: Path) -> None:
 def test_ids_stay_those_of_the_original_dataset(tmp_path: Path) -> None:
     data = Dataset.from_list(EXAMPLES)
     make = Makes(tmp_path)
-    done = curate_and_retrain(make, data, DatasetFilter(drop=2), "loss", tmp_path / "r", rounds=3)
+    done = curate_and_retrain(make, data, DatasetFilter(drop=2), tmp_path / "r", "loss", rounds=3)
     assert [len(run.train_dataset) for run in make.made] == [12, 10, 8, 6]
     for run, decision in zip(make.made[1:], done.decisions, strict=True):
         assert {at for batch in run.batches for at in batch} == set(decision.kept)
@@ -534,7 +535,7 @@ def test_weights_are_made_anew_each_round(tmp_path: Path) -> None:
         made.append(trainer(tmp_path, callbacks, rows, kind, with_weights, num_train_epochs=1))
         return made[-1]
 
-    done = curate_and_retrain(make, data, Reweight(), "loss", tmp_path / "r", rounds=2)
+    done = curate_and_retrain(make, data, Reweight(), tmp_path / "r", "loss", rounds=2)
     assert [type(run) for run in made] == [Trainer, WeightedTrainer, WeightedTrainer]
     first, second = (run.train_dataset["weight"][:] for run in made[1:])
     assert first != second
@@ -543,7 +544,7 @@ def test_weights_are_made_anew_each_round(tmp_path: Path) -> None:
 
 def test_an_interrupted_call_goes_on_after_its_last_finished_round(tmp_path: Path) -> None:
     data = Dataset.from_list(EXAMPLES)
-    whole = curate_and_retrain(Makes(tmp_path), data, DatasetFilter(drop=2), "loss", tmp_path / "a", rounds=2)
+    whole = curate_and_retrain(Makes(tmp_path), data, DatasetFilter(drop=2), tmp_path / "a", "loss", rounds=2)
 
     class Stops(Makes):
         def __call__(self, rows: Dataset, callbacks: list[TrainerCallback]) -> Any:
@@ -552,32 +553,32 @@ def test_an_interrupted_call_goes_on_after_its_last_finished_round(tmp_path: Pat
             return super().__call__(rows, callbacks)
 
     with pytest.raises(KeyboardInterrupt):
-        curate_and_retrain(Stops(tmp_path), data, DatasetFilter(drop=2), "loss", tmp_path / "b", rounds=2)
+        curate_and_retrain(Stops(tmp_path), data, DatasetFilter(drop=2), tmp_path / "b", "loss", rounds=2)
     make = Makes(tmp_path)
-    done = curate_and_retrain(make, data, DatasetFilter(drop=2), "loss", tmp_path / "b", rounds=2)
+    done = curate_and_retrain(make, data, DatasetFilter(drop=2), tmp_path / "b", "loss", rounds=2)
     assert [len(run.train_dataset) for run in make.made] == [10, 8]
     assert done.dataset.to_list() == whole.dataset.to_list()
     torch.testing.assert_close(weights(done.trainer), weights(whole.trainer), rtol=0, atol=0)
 
     with pytest.raises(StoreMismatch, match="with another outcome"):
-        curate_and_retrain(make, data, DatasetFilter(drop=3), "loss", tmp_path / "b", rounds=2)
+        curate_and_retrain(make, data, DatasetFilter(drop=3), tmp_path / "b", "loss", rounds=2)
     with pytest.raises(StoreMismatch, match="was scored by loss"):
-        curate_and_retrain(make, data, DatasetFilter(drop=2), "margin", tmp_path / "b", rounds=2)
+        curate_and_retrain(make, data, DatasetFilter(drop=2), tmp_path / "b", "margin", rounds=2)
     other = Dataset.from_list(prompts(12, seed=9))
     with pytest.raises(StoreMismatch, match="other contents"):
-        curate_and_retrain(make, other, DatasetFilter(drop=2), "loss", tmp_path / "b", rounds=2)
+        curate_and_retrain(make, other, DatasetFilter(drop=2), tmp_path / "b", "loss", rounds=2)
 
 
 def test_rounds_that_cannot_work_are_refused(tmp_path: Path) -> None:
     data, rule = Dataset.from_list(EXAMPLES), DatasetFilter(drop=2)
     with pytest.raises(BadSetting, match="at least 1"):
-        curate_and_retrain(Makes(tmp_path), data, rule, "loss", tmp_path, rounds=0)
+        curate_and_retrain(Makes(tmp_path), data, rule, tmp_path, "loss", rounds=0)
     with pytest.raises(BadSetting, match="which each round sets"):
-        curate_and_retrain(Makes(tmp_path), data, rule, "loss", tmp_path, capture={"path": "x"})
+        curate_and_retrain(Makes(tmp_path), data, rule, tmp_path, "loss", capture={"path": "x"})
     with pytest.raises(BadExample, match="is not a datasets"):
-        curate_and_retrain(Makes(tmp_path), EXAMPLES, rule, "loss", tmp_path)
+        curate_and_retrain(Makes(tmp_path), EXAMPLES, rule, tmp_path, "loss")
     with pytest.raises(BadSetting, match="without these callbacks"):
-        curate_and_retrain(lambda rows, _: Makes(tmp_path)(rows, []), data, rule, "loss", tmp_path / "a")
+        curate_and_retrain(lambda rows, _: Makes(tmp_path)(rows, []), data, rule, tmp_path / "a", "loss")
     model = tiny(torch.float32)
 
     def same_model(rows: Dataset, callbacks: list[TrainerCallback]) -> Any:
@@ -586,15 +587,15 @@ def test_rounds_that_cannot_work_are_refused(tmp_path: Path) -> None:
         return run
 
     with pytest.raises(BadSetting, match="trained before"):
-        curate_and_retrain(same_model, data, rule, "loss", tmp_path / "b")
+        curate_and_retrain(same_model, data, rule, tmp_path / "b", "loss")
     kinds = data.add_column("kind", [0, 1] * 6)
     with pytest.raises(BadSetting, match="relabel rows"):
         curate_and_retrain(
             Makes(tmp_path),
             kinds,
             Relabel(suspects=DatasetFilter(drop=2), how="flip", label="kind"),
-            "loss",
             tmp_path / "c",
+            "loss",
         )
     with pytest.raises(BadSetting, match="without queries"):
-        curate_and_retrain(Makes(tmp_path), data, Prune(), "ip", tmp_path / "d", query_dataset=QUERIES)
+        curate_and_retrain(Makes(tmp_path), data, Prune(), tmp_path / "d", "ip", query_dataset=QUERIES)

@@ -1,9 +1,12 @@
 """DatasetFilter: which rows go, which stay, and what is reported."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
+from stores import make_store
 
 from hf_influence.errors import BadExample, BadSetting
 from hf_influence.filter import DatasetFilter
@@ -196,3 +199,15 @@ def test_a_threshold_chooses_the_number_of_rows():
         3,
         4,
     ]
+
+
+def test_a_store_is_scored_by_the_default_method(tmp_path: Path) -> None:
+    train = {"a": torch.tensor([[1.0, 0.0], [-1.0, 0.0], [1.0, 0.5], [0.5, 1.0]])}
+    stats = {"loss": torch.tensor([0.1, 2.0, 0.2, 0.3])}
+    store = make_store(tmp_path, train, {"a": torch.tensor([[1.0, 0.0]])}, stats=stats)
+    rows = Dataset.from_dict({"text": ["good", "bad", "fine", "fair"]})
+    for given in (store, tmp_path, str(tmp_path), [store]):
+        trim = DatasetFilter(drop=1)
+        assert trim.apply(rows, given)["text"][:] == ["good", "fine", "fair"]
+        assert trim.report is not None
+        assert trim.report.sources[0]["method"] == "auto"

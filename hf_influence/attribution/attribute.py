@@ -14,7 +14,7 @@ from hf_influence.store import GradientStore
 
 def attribute(
     store: str | Path | GradientStore,
-    method: str,
+    method: str = "auto",
     *,
     train_split: str = "train",
     query_split: str = "query",
@@ -28,7 +28,8 @@ def attribute(
 
     Args:
         store: A store, or the path of one.
-        method: A name in the table of methods; `hf-influence methods` lists them.
+        method: A name in the table of methods; `hf-influence methods` lists them. By default "auto", which combines
+            what the store holds.
         train_split: The split to score.
         query_split: The split to compare with, for a method that compares with queries.
         point: The parameter point at which the gradients were taken; by default 0, the weights after training. A method

@@ -7,7 +7,7 @@ import json
 import reprlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from torch import Tensor
@@ -51,18 +51,32 @@ class Labelled(Method):
         return one_for_each(labels, train, self.name, "labels", "classes", "training example")
 
 
-def one_for_each(values: Any, rows: Rows, method: str, setting: str, what: str, whose: str) -> list[Any]:
-    """The values as a list, one for each row in dataset order.
+class Examples(Protocol):
+    """Rows, or a selection of them."""
+
+    @property
+    def positions(self) -> Tensor:
+        """In the dataset, `[n]`."""
+
+    @property
+    def dataset_size(self) -> int | None:
+        """Of the whole dataset, if it has one."""
+
+
+def one_for_each(values: Any, rows: Examples, method: str, setting: str, what: str, whose: str) -> list[Any]:
+    """The values as a list, one for each row in dataset order; of values for the whole dataset, those of the rows.
 
     Raises:
         BadSetting: They are not as many, or no sequence.
     """
-    if isinstance(values, str) or not hasattr(values, "__len__") or len(values) != len(rows):
+    if not isinstance(values, str) and hasattr(values, "__len__") and len(values) == rows.dataset_size:
+        values = [values[int(position)] for position in rows.positions]
+    if isinstance(values, str) or not hasattr(values, "__len__") or len(values) != len(rows.positions):
         recorded = isinstance(values, str) and "sha256" in values
         hint = f" That is the fingerprint that scores keep of them: pass the {what} themselves." if recorded else ""
         raise BadSetting(
-            f"method '{method}': {setting}={reprlib.repr(values)} is not a sequence of {len(rows)} {what}, one for "
-            f"each {whose} in dataset order.{hint}"
+            f"method '{method}': {setting}={reprlib.repr(values)} is not a sequence of {len(rows.positions)} {what}, "
+            f"one for each {whose} in dataset order.{hint}"
         )
     return values.tolist() if isinstance(values, Tensor | np.ndarray) else list(values)
 

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from hf_influence.attribution.finite import check_finite
 from hf_influence.attribution.method import Method
-from hf_influence.attribution.over_points import MeanOverTraining
+from hf_influence.attribution.over_points import OverTraining
 from hf_influence.attribution.products import cosines
 from hf_influence.attribution.selection import Selection
 from hf_influence.errors import MissingRows
+from hf_influence.store import Rows
 
 
 @dataclass(kw_only=True)
@@ -35,7 +36,7 @@ class KernelRidge(Method, name="kernel_ridge"):
     Source: a method of this library; Saunders et al., Ridge Regression Learning Algorithm in Dual Variables, ICML 1998.
     """
 
-    needs = ("rows", "queries")
+    needs: ClassVar[tuple[str, ...]] = ("rows", "queries")
 
     ridge: float = field(default=1.0, metadata={"above": 0})
     """λ, relative to the squared length of a direction, which is 1; > 0."""
@@ -45,26 +46,60 @@ class KernelRidge(Method, name="kernel_ridge"):
         query = rows.query
         if not len(query):
             raise MissingRows(f"{query.folder} holds no examples, so there is nothing to fit. Collect some queries.")
+        weight = self._inverse(query).sum(1, keepdim=True)  # α
+        return cosines(rows.train, query) @ weight.to(rows.train.dtype)
+
+    def left_out(self, query: Rows) -> Tensor:
+        """What the score of each query would be by the others, `[q]`: 1 − α_q / ((K + λI)⁻¹)_qq."""
+        inverse = self._inverse(query)
+        return 1 - inverse.sum(1) / inverse.diagonal()
+
+    def _inverse(self, query: Rows) -> Tensor:
         kernel = cosines(query, query)  # [q, q]
         check_finite(kernel, query)
-        ridged = kernel.double() + self.ridge * torch.eye(len(query), dtype=torch.float64)
-        weight = torch.linalg.solve(ridged, torch.ones(len(query), 1, dtype=torch.float64))
-        return cosines(rows.train, query) @ weight.to(kernel)
+        return torch.linalg.inv(kernel.double() + self.ridge * torch.eye(len(query), dtype=torch.float64))
 
     def columns(self, rows: Selection) -> list[Any]:
         return [self.name]
 
 
 @dataclass(kw_only=True)
-class KernelRidgeMean(MeanOverTraining, KernelRidge, name="kernel_ridge_mean"):
+class KernelRidgeMean(OverTraining, KernelRidge, name="kernel_ridge_mean"):
     """Kernel ridge regression on the directions of the gradients, on average over training.
 
-        score[i] = 1/|C_i| Σ_{c ∈ C_i} Σ_q cos(g_i, v_q) α_q at θ_c,   α = (K + λI)⁻¹ 1, C_i the points that hold i
+        score[i] = Σ_c w_c s_c[i] / Σ_c w_c,   s_c the score of `kernel_ridge` at point c, over those that hold i
+        w_c = max(0, share of s_c > 0 − ½)² / std(s_c), or 1 for all where these are all 0
 
-    Each point asks the queries with other weights, and what only one of them believes is averaged away.
+    Each point asks the queries with other weights, and what only one of them believes is averaged away. Most examples
+    are right, so at a point that tells right from wrong most scores are positive; where half of them are, the model had
+    not learnt anything yet, and the point counts nothing.
 
     Cost: that of `kernel_ridge` at each point.
-    Use when: rows were captured during training, with clean queries, and labels may be wrong.
+    Use when: rows were captured during training, with clean queries, and labels may be wrong; for language models with
+    `weighted=False`, since there early points say most.
     See also: KernelRidge (one point), LossMean (without queries).
     Source: a method of this library.
     """
+
+    needs = ("rows", "queries", "points")
+
+    weighted: bool = True
+    """Points by how far the examples agree with the queries; otherwise their mean."""
+
+    def score(self, rows: Selection) -> Tensor:
+        """Scores `[n, 1]`; MissingRows if a point has no queries."""
+        scores = [KernelRidge.score(self, part)[:, 0].double() for part in rows.parts]  # each [b]
+        weights = [weight_of(score) if self.weighted else 1.0 for score in scores]
+        weights = weights if any(weights) else [1.0] * len(weights)
+        total, times = torch.zeros(2, len(rows.ids), dtype=torch.float64)  # each [n]
+        for part, score, weight in zip(rows.parts, scores, weights, strict=True):
+            total[rows.places(part)] += weight * score
+            times[rows.places(part)] += weight
+        return (total / times.clamp(min=torch.finfo(times.dtype).tiny)).to(rows.train.dtype)[:, None]
+
+
+def weight_of(score: Tensor) -> float:
+    """How far most of the scores `[n]` of a point are positive, squared, over their spread."""
+    if len(score) < 2 or not score.std() > 0:
+        return 0.0
+    return max(0.0, float((score > 0).double().mean()) - 0.5) ** 2 / float(score.std())

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from hf_influence.attribution.method import class_of, methods
-from hf_influence.errors import MissingRows
+from hf_influence.attribution.selection import Selection
 from hf_influence.store import GradientStore
 from hf_influence.store.artifacts import COLLECTED_BY, has_artifact
 
@@ -48,11 +48,12 @@ def lacking(
 
 def _held(store: GradientStore, train_split: str, query_split: str) -> dict[str, set[Any]]:
     """Words for what there is: in the store, at point 0, at all points of training, at one of both ends, as members."""
-    final = _at(store, 0, train_split, query_split)
+    rows = Selection(store, train_split, query_split)
+    final = rows.words()
     training = [point for point in store.points("weights") if point and train_split in store.splits(point)]
-    points = [_at(store, point, train_split, query_split) for point in training]
+    points = [rows.at(point).words() for point in training]
     points = [words for words in points if "step" in words]
-    points = points or [_at(store, point, train_split, query_split) for point in store.points("checkpoint")]
+    points = points or [rows.at(point).words() for point in store.points("checkpoint")]
     return {
         "store": {name for name in COLLECTED_BY if has_artifact(store, name)},
         "final": final,
@@ -60,18 +61,3 @@ def _held(store: GradientStore, train_split: str, query_split: str) -> dict[str,
         "points": set.intersection(*points) | {"points"} if points else final,
         "kinds": {store.point_about(point).kind for point in store.points()},
     }
-
-
-def _at(store: GradientStore, point: int, train_split: str, query_split: str) -> set[str]:
-    try:
-        rows = store.rows(train_split, point)
-    except MissingRows:
-        return set()
-    words = set(rows.stats)
-    if not rows.statistics_only:
-        words.add("rows")
-    if "label" in words:
-        words.add("labels")
-    if query_split in store.splits(point):
-        words.add("queries")
-    return words

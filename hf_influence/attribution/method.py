@@ -111,8 +111,11 @@ class Method(ABC):
 
 
 def methods() -> dict[str, About]:
-    """The table of methods: name -> what there is to say about it; those that compare with queries come first."""
-    order = sorted(_TABLE, key=lambda name: ("queries" not in _TABLE[name].needs, "rows" not in _TABLE[name].needs))
+    """The table of methods: name -> what there is to say about it; the default first, then those with queries."""
+    order = sorted(
+        _TABLE,
+        key=lambda name: (name != "auto", "queries" not in _TABLE[name].needs, "rows" not in _TABLE[name].needs),
+    )
     return {name: _TABLE[name].about() for name in order}
 
 

@@ -56,6 +56,11 @@ class Selection:
         """Where the examples that any of the points holds stand in the dataset, ascending, `[n]`."""
         return torch.cat([part.train.positions for part in self.parts]).unique()
 
+    @property
+    def dataset_size(self) -> int | None:
+        """Number of examples of the dataset, those without a row among them; `None` for a stream."""
+        return self.train.dataset_size
+
     @cached_property
     def ids(self) -> list[Any]:
         """The examples that any of the points holds, in dataset order."""
@@ -67,6 +72,18 @@ class Selection:
     def places(self, part: Selection) -> Tensor:
         """Where the training rows of one of the `parts` belong among `ids`, `[rows of the part]`."""
         return torch.searchsorted(self.positions, part.train.positions)
+
+    def words(self) -> set[str]:
+        """What the first point holds, in the words of `About.needs`; nothing where it has no rows of the split."""
+        try:
+            rows = self.train
+        except MissingRows:
+            return set()
+        words = set(rows.stats)
+        words |= set() if rows.statistics_only else {"rows"}
+        words |= {"labels"} if "label" in words else set()
+        queries = self.query_split in self.store.splits(self.points[0]) and len(self.query)
+        return words | ({"queries"} if queries else set())
 
     def at(self, point: int) -> Selection:
         """The same splits at one point."""

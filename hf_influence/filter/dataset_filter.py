@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -22,11 +21,11 @@ from hf_influence.filter.cutting import (
     reasons_of,
 )
 from hf_influence.filter.decision import Decision, Written, sources_of
+from hf_influence.filter.rankings import Given, rankings_of
 from hf_influence.filter.replay import carried_out, of_split
 from hf_influence.filter.report import group_sizes
 from hf_influence.filter.streams import StreamRows
 from hf_influence.filter.thresholds import THRESHOLDS, Threshold, name_of
-from hf_influence.scores import Scores
 
 _ADDED = {"influence": Value("float64"), "influence_rank": Value("int64")}
 Data = TypeVar("Data", bound=Any)
@@ -90,16 +89,14 @@ class DatasetFilter:
             return
         check_amount(name, amount, fractions=name != "keep_tokens")
 
-    def apply(
-        self, dataset: Data, scores: Scores | Sequence[Scores], split: str = "train", by: StreamRows | None = None
-    ) -> Data:
+    def apply(self, dataset: Data, scores: Given, split: str = "train", by: StreamRows | None = None) -> Data:
         """A new dataset with the same columns (and two more if `columns`); `dataset` itself is left alone.
 
         Args:
             dataset: What was scored, or a `DatasetDict` of which one split was; its other splits stay as they are. Of
                 an `IterableDataset` the rows are dropped as they come.
-            scores: Of every row; several of them drop a row only if they agree. A row's score is then the mean of its
-                places in the rankings, from 0 (worst) to 1.
+            scores: Of every row, or a store, which then is scored by "auto". Several of them drop a row only if they
+                agree; its score is then the mean of its places in the rankings, from 0 (worst) to 1.
             split: Which of a `DatasetDict`.
             by: For a stream whose scores have no id column: how its rows are known; see `StreamRows`.
 
@@ -112,11 +109,9 @@ class DatasetFilter:
         self.report = self.decide(dataset, scores, by)
         return carried_out(self.report, dataset, by)
 
-    def decide(
-        self, dataset: Dataset | IterableDataset, scores: Scores | Sequence[Scores], by: StreamRows | None = None
-    ) -> Decision:
+    def decide(self, dataset: Dataset | IterableDataset, scores: Given, by: StreamRows | None = None) -> Decision:
         """What `apply` would do with each row; arguments and errors as there."""
-        rankings = [scores] if isinstance(scores, Scores) else list(scores)
+        rankings = rankings_of(scores)
         needed = self._votes(len(rankings))
         values, names = aligned(dataset, rankings)  # each [n, q]
         table = dataset if isinstance(dataset, Dataset) else None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -14,6 +13,7 @@ from torch import Tensor
 from hf_influence.errors import BadExample, BadSetting
 from hf_influence.filter.dataset_filter import Data, DatasetFilter
 from hf_influence.filter.decision import Decision, Written
+from hf_influence.filter.rankings import Given, rankings_of
 from hf_influence.filter.replay import carried_out
 from hf_influence.filter.report import group_sizes
 from hf_influence.filter.streams import StreamRows
@@ -63,7 +63,7 @@ class Relabel:
         if self.how not in HOW:
             raise BadSetting(f"how={self.how!r} is no way to relabel. Choose one of {', '.join(map(repr, HOW))}.")
 
-    def suggest(self, dataset: Dataset, scores: Scores | Sequence[Scores], probabilities: Any = None) -> Dataset:
+    def suggest(self, dataset: Dataset, scores: Given, probabilities: Any = None) -> Dataset:
         """The suspicious rows, worst first, with the columns `row`, `score`, `label_before` and `label_after` added.
 
         Args:
@@ -97,7 +97,7 @@ class Relabel:
     def apply(
         self,
         dataset: Data,
-        scores: Scores | Sequence[Scores],
+        scores: Given,
         probabilities: Any = None,
         by: StreamRows | None = None,
     ) -> Data:
@@ -113,13 +113,14 @@ class Relabel:
     def decide(
         self,
         dataset: Dataset | IterableDataset,
-        scores: Scores | Sequence[Scores],
+        scores: Given,
         probabilities: Any = None,
         by: StreamRows | None = None,
     ) -> Decision:
         """What `apply` would do with each row; arguments and errors as there."""
-        labels = self._labels(dataset, scores if isinstance(scores, Scores) else scores[0], by)
-        decision = self.suspects.decide(dataset, scores, by)
+        rankings = rankings_of(scores)
+        labels = self._labels(dataset, rankings[0], by)
+        decision = self.suspects.decide(dataset, rankings, by)
         rows = [i for i, action in enumerate(decision.actions) if action == "drop"]
         feature = (dataset.features or {}).get(self.label)
         new, kind = self._new(rows, labels, feature, probabilities)

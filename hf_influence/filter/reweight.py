@@ -11,9 +11,10 @@ from torch import Tensor
 from hf_influence.errors import BadExample, BadSetting
 from hf_influence.filter.dataset_filter import Data, DatasetFilter
 from hf_influence.filter.decision import Decision, Written
+from hf_influence.filter.rankings import Given
 from hf_influence.filter.replay import carried_out
 from hf_influence.filter.streams import StreamRows
-from hf_influence.scores import Scores, mean_ranks
+from hf_influence.scores import mean_ranks
 
 HOW = ("softmax", "clipped", "ranks")
 
@@ -32,6 +33,7 @@ class Reweight:
     in proportion.
 
     >>> train = Dataset.from_dict({"text": ["good", "bad"]})
+    >>> from hf_influence.scores import Scores
     >>> scores = Scores(torch.tensor([[1.0], [-1.0]]), ids=[0, 1], method="ip")
     >>> [round(weight, 2) for weight in Reweight(how="clipped").apply(train, scores)["weight"][:]]
     [1.33, 0.67]
@@ -56,7 +58,7 @@ class Reweight:
         if not self.temperature > 0:
             raise BadSetting(f"temperature={self.temperature!r} must be above 0.")
 
-    def apply(self, dataset: Data, scores: Scores, by: StreamRows | None = None) -> Data:
+    def apply(self, dataset: Data, scores: Given, by: StreamRows | None = None) -> Data:
         """The dataset with the column of weights; rows of an `IterableDataset` get theirs as they come.
 
         Raises:
@@ -66,7 +68,7 @@ class Reweight:
         self.report = self.decide(dataset, scores, by)
         return carried_out(self.report, dataset, by)
 
-    def decide(self, dataset: Dataset | IterableDataset, scores: Scores, by: StreamRows | None = None) -> Decision:
+    def decide(self, dataset: Dataset | IterableDataset, scores: Given, by: StreamRows | None = None) -> Decision:
         """What `apply` would do with each row; arguments and errors as there."""
         if self.column in (dataset.column_names or ()):
             raise BadExample(f"the dataset has a column {self.column!r} already. Name another: Reweight(column='…').")

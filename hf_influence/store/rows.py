@@ -106,6 +106,11 @@ class Rows:
         return len(self.ids)
 
     @property
+    def dataset_size(self) -> int | None:
+        """Number of examples of the dataset, those without a row among them; `None` for a stream."""
+        return self._manifest.n
+
+    @property
     def stats(self) -> dict[str, Tensor]:
         """Per-example numbers in dataset order, each `[n]`: loss, n_tokens, margin, correct, el2n, hash and others.
 

@@ -1,0 +1,215 @@
+"""The default: a ranking by whatever the store holds that tells good examples from bad ones."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hf_influence.attribution.given import fingerprint, one_for_each
+from hf_influence.attribution.kernel_ridge import KernelRidge
+from hf_influence.attribution.method import Method, class_of, make_method
+from hf_influence.attribution.over_members import OverMembers
+from hf_influence.attribution.over_points import OverPoints, OverTraining
+from hf_influence.attribution.selection import Selection
+from hf_influence.errors import BadSetting
+from hf_influence.scores import mean_ranks
+
+Parts = Mapping[str, Mapping[str, Any]]
+"""Method -> its settings."""
+
+CLASSES: tuple[Parts, ...] = (
+    {"loss_mean": {}, "kernel_ridge_mean": {}, "kernel_ridge": {}},
+    {"loss_mean": {}, "kernel_ridge": {}},
+    {"loss": {}, "kernel_ridge": {}},
+    {"loss_mean": {}},
+    {"loss": {}},
+)
+TEXTS: tuple[Parts, ...] = (
+    {"loss_mean": {}, "kernel_ridge_mean": {"weighted": False}},
+    {"loss_mean": {}, "cosine": {}},
+    {"loss": {}, "cosine": {}},
+    {"loss_mean": {}},
+    {"loss": {}},
+)
+"""For classification and for language models: the first line whose methods all find what they need."""
+
+LEAST = 0.01
+"""Of AUC − ½, for a part of which queries say nothing good."""
+
+
+@dataclass(kw_only=True)
+class Auto(OverTraining, name="auto"):
+    """The mean rank over the parts that suit what the store holds, so that no one of them has to be right.
+
+        score[i] = Σ_p w_p (rank_p(i) − ½) / n_p / Σ_p w_p,   over the parts p that score i, ranks from 1 to n_p
+
+    With `groups` a rank is that among the n_p examples of the same group: one task is harder than another, and what is
+    compared then is how an example stands in its own. The parts are
+
+    | the store holds      | classification                                   | language models                  |
+    |----------------------|--------------------------------------------------|----------------------------------|
+    | training and queries | `loss_mean`, `kernel_ridge_mean`, `kernel_ridge` | `loss_mean`, `kernel_ridge_mean` |
+    | the end and queries  | `loss`, `kernel_ridge`                           | `loss`, `cosine`                 |
+    | training             | `loss_mean`                                      | `loss_mean`                      |
+    | the end              | `loss`                                           | `loss`                           |
+
+    Over training the loss tells wrong examples before the model has learnt them by heart, clean queries tell them
+    later, and the two err in different places. The final rows count as one more point of training.
+
+    For classification the queries say how far each is to be trusted, since a query with another label would have the
+    opposite direction and margin: w = (AUC − ½)⁴ of the scores of the queries, each left out of the regression in turn,
+    against their negatives, less one standard error, which few queries make large; and of their margins for the losses.
+    Where that cannot be known all parts weigh the same.
+
+    The report has the parts, their weights, and how far they agree: for each the correlation of its ranks with the mean
+    ranks of the others.
+
+    Cost: that of the parts.
+    Use when: always, unless you know better; with rows captured during training and clean queries it has most to go by.
+    See also: the parts, each a method of its own.
+    Source: a method of this library.
+    """
+
+    needs = ()
+
+    parts: Parts | Sequence[str] | None = None
+    """Methods, or methods with their settings, `{"vote": {"k": 5}, "loss": {}}`; by default those of the table."""
+    groups: Sequence[Any] | None = None
+    """The task, source or class of each training example in dataset order, within which it is ranked."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.parts is None:
+            return
+        if isinstance(self.parts, str) or not self.parts or "auto" in self.parts:
+            raise BadSetting(f"method 'auto': parts={self.parts!r} must be other methods, at least one.")
+        for name, settings in with_settings(self.parts).items():
+            make_method(name, dict(settings))
+
+    def select(self, rows: Selection, point: int | None) -> Selection:
+        """The final rows and those of training, whichever there are."""
+        self._refuse(point)
+        if self.points is not None:
+            return rows.over(self.points, queries=False)
+        final = rows.train_split in rows.store.splits(0)
+        held = [*([0] if final else []), *(self.chosen(rows) or rows.training_points())]
+        return rows.over(held or [0], queries=False)
+
+    def score(self, rows: Selection) -> Tensor:
+        """Scores `[n, 1]` in (0, 1)."""
+        groups = self._groups(rows)
+        ranks: dict[str, Tensor] = {}  # each [n], NaN for what a part does not score
+        for name, settings in self.resolved(rows).items():
+            method, own = looked_at(rows, name, settings)
+            places = torch.searchsorted(rows.positions, own.positions)
+            ranks[name] = torch.full((len(rows.ids),), torch.nan, dtype=torch.float64)
+            mean = method.score(own).double().mean(1)
+            ranks[name][places] = ranks_within(mean, [groups[at] for at in places.tolist()])
+        trust = trusted(rows, list(ranks)) if self.parts is None else dict.fromkeys(ranks, 1.0)
+        self.report["parts"] = {name: round(weight / sum(trust.values()), 4) for name, weight in trust.items()}
+        self.report["agreement"] = {name: agreement(name, ranks) for name in ranks if len(ranks) > 1}
+        values = torch.stack(list(ranks.values()), 1)  # [n, parts]
+        weight = torch.tensor(list(trust.values()), dtype=values.dtype) * ~values.isnan()
+        return ((values.nan_to_num() * weight).sum(1, keepdim=True) / weight.sum(1, keepdim=True)).to(rows.train.dtype)
+
+    def resolved(self, rows: Selection) -> Parts:
+        """The parts that were asked for, or the first that the rows allow."""
+        if self.parts is not None:
+            return with_settings(self.parts)
+        words = {part.points[0]: part.words() for part in rows.parts}
+
+        def allowed(name: str) -> bool:
+            needs = set(class_of(name).needs)
+            if "points" not in needs:
+                return needs <= words[end(rows)]
+            return bool(of_training(rows)) and all(needs - {"points"} <= own for own in words.values())
+
+        lines = CLASSES if is_classification(rows) else TEXTS
+        return next((parts for parts in lines if all(map(allowed, parts))), lines[-1])
+
+    def record(self, rows: Selection) -> dict[str, Any]:
+        recorded = super(Auto, replace(self, groups=None)).record(rows)
+        if self.groups is None:
+            return recorded
+        groups = self._groups(rows)
+        return recorded | {"groups": f"{len(set(groups))} groups, {fingerprint(groups)}"}
+
+    def _groups(self, rows: Selection) -> list[Any]:
+        if self.groups is None:
+            return [None] * len(rows.positions)
+        return one_for_each(self.groups, rows, self.name, "groups", "groups", "training example")
+
+
+def with_settings(parts: Parts | Sequence[str]) -> Parts:
+    """The parts, each with its settings."""
+    return parts if isinstance(parts, Mapping) else {name: {} for name in parts}
+
+
+def end(rows: Selection) -> int:
+    """The point that a method at one point looks at: the final weights, or the last of training."""
+    return 0 if 0 in rows.points else rows.points[-1]
+
+
+def of_training(rows: Selection) -> list[int]:
+    """The other points."""
+    return [point for point in rows.points if point]
+
+
+def looked_at(rows: Selection, name: str, settings: Mapping[str, Any]) -> tuple[Method, Selection]:
+    """A part, and what it looks at: all points, its members, or the end."""
+    kind, one = class_of(name), replace(rows, points=(end(rows),))
+    over = issubclass(kind, OverPoints) and not issubclass(kind, OverMembers)
+    points = {"points": rows.points if of_training(rows) else None} if over else {}
+    method = make_method(name, {**points, **settings})
+    return method, method.select(one, None if issubclass(kind, OverPoints) else end(rows))
+
+
+def trusted(rows: Selection, names: Sequence[str]) -> dict[str, float]:
+    """The weight of each part, by what the queries at the end show of it."""
+    last = rows.at(end(rows))
+    asked = [name for name in names if name.startswith("kernel_ridge")]
+    margins = last.query.stats.get("margin") if asked else None
+    if not is_classification(rows) or not asked or margins is None or len(margins) < 2:
+        return dict.fromkeys(names, 1.0)
+    left_out = KernelRidge().left_out(last.query)
+    error = 1 / math.sqrt(12 * len(left_out))  # of the AUC of numbers that say nothing
+    by_queries = max(LEAST, mirrored_auc(left_out) - 0.5 - error) ** 4
+    by_loss = max(LEAST, mirrored_auc(margins) - 0.5) ** 4
+    return {name: by_queries if name in asked else by_loss for name in names}
+
+
+def mirrored_auc(values: Tensor) -> float:
+    """How often one of the values is above the negative of one, `[n]`; ties count half."""
+    both = torch.cat((values, -values)).double()
+    n = len(values)
+    return float(mean_ranks(both)[:n].sum() - n * (n + 1) / 2) / n**2
+
+
+def is_classification(rows: Selection) -> bool:
+    return rows.store.header.task.get("name") == "classification"
+
+
+def ranks_within(values: Tensor, groups: Sequence[Any]) -> Tensor:
+    """(rank − ½) / n among the n of the same group, 1 for the lowest, ties at their mean rank, `[n]`."""
+    members: dict[Any, list[int]] = {}
+    for place, group in enumerate(groups):
+        members.setdefault(group, []).append(place)
+    ranks = torch.zeros(len(values), dtype=torch.float64)
+    for at in members.values():
+        ranks[at] = (mean_ranks(values[at]) - 0.5) / len(at)
+    return ranks
+
+
+def agreement(name: str, ranks: Mapping[str, Tensor]) -> float | None:
+    """The correlation of the ranks of a part with the mean ranks of the others; none where either is constant."""
+    others = torch.stack([rank for other, rank in ranks.items() if other != name], 1).nanmean(1)
+    both = torch.stack((ranks[name], others))
+    both = both[:, ~both.isnan().any(0)]
+    if both.shape[1] < 2 or bool((both.amax(1) == both.amin(1)).any()):
+        return None
+    return round(float(torch.corrcoef(both)[0, 1]), 4)
