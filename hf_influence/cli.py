@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -52,6 +52,50 @@ def methods(
 
 
 @app.command()
+def attribute(
+    store: Annotated[Path, typer.Argument(help="A store of rows, as GradientCapture and collect leave it.")],
+    method: Annotated[str, typer.Option(help="`hf-influence methods` lists them.")] = "auto",
+    setting: Annotated[list[str] | None, typer.Option("--set", help="Of the method, as JSON: --set k=5.")] = None,
+    lowest: Annotated[int, typer.Option(min=0, help="How many of the examples least worth keeping to show.")] = 10,
+    output: Annotated[Path | None, typer.Option(help="File for the scores; Scores.load reads it.")] = None,
+) -> None:
+    """Score the training examples of a store; higher = more worth keeping."""
+    from hf_influence.attribution import attribute as score
+
+    scores = score(store, method, **dict(map(_setting, setting or [])))
+    print(f"{len(scores)} examples by {scores.method}; {json.dumps(scores.settings)}")
+    for what, found in scores.report.items():
+        print(f"{what}: {json.dumps(found)}")
+    means = dict(zip(scores.ids, scores.mean().tolist(), strict=True))
+    print("\n".join(["least worth keeping:", *(f"  {name}  {means[name]:.6g}" for name in scores.lowest(lowest))]))
+    if output is not None:
+        scores.save(output)
+        print(f"written to {output}")
+
+
+@app.command()
+def filter(
+    data: Annotated[str, typer.Argument(help="A parquet, JSON or CSV file, a folder of save_to_disk, or a hub name.")],
+    scores: Annotated[Path, typer.Argument(help="A file of scores, or a store, which is then scored by auto.")],
+    output: Annotated[Path, typer.Option(help="Folder for the curated dataset, the decision and a dataset card.")],
+    drop: Annotated[str | None, typer.Option(help="A share (0.05), a count (20), otsu, mixture or negative.")] = None,
+    keep: Annotated[str | None, typer.Option(help="A share or a count.")] = None,
+    within: Annotated[str | None, typer.Option(help="A column; each of its values is cut for itself.")] = None,
+    split: Annotated[str, typer.Option(help="Of a dataset with several.")] = "train",
+) -> None:
+    """Leave out the examples least worth keeping: a better dataset, and why each row stays or goes."""
+    from hf_influence.filter import DatasetFilter, save_curated
+    from hf_influence.scores import Scores
+
+    trim = DatasetFilter(drop=_amount(drop), keep=_amount(keep), within=within)
+    rows = _load(data, split)
+    curated = trim.apply(rows, Scores.load(scores) if scores.is_file() else scores)
+    assert trim.report is not None
+    save_curated(curated, trim.report, output)
+    print(f"{trim.report}\nwritten to {output}; datasets.load_from_disk({str(output)!r}) reads it")
+
+
+@app.command()
 def demo(
     model: Annotated[str | None, typer.Option(help="Folder or hub name of a causal language model.")] = None,
     size: Annotated[int, typer.Option(min=20, help="Number of training prompts.")] = 80,
@@ -62,6 +106,41 @@ def demo(
     from hf_influence.demo import Demo
 
     Demo(model=model, size=size, seed=seed, output=output).run(Console())
+
+
+def _setting(text: str) -> tuple[str, Any]:
+    """`name=value` with a JSON value; what is no JSON is a string."""
+    from hf_influence.errors import BadSetting
+
+    name, equals, value = text.partition("=")
+    if not equals:
+        raise BadSetting(f"--set {text} has no value. Write --set {text}=….")
+    try:
+        return name, json.loads(value)
+    except json.JSONDecodeError:
+        return name, value
+
+
+def _amount(text: str | None) -> Any:
+    """A whole number is a count, another a share, a word a threshold."""
+    for read in (int, float):
+        try:
+            return None if text is None else read(text)
+        except ValueError:
+            continue
+    return text
+
+
+def _load(data: str, split: str) -> Any:
+    """The dataset, or the split of it, that a name stands for."""
+    from datasets import DatasetDict, load_dataset, load_from_disk
+
+    path = Path(data)
+    if path.is_dir():
+        loaded = load_from_disk(data)
+        return loaded[split] if isinstance(loaded, DatasetDict) else loaded
+    kind = {".parquet": "parquet", ".json": "json", ".jsonl": "json", ".csv": "csv"}.get(path.suffix)
+    return load_dataset(kind, data_files=data, split="train") if kind else load_dataset(data, split=split)
 
 
 def markdown_table() -> str:
