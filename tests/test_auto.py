@@ -8,13 +8,14 @@ from typing import Any
 
 import pytest
 import torch
-from scipy.stats import rankdata, spearmanr
+from scipy.stats import norm, rankdata, spearmanr
 from sklearn.metrics import roc_auc_score
 from stores import Blocks, make_store, make_trained_store
 from torch import Tensor
 
 from hf_influence import Scores, attribute
 from hf_influence.attribution import lacking
+from hf_influence.attribution.trust import estimated_share, mirrored_auc
 from hf_influence.errors import BadSetting, MissingRows
 from hf_influence.store import GradientStore
 
@@ -48,6 +49,13 @@ def ranked(scores: Scores) -> Tensor:
     return torch.from_numpy((rankdata(scores.mean().numpy()) - 0.5) / len(scores))
 
 
+def scaled(ranking: Tensor, negative: int = 0) -> Tensor:
+    """Normal scores of the ranks, so many of them below zero."""
+    n = len(ranking)
+    place = (rankdata(ranking.numpy().round(12)) - 0.5) / n
+    return torch.from_numpy(norm.ppf(place) - norm.ppf(max(negative, 0.25) / n))
+
+
 ALL = {"points": [0, 1, 2]}
 BOTH = [("loss_mean", ALL), ("kernel_ridge_mean", ALL), ("kernel_ridge", {})]
 
@@ -72,8 +80,10 @@ def test_it_is_the_mean_rank_over_what_the_store_allows(
     scores = attribute(path)
     assert scores.method == "auto"
     assert scores.settings["points"] == ([0, 1, 2] if training else [0])
-    expected = torch.stack([ranked(attribute(path, name, **settings)) for name, settings in parts]).mean(0)
-    torch.testing.assert_close(scores.values[:, 0], expected)
+    ranking = torch.stack([ranked(attribute(path, name, **settings)) for name, settings in parts]).mean(0)
+    estimate = scores.report["estimated_share_wrong"]
+    assert (estimate is None) == (task is TEXTS or not queries)
+    torch.testing.assert_close(scores.values[:, 0], scaled(ranking, int((estimate or 0) * N)))
     assert scores.report["parts"] == {name: pytest.approx(1 / len(parts), abs=1e-4) for name, _ in parts}
     assert lacking(path)["auto"] == ()
 
@@ -100,7 +110,13 @@ def test_for_classes_the_parts_weigh_what_the_queries_say(tmp_path: Path) -> Non
     scores = attribute(tmp_path)
     assert list(scores.report["parts"].values()) == pytest.approx(weight.tolist(), abs=1e-4)
     parts = torch.stack([ranked(attribute(tmp_path, name)) for name in ("loss", "kernel_ridge")])
-    torch.testing.assert_close(scores.values[:, 0], weight @ parts)
+    ridge = attribute(tmp_path, "kernel_ridge").values
+    seen, error = (ridge < 0).double().mean(), (torch.stack(left_out) < 0).double().mean()
+    share = max(0, ((seen - error) / (1 - 2 * error)).item())
+    assert scores.report["estimated_share_wrong"] == pytest.approx(share, abs=1e-4)
+    assert share * N > 1
+    torch.testing.assert_close(scores.values[:, 0], scaled(weight @ parts, int(share * N)))
+    assert (scores.values < 0).sum() == int(share * N)
 
 
 def test_the_report_says_how_far_the_parts_agree(tmp_path: Path) -> None:
@@ -128,7 +144,9 @@ def test_without_final_rows_the_last_point_stands_for_them(tmp_path: Path) -> No
         attribute(path, "kernel_ridge_mean"),
         attribute(path, "kernel_ridge", point=2),
     ]
-    torch.testing.assert_close(scores.values[:, 0], torch.stack([ranked(part) for part in parts]).mean(0))
+    estimate = scores.report["estimated_share_wrong"]
+    ranking = torch.stack([ranked(part) for part in parts]).mean(0)
+    torch.testing.assert_close(scores.values[:, 0], scaled(ranking, int(estimate * N)))
 
 
 def test_an_example_is_ranked_by_the_parts_that_score_it(tmp_path: Path) -> None:
@@ -138,8 +156,9 @@ def test_an_example_is_ranked_by_the_parts_that_score_it(tmp_path: Path) -> None
     make_store(tmp_path, blocks(N, 1), blocks(M, 51), stats=stats, point=1, present=present)
     scores = attribute(tmp_path, parts={"loss_mean": {"points": [1]}, "cosine": {}})
     cosine, loss = ranked(attribute(tmp_path, "cosine")), ranked(attribute(tmp_path, "loss", point=1))
-    assert scores.values[7, 0] == cosine[7]
-    torch.testing.assert_close(scores.values[present, 0], (cosine[present] + loss) / 2)
+    ranking = cosine.clone()
+    ranking[present] = (cosine[present] + loss) / 2
+    torch.testing.assert_close(scores.values[:, 0], scaled(ranking))
 
 
 @pytest.mark.parametrize("whole", [True, False])
@@ -149,10 +168,10 @@ def test_ranks_are_within_groups(tmp_path: Path, whole: bool) -> None:
     make_store(tmp_path, blocks(N, 0), stats=losses(0), present=present)
     groups = ["even" if i % 2 == 0 else "odd" for i in range(N)]
     scores = attribute(tmp_path, groups=groups if whole else groups[2:])
-    value = -losses(0)["loss"]
-    for start in (2, 3):
-        own = torch.from_numpy((rankdata(value[start::2].numpy()) - 0.5) / 5)
-        torch.testing.assert_close(scores.values[start - 2 :: 2, 0], own)
+    value, ranking = -losses(0)["loss"][2:], torch.zeros(N - 2, dtype=torch.float64)
+    for start in (0, 1):
+        ranking[start::2] = torch.from_numpy((rankdata(value[start::2].numpy()) - 0.5) / 5)
+    torch.testing.assert_close(scores.values[:, 0], scaled(ranking))
     assert scores.settings["groups"].startswith("2 groups, sha256")
     with pytest.raises(BadSetting, match="pass the groups themselves"):
         attribute(tmp_path, **scores.settings)
@@ -205,3 +224,20 @@ def test_a_wrong_label_comes_last(tmp_path: Path) -> None:
     stats = {"loss": torch.tensor([2.0 if i == 3 else 0.1 + i / 100 for i in range(N)])}
     make_trained_store(tmp_path, train, query, stats=stats, task=CLASSES)
     assert attribute(tmp_path).lowest(1) == [3]
+
+
+def test_the_share_of_wrong_labels_is_found_where_the_scores_of_queries_and_examples_are_alike() -> None:
+    generator = torch.Generator().manual_seed(0)
+    queries, train = (0.8 + torch.randn(n, generator=generator) for n in (20000, 40000))
+    train[:8000] *= -1
+    assert estimated_share(train, queries) == pytest.approx(0.2, abs=0.02)
+    assert estimated_share(train[8000:], queries) == pytest.approx(0, abs=0.02)
+    assert estimated_share(train + 1, queries) == 0
+    assert estimated_share(train, -queries) == 0
+    assert estimated_share(train[:0], queries) == 0
+
+
+def test_an_auc_against_the_negatives_is_that_of_scikit_learn() -> None:
+    values = torch.tensor([1.0, -0.5, 0.5, 0.0, 2.0, 1.0])
+    expected = roc_auc_score([1] * 6 + [0] * 6, torch.cat([values, -values]))
+    assert mirrored_auc(values) == pytest.approx(expected, abs=1e-12)

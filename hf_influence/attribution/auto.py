@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -16,6 +15,7 @@ from hf_influence.attribution.method import Method, class_of, make_method
 from hf_influence.attribution.over_members import OverMembers
 from hf_influence.attribution.over_points import OverPoints, OverTraining
 from hf_influence.attribution.selection import Selection
+from hf_influence.attribution.trust import estimated_share, on_scale, trust_of
 from hf_influence.errors import BadSetting
 from hf_influence.scores import mean_ranks
 
@@ -38,15 +38,13 @@ TEXTS: tuple[Parts, ...] = (
 )
 """For classification and for language models: the first line whose methods all find what they need."""
 
-LEAST = 0.01
-"""Of AUC − ½, for a part of which queries say nothing good."""
-
 
 @dataclass(kw_only=True)
 class Auto(OverTraining, name="auto"):
     """The mean rank over the parts that suit what the store holds, so that no one of them has to be right.
 
-        score[i] = Σ_p w_p (rank_p(i) − ½) / n_p / Σ_p w_p,   over the parts p that score i, ranks from 1 to n_p
+        r[i] = Σ_p w_p (rank_p(i) − ½) / n_p / Σ_p w_p,   over the parts p that score i, ranks from 1 to n_p
+        score[i] = Φ⁻¹((rank of r[i] − ½) / n) − Φ⁻¹(π),   Φ the standard normal distribution function
 
     With `groups` a rank is that among the n_p examples of the same group: one task is harder than another, and what is
     compared then is how an example stands in its own. The parts are
@@ -66,8 +64,11 @@ class Auto(OverTraining, name="auto"):
     against their negatives, less one standard error, which few queries make large; and of their margins for the losses.
     Where that cannot be known all parts weigh the same.
 
-    The report has the parts, their weights, and how far they agree: for each the correlation of its ranks with the mean
-    ranks of the others.
+    π is a cautious estimate of the share of wrong labels, for two classes and with queries, from the signs of their
+    scores; so `DatasetFilter(drop="negative")` drops that many. Where there is no estimate no score is negative.
+
+    The report has the parts with their weights, the estimate, and how far the parts agree: for each the correlation of
+    its ranks with the mean ranks of the others.
 
     Cost: that of the parts.
     Use when: always, unless you know better; with rows captured during training and clean queries it has most to go by.
@@ -101,7 +102,7 @@ class Auto(OverTraining, name="auto"):
         return rows.over(held or [0], queries=False)
 
     def score(self, rows: Selection) -> Tensor:
-        """Scores `[n, 1]` in (0, 1)."""
+        """Scores `[n, 1]`; see above."""
         groups = self._groups(rows)
         ranks: dict[str, Tensor] = {}  # each [n], NaN for what a part does not score
         for name, settings in self.resolved(rows).items():
@@ -110,12 +111,32 @@ class Auto(OverTraining, name="auto"):
             ranks[name] = torch.full((len(rows.ids),), torch.nan, dtype=torch.float64)
             mean = method.score(own).double().mean(1)
             ranks[name][places] = ranks_within(mean, [groups[at] for at in places.tolist()])
-        trust = trusted(rows, list(ranks)) if self.parts is None else dict.fromkeys(ranks, 1.0)
-        self.report["parts"] = {name: round(weight / sum(trust.values()), 4) for name, weight in trust.items()}
+        weights, share = self._trust(rows, list(ranks))
+        total = sum(weights.values())
+        self.report["parts"] = {name: round(weight / total, 4) for name, weight in weights.items()}
+        self.report["estimated_share_wrong"] = None if share is None else round(share, 4)
         self.report["agreement"] = {name: agreement(name, ranks) for name in ranks if len(ranks) > 1}
         values = torch.stack(list(ranks.values()), 1)  # [n, parts]
-        weight = torch.tensor(list(trust.values()), dtype=values.dtype) * ~values.isnan()
-        return ((values.nan_to_num() * weight).sum(1, keepdim=True) / weight.sum(1, keepdim=True)).to(rows.train.dtype)
+        weight = torch.tensor(list(weights.values()), dtype=values.dtype) * ~values.isnan()
+        ranking = (values.nan_to_num() * weight).sum(1) / weight.sum(1)
+        return on_scale(ranking, share or 0.0).to(rows.train.dtype)[:, None]
+
+    def _trust(self, rows: Selection, names: Sequence[str]) -> tuple[dict[str, float], float | None]:
+        """The weight of each part, and the share of wrong labels, as far as the queries at the end tell."""
+        equal = dict.fromkeys(names, 1.0)
+        asked = [name for name in names if name.startswith("kernel_ridge")]
+        last = rows.at(end(rows))
+        if self.parts is not None or not is_classification(rows) or not asked or len(last.query) < 2:
+            return equal, None
+        ridge = KernelRidge()
+        left_out = ridge.left_out(last.query)
+        task = last.store.header.task
+        two = task.get("num_labels") == 2 and task.get("problem_type") in (None, "single_label_classification")
+        share = estimated_share(ridge.score(last)[:, 0], left_out) if two else None
+        if (margins := last.query.stats.get("margin")) is None:
+            return equal, share
+        by_queries, by_loss = trust_of(left_out, errors=1), trust_of(margins)
+        return {name: by_queries if name in asked else by_loss for name in names}, share
 
     def resolved(self, rows: Selection) -> Parts:
         """The parts that were asked for, or the first that the rows allow."""
@@ -167,27 +188,6 @@ def looked_at(rows: Selection, name: str, settings: Mapping[str, Any]) -> tuple[
     points = {"points": rows.points if of_training(rows) else None} if over else {}
     method = make_method(name, {**points, **settings})
     return method, method.select(one, None if issubclass(kind, OverPoints) else end(rows))
-
-
-def trusted(rows: Selection, names: Sequence[str]) -> dict[str, float]:
-    """The weight of each part, by what the queries at the end show of it."""
-    last = rows.at(end(rows))
-    asked = [name for name in names if name.startswith("kernel_ridge")]
-    margins = last.query.stats.get("margin") if asked else None
-    if not is_classification(rows) or not asked or margins is None or len(margins) < 2:
-        return dict.fromkeys(names, 1.0)
-    left_out = KernelRidge().left_out(last.query)
-    error = 1 / math.sqrt(12 * len(left_out))  # of the AUC of numbers that say nothing
-    by_queries = max(LEAST, mirrored_auc(left_out) - 0.5 - error) ** 4
-    by_loss = max(LEAST, mirrored_auc(margins) - 0.5) ** 4
-    return {name: by_queries if name in asked else by_loss for name in names}
-
-
-def mirrored_auc(values: Tensor) -> float:
-    """How often one of the values is above the negative of one, `[n]`; ties count half."""
-    both = torch.cat((values, -values)).double()
-    n = len(values)
-    return float(mean_ranks(both)[:n].sum() - n * (n + 1) / 2) / n**2
 
 
 def is_classification(rows: Selection) -> bool:
