@@ -2,11 +2,11 @@
 
 capture = GradientCapture("runs/sst2", query_dataset=validation)      # from hf_influence.callbacks
 Trainer(model=peft_model, ..., callbacks=[capture]).train()
-scores = attribute("runs/sst2", method="datainf")                     # higher = more worth keeping
+scores = attribute("runs/sst2")                                      # higher = more worth keeping
 curated = DatasetFilter(drop=0.05).apply(train, scores)               # a datasets.Dataset
 """
 
-from hf_influence.attribution import attribute, lacking, methods
+from hf_influence.attribution import attribute, combined, lacking, methods
 from hf_influence.filter import DatasetFilter
 from hf_influence.gradients import (
     adam_state,
@@ -40,6 +40,7 @@ __all__ = [
     "collect_ekfac",
     "collect_hessian",
     "collect_target",
+    "combined",
     "dropout",
     "evasion",
     "fairness",

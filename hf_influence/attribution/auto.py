@@ -30,9 +30,9 @@ CLASSES: tuple[Parts, ...] = (
     {"loss": {}},
 )
 TEXTS: tuple[Parts, ...] = (
-    {"loss_mean": {}, "kernel_ridge_mean": {"weighted": False}},
-    {"loss_mean": {}, "cosine": {}},
-    {"loss": {}, "cosine": {}},
+    {"loss_mean": {}, "vote_mean": {}},
+    {"loss_mean": {}, "vote": {}},
+    {"loss": {}, "vote": {}},
     {"loss_mean": {}},
     {"loss": {}},
 )
@@ -49,12 +49,12 @@ class Auto(OverTraining, name="auto"):
     With `groups` a rank is that among the n_p examples of the same group: one task is harder than another, and what is
     compared then is how an example stands in its own. The parts are
 
-    | the store holds      | classification                                   | language models                  |
-    |----------------------|--------------------------------------------------|----------------------------------|
-    | training and queries | `loss_mean`, `kernel_ridge_mean`, `kernel_ridge` | `loss_mean`, `kernel_ridge_mean` |
-    | the end and queries  | `loss`, `kernel_ridge`                           | `loss`, `cosine`                 |
-    | training             | `loss_mean`                                      | `loss_mean`                      |
-    | the end              | `loss`                                           | `loss`                           |
+    | the store holds      | classification                                   | language models          |
+    |----------------------|--------------------------------------------------|--------------------------|
+    | training and queries | `loss_mean`, `kernel_ridge_mean`, `kernel_ridge` | `loss_mean`, `vote_mean` |
+    | the end and queries  | `loss`, `kernel_ridge`                           | `loss`, `vote`           |
+    | training             | `loss_mean`                                      | `loss_mean`              |
+    | the end              | `loss`                                           | `loss`                   |
 
     Over training the loss tells wrong examples before the model has learnt them by heart, clean queries tell them
     later, and the two err in different places. The final rows count as one more point of training.

@@ -75,9 +75,8 @@ class KernelRidgeMean(OverTraining, KernelRidge, name="kernel_ridge_mean"):
     not learnt anything yet, and the point counts nothing.
 
     Cost: that of `kernel_ridge` at each point.
-    Use when: rows were captured during training, with clean queries, and labels may be wrong; for language models with
-    `weighted=False`, since there early points say most.
-    See also: KernelRidge (one point), LossMean (without queries).
+    Use when: rows were captured during training, with clean queries, and labels may be wrong.
+    See also: KernelRidge (one point), VoteMean (for language models), LossMean (without queries).
     Source: a method of this library.
     """
 

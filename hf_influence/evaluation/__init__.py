@@ -10,6 +10,7 @@ from hf_influence.evaluation.demographic_parity import demographic_parity
 from hf_influence.evaluation.fair_score import fair_score
 from hf_influence.evaluation.flipped_labels import flipped_labels
 from hf_influence.evaluation.mislabel_detection import mislabel_detection
+from hf_influence.evaluation.out_of_fold import out_of_fold
 from hf_influence.evaluation.provenance import provenance
 from hf_influence.evaluation.removal import removal_curve
 from hf_influence.evaluation.retraining_gain import retraining_gain
@@ -32,6 +33,7 @@ __all__ = [
     "flipped_labels",
     "lds",
     "mislabel_detection",
+    "out_of_fold",
     "provenance",
     "removal_curve",
     "retrain_on_subsets",

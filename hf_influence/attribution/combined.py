@@ -1,0 +1,63 @@
+"""Several rankings as one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from hf_influence.attribution.auto import agreement, ranks_within
+from hf_influence.errors import BadSetting
+from hf_influence.scores import Scores
+
+
+def combined(*scores: Scores, groups: Sequence[Any] | None = None) -> Scores:
+    """The mean rank over several scores of the same examples.
+
+        score[i] = 1/|P| Σ_p (rank_p(i) − ½) / n,   ranks of the mean over the queries, from 1 to n
+
+    As `auto` does for its parts, here for scores of any origin: of several stores, runs or seeds, of `out_of_fold`, or
+    numbers of yours.
+
+    Args:
+        *scores: At least one.
+        groups: The task, source or class of each example, in the order of the first scores, within which it is ranked.
+
+    Returns:
+        Scores of method "combined" in (0, 1), in the order of the first; the report says how far they agree.
+
+    Raises:
+        BadSetting: No scores, scores of different examples, or groups that do not fit.
+
+    >>> import torch
+    >>> a = Scores(torch.tensor([[0.9], [-0.4], [0.2]]), ["x", "y", "z"], "ip")
+    >>> b = Scores(torch.tensor([[-3.0], [-1.0], [-2.0]]), ["y", "x", "z"], "loss")
+    >>> combined(a, b).lowest(3)
+    ['y', 'z', 'x']
+    """
+    if not scores:
+        raise BadSetting("no scores were given, so there is nothing to combine.")
+    ids, id_column = scores[0].ids, scores[0].id_column
+    for other in scores:
+        if set(other.ids) != set(ids) or len(other) != len(ids) or other.id_column != id_column:
+            raise BadSetting(
+                f"the scores by {other.method} and by {scores[0].method} are of different examples, or name them by "
+                "different columns. Score the same rows with each."
+            )
+    groups = [None] * len(ids) if groups is None else list(groups)
+    if len(groups) != len(ids):
+        raise BadSetting(f"{len(groups)} groups for {len(ids)} examples; give one for each.")
+    ranks = {}
+    for k, other in enumerate(scores):
+        row = {name: at for at, name in enumerate(other.ids)}
+        mean = other.mean().detach().cpu().double()[[row[name] for name in ids]]
+        ranks[f"{k} {other.method}"] = ranks_within(mean, groups)
+    return Scores(
+        torch.stack(list(ranks.values()), 1).mean(1, keepdim=True),
+        ids,
+        "combined",
+        {"of": [{"method": one.method, "settings": dict(one.settings)} for one in scores]},
+        id_column=id_column,
+        report={"agreement": {name: agreement(name, ranks) for name in ranks if len(ranks) > 1}},
+    )

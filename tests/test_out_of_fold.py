@@ -1,0 +1,104 @@
+"""Held-out losses by models of the other folds, and several rankings as one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from datasets import Dataset
+from models import own_loss, padding, prompts, tiny
+from scipy.stats import rankdata
+from torch import nn
+
+from hf_influence import Scores, combined
+from hf_influence.errors import BadSetting, StoreMismatch
+from hf_influence.evaluation import out_of_fold
+
+EXAMPLES = prompts(9)
+DATA = Dataset.from_list([*EXAMPLES, EXAMPLES[2]])
+
+
+class Fits:
+    """Trains a tiny model for a step on each row, and notes what it was given."""
+
+    def __init__(self) -> None:
+        self.given: list[list[Any]] = []
+        self.models: list[nn.Module] = []
+
+    def __call__(self, rows: Dataset) -> nn.Module:
+        torch.manual_seed(0)
+        model = tiny(torch.float32)
+        optimizer = torch.optim.SGD([w for w in model.parameters() if w.requires_grad], lr=0.5)
+        for row in rows:
+            optimizer.zero_grad()
+            own_loss(model, row).backward()
+            optimizer.step()
+        self.given.append(rows["input_ids"][:])
+        self.models.append(model.eval())
+        return model
+
+
+def test_each_example_is_judged_by_the_model_that_has_not_seen_it() -> None:
+    fits = Fits()
+    scores = out_of_fold(DATA, fits, folds=3, data_collator=padding())
+    assert scores.ids == list(range(10))
+    assert len(fits.given) == 3
+    judges = []
+    for i, row in enumerate(DATA):
+        unseen = [k for k, given in enumerate(fits.given) if row["input_ids"] not in given]
+        assert len(unseen) == 1, "copies are in one fold"
+        judges += unseen
+        with torch.no_grad():
+            assert scores.values[i, 0].item() == pytest.approx(-own_loss(fits.models[unseen[0]], row).item(), rel=1e-5)
+    assert sorted(judges.count(k) for k in range(3)) in ([3, 3, 4], [3, 3, 4])
+    assert judges[2] == judges[9]
+
+
+def test_it_goes_on_after_an_interruption(tmp_path: Path) -> None:
+    class Stops(Fits):
+        def __call__(self, rows: Dataset) -> nn.Module:
+            if len(self.given) == 2:
+                raise KeyboardInterrupt
+            return super().__call__(rows)
+
+    with pytest.raises(KeyboardInterrupt):
+        out_of_fold(DATA, Stops(), folds=3, data_collator=padding(), folder=tmp_path)
+    fits = Fits()
+    scores = out_of_fold(DATA, fits, folds=3, data_collator=padding(), folder=tmp_path)
+    assert len(fits.given) == 1
+    torch.testing.assert_close(scores.values, out_of_fold(DATA, Fits(), folds=3, data_collator=padding()).values)
+    with pytest.raises(StoreMismatch):
+        out_of_fold(DATA, fits, folds=3, seed=1, data_collator=padding(), folder=tmp_path)
+
+
+@pytest.mark.parametrize("folds", [1, 10])
+def test_folds_that_cannot_be_made_are_refused(folds: int) -> None:
+    with pytest.raises(BadSetting, match="make 2 to 9"):
+        out_of_fold(DATA, Fits(), folds=folds)
+
+
+def test_combined_is_the_mean_rank_whatever_the_order_of_the_scores() -> None:
+    generator = torch.Generator().manual_seed(0)
+    a, b = torch.randn(7, 3, generator=generator), torch.randn(7, 1, generator=generator)
+    order = torch.randperm(7, generator=generator)
+    one = Scores(a, list(range(7)), "ip", query_ids=[0, 1, 2])
+    two = Scores(b[order], order.tolist(), "loss")
+    place = [torch.from_numpy((rankdata(values) - 0.5) / 7) for values in (a.mean(1).numpy(), b[:, 0].numpy())]
+    found = combined(one, two)
+    torch.testing.assert_close(found.values[:, 0], (place[0] + place[1]) / 2)
+    rho = torch.corrcoef(torch.stack(place))[0, 1].item()
+    assert found.report["agreement"] == {"0 ip": pytest.approx(rho, abs=1e-4), "1 loss": pytest.approx(rho, abs=1e-4)}
+    within = combined(one, groups=[0, 0, 0, 1, 1, 1, 1]).values[:, 0]
+    assert sorted(within[:3].tolist()) == pytest.approx([1 / 6, 3 / 6, 5 / 6])
+
+
+def test_what_cannot_be_combined_is_refused() -> None:
+    one = Scores(torch.rand(3, 1), [0, 1, 2], "ip")
+    with pytest.raises(BadSetting, match="no scores"):
+        combined()
+    with pytest.raises(BadSetting, match="different examples"):
+        combined(one, Scores(torch.rand(3, 1), [0, 1, 3], "loss"))
+    with pytest.raises(BadSetting, match="2 groups for 3"):
+        combined(one, groups=[0, 1])
