@@ -188,6 +188,13 @@ def test_what_was_recorded_gives_the_same_scores(tmp_path: Path) -> None:
     torch.testing.assert_close(attribute(path, loaded.method, **loaded.settings).values, scores.values)
 
 
+def test_parts_asked_for_by_name_are_what_attribute_gives(tmp_path: Path) -> None:
+    path = store(tmp_path, CLASSES, training=True)
+    parts = [ranked(attribute(path, name)) for name in ("loss_mean", "ip")]
+    scores = attribute(path, parts=["loss_mean", "ip"])
+    torch.testing.assert_close(scores.values[:, 0], scaled(torch.stack(parts).mean(0)))
+
+
 @pytest.mark.parametrize("parts", [[], "loss", ["auto"], {"auto": {}}])
 def test_parts_that_are_none_are_refused(tmp_path: Path, parts: Sequence[str]) -> None:
     with pytest.raises(BadSetting, match="method 'auto': parts="):

@@ -12,7 +12,6 @@ from torch import Tensor
 from hf_influence.attribution.given import fingerprint, one_for_each
 from hf_influence.attribution.kernel_ridge import KernelRidge
 from hf_influence.attribution.method import Method, class_of, make_method
-from hf_influence.attribution.over_members import OverMembers
 from hf_influence.attribution.over_points import OverPoints, OverTraining
 from hf_influence.attribution.selection import Selection
 from hf_influence.attribution.trust import estimated_share, on_scale, trust_of
@@ -43,8 +42,8 @@ TEXTS: tuple[Parts, ...] = (
 class Auto(OverTraining, name="auto"):
     """The mean rank over the parts that suit what the store holds, so that no one of them has to be right.
 
-        r[i] = Σ_p w_p (rank_p(i) − ½) / n_p / Σ_p w_p,   over the parts p that score i, ranks from 1 to n_p
         score[i] = Φ⁻¹((rank of r[i] − ½) / n) − Φ⁻¹(π),   Φ the standard normal distribution function
+        r[i] = Σ_p w_p (rank_p(i) − ½) / n_p / Σ_p w_p,   over the parts p that score i, ranks from 1 to n_p
 
     With `groups` a rank is that among the n_p examples of the same group: one task is harder than another, and what is
     compared then is how an example stands in its own. The parts are
@@ -76,7 +75,8 @@ class Auto(OverTraining, name="auto"):
     Source: a method of this library.
     """
 
-    needs = ()
+    needs = ("loss",)
+    at_end = frozenset(needs)  # or at the last point of training
 
     parts: Parts | Sequence[str] | None = None
     """Methods, or methods with their settings, `{"vote": {"k": 5}, "loss": {}}`; by default those of the table."""
@@ -106,7 +106,7 @@ class Auto(OverTraining, name="auto"):
         groups = self._groups(rows)
         ranks: dict[str, Tensor] = {}  # each [n], NaN for what a part does not score
         for name, settings in self.resolved(rows).items():
-            method, own = looked_at(rows, name, settings)
+            method, own = self._looked_at(rows, name, settings)
             places = torch.searchsorted(rows.positions, own.positions)
             ranks[name] = torch.full((len(rows.ids),), torch.nan, dtype=torch.float64)
             mean = method.score(own).double().mean(1)
@@ -120,6 +120,18 @@ class Auto(OverTraining, name="auto"):
         weight = torch.tensor(list(weights.values()), dtype=values.dtype) * ~values.isnan()
         ranking = (values.nan_to_num() * weight).sum(1) / weight.sum(1)
         return on_scale(ranking, share or 0.0).to(rows.train.dtype)[:, None]
+
+    def _looked_at(self, rows: Selection, name: str, settings: Mapping[str, Any]) -> tuple[Method, Selection]:
+        """A part and what it looks at: the points, its members, or the end."""
+        kind = class_of(name)
+        if not issubclass(kind, OverPoints):
+            method = make_method(name, dict(settings))
+            return method, method.select(rows, end(rows))
+        points = {}
+        if issubclass(kind, OverTraining):  # the end as well, but where it was asked for a method by name
+            points = {"points": rows.points if self.parts is None else of_training(rows) or None}
+        method = make_method(name, {**points, **settings})
+        return method, method.select(rows, None)
 
     def _trust(self, rows: Selection, names: Sequence[str]) -> tuple[dict[str, float], float | None]:
         """The weight of each part, and the share of wrong labels, as far as the queries at the end tell."""
@@ -179,15 +191,6 @@ def end(rows: Selection) -> int:
 def of_training(rows: Selection) -> list[int]:
     """The other points."""
     return [point for point in rows.points if point]
-
-
-def looked_at(rows: Selection, name: str, settings: Mapping[str, Any]) -> tuple[Method, Selection]:
-    """A part, and what it looks at: all points, its members, or the end."""
-    kind, one = class_of(name), replace(rows, points=(end(rows),))
-    over = issubclass(kind, OverPoints) and not issubclass(kind, OverMembers)
-    points = {"points": rows.points if of_training(rows) else None} if over else {}
-    method = make_method(name, {**points, **settings})
-    return method, method.select(one, None if issubclass(kind, OverPoints) else end(rows))
 
 
 def is_classification(rows: Selection) -> bool:

@@ -69,8 +69,9 @@ def one_for_each(values: Any, rows: Examples, method: str, setting: str, what: s
     Raises:
         BadSetting: They are not as many, or no sequence.
     """
+    values = values.tolist() if isinstance(values, Tensor | np.ndarray) else values
     if not isinstance(values, str) and hasattr(values, "__len__") and len(values) == rows.dataset_size:
-        values = [values[int(position)] for position in rows.positions]
+        values = [values[position] for position in rows.positions.tolist()]
     if isinstance(values, str) or not hasattr(values, "__len__") or len(values) != len(rows.positions):
         recorded = isinstance(values, str) and "sha256" in values
         hint = f" That is the fingerprint that scores keep of them: pass the {what} themselves." if recorded else ""
@@ -78,7 +79,7 @@ def one_for_each(values: Any, rows: Examples, method: str, setting: str, what: s
             f"method '{method}': {setting}={reprlib.repr(values)} is not a sequence of {len(rows.positions)} {what}, "
             f"one for each {whose} in dataset order.{hint}"
         )
-    return values.tolist() if isinstance(values, Tensor | np.ndarray) else list(values)
+    return list(values)
 
 
 def fingerprint(values: Sequence[Any]) -> str:

@@ -18,7 +18,7 @@ from typing import Any, get_args
 
 from datasets import DatasetDict
 from peft import LoraConfig, get_peft_model
-from series import Given, arguments, best, every_method, finish, parser, runs_of
+from series import Given, arguments, best, each, every_method, finish, parser, runs_of
 from transformers import DataCollatorForSeq2Seq, Trainer, set_seed
 
 from hf_influence import collect
@@ -91,9 +91,7 @@ def main() -> None:
     options.add_argument("--learning-rate", type=float, default=2e-3)
     args = options.parse_args()
     runs = runs_of(args, "sets", "seeds")
-    for name in args.sets:
-        for seed in args.seeds:
-            runs.do({"set": name, "seed": seed}, partial(run, name, seed, args))
+    each(runs, partial(run, args=args), set=args.sets, seed=args.seeds)
     title = (
         f"SmolLM2-135M-Instruct + LoRA r=8, {args.train} training and {args.test} test prompts, {args.epochs} epochs, "
         f"batch {args.batch_size}, learning rate {args.learning_rate}; mean over the queries, absolute influence, but "

@@ -27,7 +27,7 @@ from typing import Any
 import torch
 from datasets import Dataset
 from glue import Parts, fine_tune, options, tokens, trained_how
-from series import best, every_method, finish, on_the_way, runs_of
+from series import best, each, every_method, finish, on_the_way, runs_of
 from torch import Tensor
 
 from hf_influence.attribution import methods
@@ -96,9 +96,7 @@ def main() -> None:
     made.add_argument("--trainings", type=int, default=2, help="of each half")
     args = made.parse_args()
     runs = runs_of(args, "sets", "seeds")
-    for name in args.sets:
-        for seed in args.seeds:
-            runs.do({"set": name, "seed": seed}, partial(run, name, seed, args, runs))
+    each(runs, partial(run, args=args, runs=runs), set=args.sets, seed=args.seeds)
     title = f"Linear datamodeling score, {args.subsets} halves trained on {args.trainings} times. {trained_how(args)}"
     beside = ("bootstrap", "length_rho", "duplicates_rho", "seconds")
     finish(Table(title=title, metrics=("lds",), beside=beside), columns, runs, args)

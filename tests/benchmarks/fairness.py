@@ -34,11 +34,10 @@ from typing import Any
 
 from datasets import Dataset, concatenate_datasets
 from glue import HELD_OUT, TEXTS, fine_tune, load, options, texts, tokens, whole_run
-from series import Given, finish, runs_of, scored
+from series import Given, each, finish, runs_of, scored, with_baselines
 from torch import nn
 
 from hf_influence import collect, collect_target, fairness
-from hf_influence.attribution.method import make_method
 from hf_influence.errors import BadSetting
 from hf_influence.evaluation import (
     Run,
@@ -162,13 +161,9 @@ def main() -> None:
     made.add_argument("--methods", nargs="+", default=["ip", "datainf", "fisher"])
     made.add_argument("--drops", nargs="+", type=float, default=[0.1, 0.2], help="shares of the rows to leave out")
     args = made.parse_args()
-    args.methods = list(dict.fromkeys([*args.methods, *BASELINES]))
-    for method in args.methods:
-        make_method(method, {})  # a name that is none is refused before the training, not after
+    args.methods = with_baselines(args.methods, BASELINES)
     runs = runs_of(args, "sets", "seeds")
-    for name in args.sets:
-        for seed in args.seeds:
-            runs.do({"set": name, "seed": seed}, partial(run, name, seed, args))
+    each(runs, partial(run, args=args), set=args.sets, seed=args.seeds)
     title = (
         f"MiniLM + LoRA r={args.rank}, {args.rows} training rows told by women and men, {args.share:.0%} planted (by "
         f"women, of class 1, labelled 0), {args.queries} clean queries and {args.held_out} held-out texts told both "

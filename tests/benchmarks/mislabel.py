@@ -25,7 +25,7 @@ from typing import Any
 
 from glue import HELD_OUT, TEXTS, load, texts, tokens
 from peft import LoraConfig, get_peft_model
-from series import Given, arguments, best, every_method, finish, parser, runs_of
+from series import Given, arguments, best, each, every_method, finish, parser, runs_of
 from transformers import DataCollatorWithPadding, Trainer, set_seed
 
 from hf_influence.callbacks import GradientCapture
@@ -77,10 +77,7 @@ def main() -> None:
     options.add_argument("--share", type=float, default=0.2, help="of the labels that are flipped")
     args = options.parse_args()
     runs = runs_of(args, "sets", "ranks", "seeds")
-    for name in args.sets:
-        for rank in args.ranks:
-            for seed in args.seeds:
-                runs.do({"set": name, "rank": rank, "seed": seed}, partial(run, name, rank, seed, args))
+    each(runs, partial(run, args=args), set=args.sets, rank=args.ranks, seed=args.seeds)
     title = (
         f"MiniLM + LoRA, {args.rows} training rows, {args.share:.0%} labels flipped, {args.queries} clean queries, "
         f"{args.epochs} epochs, batch {args.batch_size}, learning rate {args.learning_rate}."

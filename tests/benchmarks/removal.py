@@ -26,9 +26,8 @@ from typing import Any
 
 from datasets import Dataset
 from glue import Parts, fine_tune, options, tokens, trained_how, whole_run
-from series import finish, on_the_way, runs_of, scored
+from series import each, finish, on_the_way, runs_of, scored, with_baselines
 
-from hf_influence.attribution.method import make_method
 from hf_influence.callbacks import GradientCapture
 from hf_influence.evaluation import Run, Runs, Table, removal_curve
 from hf_influence.evaluation.table import BASELINES
@@ -82,13 +81,9 @@ def main() -> None:
     args = made.parse_args()
     if args.draws < 2:
         made.error(f"--draws {args.draws}: the noise of a cell takes at least 2 random drops to see")
-    args.methods = list(dict.fromkeys([*args.methods, *BASELINES]))
-    for method in args.methods:
-        make_method(method, {})  # a name that is none is refused before the training, not after
+    args.methods = with_baselines(args.methods, BASELINES)
     runs = runs_of(args, "sets", "seeds")
-    for name in args.sets:
-        for seed in args.seeds:
-            runs.do({"set": name, "seed": seed}, partial(run, name, seed, args, runs))
+    each(runs, partial(run, args=args, runs=runs), set=args.sets, seed=args.seeds)
     title = f"Loss of random drops minus loss without the lowest / the highest scores. {trained_how(args)}"
     finish(Table(title=title, metrics=("without lowest", "without highest")), columns, runs, args)
 

@@ -29,10 +29,9 @@ from typing import Any
 
 from datasets import Dataset
 from glue import WEIGHT, Parts, fine_tune, options, tokens, trained_how, whole_run
-from series import Given, finish_each, runs_of, scored
+from series import Given, each, finish_each, runs_of, scored, with_baselines
 from torch import nn
 
-from hf_influence.attribution.method import make_method
 from hf_influence.callbacks import GradientCapture
 from hf_influence.evaluation import Run, Table, retraining_gain
 from hf_influence.evaluation.table import BASELINES
@@ -98,13 +97,9 @@ def main() -> None:
     made = options(__doc__)
     made.add_argument("--methods", nargs="+", default=["auto", "loss", "ip", "datainf", "kernel_ridge"])
     args = made.parse_args()
-    args.methods = list(dict.fromkeys([*args.methods, *BASELINES]))
-    for method in args.methods:
-        make_method(method, {})  # a name that is none is refused before the training, not after
+    args.methods = with_baselines(args.methods, BASELINES)
     runs = runs_of(args, "sets", "seeds")
-    for name in args.sets:
-        for seed in args.seeds:
-            runs.do({"set": name, "seed": seed}, partial(run, name, seed, args))
+    each(runs, partial(run, args=args), set=args.sets, seed=args.seeds)
     accuracies: dict[str, dict[str, list[float]]] = {}  # set -> way -> one a seed
     for one in runs:
         for way, found in one.result.items():

@@ -30,11 +30,10 @@ from typing import Any
 
 from datasets import Dataset
 from glue import WEIGHT, Parts, fine_tune, options, tokens, trained_how, whole_run
-from series import finish, runs_of, scored
+from series import each, finish, runs_of, scored, with_baselines
 from torch import nn
 
 from hf_influence import collect, collect_target, robustness
-from hf_influence.attribution.method import make_method
 from hf_influence.evaluation import Run, Table, accuracy_under_attack, mislabel_detection
 from hf_influence.filter import DatasetFilter, Relabel, Reweight
 from hf_influence.gradients import losses
@@ -103,13 +102,9 @@ def main() -> None:
     made.add_argument("--steps", type=int, default=1, help="of the attack")
     made.add_argument("--direction", choices=["gradient", "sign"], default="gradient")
     args = made.parse_args()
-    args.methods = list(dict.fromkeys([*args.methods, *BASELINES]))
-    for method in args.methods:
-        make_method(method, {})  # a name that is none is refused before the training, not after
+    args.methods = with_baselines(args.methods, BASELINES)
     runs = runs_of(args, "sets", "seeds")
-    for name in args.sets:
-        for seed in args.seeds:
-            runs.do({"set": name, "seed": seed}, partial(run, name, seed, args))
+    each(runs, partial(run, args=args), set=args.sets, seed=args.seeds)
     title = (
         f"{trained_how(args)} Attack along the {args.direction} with epsilon {args.epsilon} in {args.steps} steps, "
         f"{args.held_out} held-out rows; {args.drop:.0%} trimmed or relabelled."

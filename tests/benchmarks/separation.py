@@ -29,7 +29,7 @@ from typing import Any, get_args
 import prompts
 from class_detection import figures as of_the_same_class
 from datasets import Dataset
-from series import Given, best, every_method, finish_each, runs_of
+from series import Given, best, each, every_method, finish_each, runs_of
 from sklearn.metrics import adjusted_rand_score
 
 from hf_influence import collect
@@ -82,9 +82,7 @@ def main() -> None:
     made.add_argument("--part", choices=get_args(Part), default="text", help="where the gradient is taken")
     args = prompts.parsed(made)
     runs = runs_of(args, "sets", "seeds")
-    for name in args.sets:
-        for seed in args.seeds:
-            runs.do({"set": name, "seed": seed}, partial(run, name, seed, args))
+    each(runs, partial(run, args=args), set=args.sets, seed=args.seeds)
     title = f"{prompts.trained_how(args)} Gradient of the {args.part}."
     beside = ("length_rho", "duplicates_rho", "seconds")
     tables = {

@@ -8,12 +8,15 @@ import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 from transformers import TrainingArguments
 
 from hf_influence.attribution import attribute, lacking, methods
+from hf_influence.attribution.method import make_method
 from hf_influence.errors import InfluenceError
 from hf_influence.evaluation import Run, Runs, Table, biases
 from hf_influence.scores import Scores
@@ -34,6 +37,20 @@ def parser(description: str | None) -> argparse.ArgumentParser:
 def runs_of(args: argparse.Namespace, *over: str) -> Runs:
     """The runs of these options; `over` names those that the series goes over."""
     return Runs(args.results, {name: value for name, value in vars(args).items() if name not in (*LEAVE, *over)})
+
+
+def each(runs: Runs, work: Callable[..., Any], **over: Sequence[Any]) -> None:
+    """Every combination of the values that a series goes over; `work` takes them in this order."""
+    for values in product(*over.values()):
+        runs.do(dict(zip(over, values, strict=True)), partial(work, *values))
+
+
+def with_baselines(methods: Sequence[str], baselines: Sequence[str]) -> list[str]:
+    """The methods asked for and the baselines; a name that is none is refused before the training, not after."""
+    both = list(dict.fromkeys([*methods, *baselines]))
+    for method in both:
+        make_method(method, {})
+    return both
 
 
 def on_the_way(runs: Runs, **key: Any) -> Path | None:
