@@ -25,7 +25,7 @@ from typing import Any
 
 from glue import HELD_OUT, TEXTS, load, texts, tokens
 from peft import LoraConfig, get_peft_model
-from series import Given, arguments, best, each, every_method, finish, parser, runs_of
+from series import Given, arguments, best, each, every_method, finish, parser, runs_of, without
 from transformers import DataCollatorWithPadding, Trainer, set_seed
 
 from hf_influence.callbacks import GradientCapture
@@ -54,7 +54,7 @@ def run(name: str, rank: int, seed: int, args: argparse.Namespace) -> dict[str, 
         trainer.train()
         seconds = time.perf_counter() - started
         given = Given(list(rows["label"]), texts(rows, name), texts(query, name), seed)
-        found = every_method(store, given, lambda method, scores: mislabel_detection(scores, rows["is_wrong"]))
+        found = every_method(store, given, lambda _, scores: mislabel_detection(scores, rows["is_wrong"]), args.without)
     print(f"{name} r={rank} seed {seed}: training {seconds:.0f} s; {best(found, 'auc')}", flush=True)
     return {"methods": found, "training_seconds": seconds}
 
@@ -65,6 +65,7 @@ def columns(run: Run) -> Iterator[tuple[str, Any]]:
 
 def main() -> None:
     options = parser(__doc__)
+    without(options)
     options.add_argument("--data", type=Path, help="folder of parquet files; the hub without")
     options.add_argument("--sets", nargs="+", default=list(TEXTS), choices=list(TEXTS))
     options.add_argument("--ranks", nargs="+", type=int, default=[2, 8])

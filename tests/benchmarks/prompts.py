@@ -11,7 +11,7 @@ from typing import Any
 
 from datasets import Dataset, DatasetDict
 from peft import LoraConfig, get_peft_model
-from series import arguments, parser
+from series import arguments, parser, without
 from torch import nn
 from transformers import DataCollatorForSeq2Seq, Trainer, TrainerCallback, set_seed
 
@@ -25,8 +25,6 @@ MADE: dict[str, Callable[..., DatasetDict]] = {
 }
 """Sets that can be made where there is no folder."""
 SETS = (*MADE, "instructions")
-SLOW = ("cg", "self_cg", "self_lissa")
-"""Left out by default: on few rows of many columns they take up to a hundred times as long as the exact `fisher`."""
 
 
 def load(name: str, args: argparse.Namespace, tokenizer: Any, seed: int) -> DatasetDict:
@@ -91,7 +89,7 @@ def options(description: str | None) -> argparse.ArgumentParser:
     made.add_argument("--rows", type=int, default=200, help="to train on")
     made.add_argument("--queries", type=int, default=50, help="clean rows to compare with")
     made.add_argument("--max-tokens", type=int, default=256, help="longer rows of the folder are not drawn")
-    made.add_argument("--without", nargs="*", default=list(SLOW), help="methods to leave out")
+    without(made)
     made.add_argument("--epochs", type=int, default=3)
     made.add_argument("--batch-size", type=int, default=8)
     made.add_argument("--learning-rate", type=float, default=2e-3)

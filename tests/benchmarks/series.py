@@ -24,6 +24,9 @@ from hf_influence.scores import Scores
 LEAVE = ("results", "markdown", "json", "data")
 """Options that say where things lie and do not change what a run finds; nor do those that a series goes over."""
 
+SLOW = ("cg", "self_cg", "self_lissa")
+"""Left out by default: they take up to a hundred times as long as `fisher`, which solves the same exactly."""
+
 
 def parser(description: str | None) -> argparse.ArgumentParser:
     """With the options of every series."""
@@ -32,6 +35,11 @@ def parser(description: str | None) -> argparse.ArgumentParser:
     made.add_argument("--json", type=Path, help="the table and the single figures")
     made.add_argument("--markdown", type=Path, help="the table")
     return made
+
+
+def without(made: argparse.ArgumentParser) -> None:
+    """The option to leave methods out."""
+    made.add_argument("--without", nargs="*", default=list(SLOW), help="methods to leave out")
 
 
 def runs_of(args: argparse.Namespace, *over: str) -> Runs:
