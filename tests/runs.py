@@ -2,7 +2,7 @@
 
 python tests/runs.py FOLDER                       one run
 torchrun --nproc_per_node 2 tests/runs.py FOLDER  the same by two processes
-python tests/runs.py FOLDER --kill 10             killed ten times, resumed each time
+python tests/runs.py FOLDER --kill 10             killed ten times, resumed each time, in FOLDER/0, FOLDER/1, …
 """
 
 from __future__ import annotations
@@ -74,29 +74,32 @@ def whole(file: Path) -> bool:
 
 
 def killed(folder: Path, times: int, seed: int = 0) -> None:
-    """Run, but kill the process at random moments."""
+    """Run, but kill the process at random moments; where a fast run ends before the last of them, run another."""
     draw = random.Random(seed)
-    kills = 0
-    while True:
+    kills = ends = 0
+    while kills < times or not ends:
         child = os.fork()
         if child == 0:
             try:
-                run(folder)
+                run(folder / str(ends))
             except BaseException as error:
                 print(f"the run failed: {error!r}", flush=True)
                 os._exit(1)
             os._exit(0)
         if kills < times:
-            time.sleep(draw.uniform(0.1, 1.0))
+            time.sleep(draw.uniform(0.1, 0.7))
             os.kill(child, signal.SIGKILL)
         _, status = os.waitpid(child, 0)
         if os.WIFSIGNALED(status):
             kills += 1
-            continue
-        if status != 0:
+        elif status == 0:
+            ends += 1
+        else:
             raise SystemExit(1)
-        print(f"finished after {kills} kills", flush=True)
-        return
+    if (folder / str(ends)).exists():  # killed for the last time before its end
+        run(folder / str(ends))
+        ends += 1
+    print(f"{ends} runs finished after {kills} kills", flush=True)
 
 
 if __name__ == "__main__":

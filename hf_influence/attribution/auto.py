@@ -104,14 +104,15 @@ class Auto(OverTraining, name="auto"):
     def score(self, rows: Selection) -> Tensor:
         """Scores `[n, 1]`; see above."""
         groups = self._groups(rows)
+        scores: dict[str, Tensor] = {}  # each [n_p]
         ranks: dict[str, Tensor] = {}  # each [n], NaN for what a part does not score
         for name, settings in self.resolved(rows).items():
             method, own = self._looked_at(rows, name, settings)
             places = torch.searchsorted(rows.positions, own.positions)
             ranks[name] = torch.full((len(rows.ids),), torch.nan, dtype=torch.float64)
-            mean = method.score(own).double().mean(1)
-            ranks[name][places] = ranks_within(mean, [groups[at] for at in places.tolist()])
-        weights, share = self._trust(rows, list(ranks))
+            scores[name] = method.score(own).double().mean(1)
+            ranks[name][places] = ranks_within(scores[name], [groups[at] for at in places.tolist()])
+        weights, share = self._trust(rows, scores)
         total = sum(weights.values())
         self.report["parts"] = {name: round(weight / total, 4) for name, weight in weights.items()}
         self.report["estimated_share_wrong"] = None if share is None else round(share, 4)
@@ -133,22 +134,20 @@ class Auto(OverTraining, name="auto"):
         method = make_method(name, {**points, **settings})
         return method, method.select(rows, None)
 
-    def _trust(self, rows: Selection, names: Sequence[str]) -> tuple[dict[str, float], float | None]:
+    def _trust(self, rows: Selection, scores: Mapping[str, Tensor]) -> tuple[dict[str, float], float | None]:
         """The weight of each part, and the share of wrong labels, as far as the queries at the end tell."""
-        equal = dict.fromkeys(names, 1.0)
-        asked = [name for name in names if name.startswith("kernel_ridge")]
+        equal = dict.fromkeys(scores, 1.0)
         last = rows.at(end(rows))
-        if self.parts is not None or not is_classification(rows) or not asked or len(last.query) < 2:
+        if self.parts is not None or not is_classification(rows) or "kernel_ridge" not in scores or len(last.query) < 2:
             return equal, None
-        ridge = KernelRidge()
-        left_out = ridge.left_out(last.query)
+        left_out = KernelRidge().left_out(last.query)
         task = last.store.header.task
         two = task.get("num_labels") == 2 and task.get("problem_type") in (None, "single_label_classification")
-        share = estimated_share(ridge.score(last)[:, 0], left_out) if two else None
+        share = estimated_share(scores["kernel_ridge"], left_out) if two else None
         if (margins := last.query.stats.get("margin")) is None:
             return equal, share
         by_queries, by_loss = trust_of(left_out, errors=1), trust_of(margins)
-        return {name: by_queries if name in asked else by_loss for name in names}, share
+        return {name: by_queries if name.startswith("kernel_ridge") else by_loss for name in scores}, share
 
     def resolved(self, rows: Selection) -> Parts:
         """The parts that were asked for, or the first that the rows allow."""

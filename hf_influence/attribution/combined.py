@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from hf_influence.attribution.auto import agreement, ranks_within
+from hf_influence.dataset.matching import in_order_of_first
 from hf_influence.errors import BadSetting
 from hf_influence.scores import Scores
 
@@ -38,26 +39,19 @@ def combined(*scores: Scores, groups: Sequence[Any] | None = None) -> Scores:
     """
     if not scores:
         raise BadSetting("no scores were given, so there is nothing to combine.")
-    ids, id_column = scores[0].ids, scores[0].id_column
-    for other in scores:
-        if set(other.ids) != set(ids) or len(other) != len(ids) or other.id_column != id_column:
-            raise BadSetting(
-                f"the scores by {other.method} and by {scores[0].method} are of different examples, or name them by "
-                "different columns. Score the same rows with each."
-            )
+    ids, values = scores[0].ids, in_order_of_first(scores)
     groups = [None] * len(ids) if groups is None else list(groups)
     if len(groups) != len(ids):
         raise BadSetting(f"{len(groups)} groups for {len(ids)} examples; give one for each.")
-    ranks = {}
-    for k, other in enumerate(scores):
-        row = {name: at for at, name in enumerate(other.ids)}
-        mean = other.mean().detach().cpu().double()[[row[name] for name in ids]]
-        ranks[f"{k} {other.method}"] = ranks_within(mean, groups)
+    ranks = {
+        f"{k} {one.method}": ranks_within(own.mean(1), groups)
+        for k, (one, own) in enumerate(zip(scores, values, strict=True))
+    }
     return Scores(
         torch.stack(list(ranks.values()), 1).mean(1, keepdim=True),
         ids,
         "combined",
         {"of": [{"method": one.method, "settings": dict(one.settings)} for one in scores]},
-        id_column=id_column,
+        id_column=scores[0].id_column,
         report={"agreement": {name: agreement(name, ranks) for name in ranks if len(ranks) > 1}},
     )

@@ -31,6 +31,15 @@ def aligned(dataset: Dataset | IterableDataset, rankings: Sequence[Scores]) -> t
     if not isinstance(dataset, IterableDataset):
         values = [in_dataset_order(dataset, one) for one in rankings]
         return values, ids_of(dataset, rankings[0].id_column)
+    return in_order_of_first(rankings), rankings[0].ids
+
+
+def in_order_of_first(rankings: Sequence[Scores]) -> list[Tensor]:
+    """The values of several scores of the same examples, each `[n, q]` in float64, in the order of the first.
+
+    Raises:
+        BadSetting: They are of different examples, or have one twice.
+    """
     ids = rankings[0].ids
     place = {name: i for i, name in enumerate(ids)}
     for one in rankings:
@@ -41,7 +50,7 @@ def aligned(dataset: Dataset | IterableDataset, rankings: Sequence[Scores]) -> t
             )
     if len(place) < len(ids):
         raise BadSetting("the scores have an id more than once. Score the dataset anew.")
-    return [_ordered(one, torch.tensor([place[name] for name in one.ids])) for one in rankings], ids
+    return [_ordered(one, torch.tensor([place[name] for name in one.ids], dtype=torch.long)) for one in rankings]
 
 
 def _ordered(scores: Scores, at: Tensor) -> Tensor:

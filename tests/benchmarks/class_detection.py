@@ -17,9 +17,8 @@ from pathlib import Path
 from typing import Any, get_args
 
 from datasets import DatasetDict
-from peft import LoraConfig, get_peft_model
-from series import Given, arguments, best, each, every_method, finish, parser, runs_of
-from transformers import DataCollatorForSeq2Seq, Trainer, set_seed
+from prompts import fine_tune
+from series import Given, best, each, every_method, finish, parser, runs_of
 
 from hf_influence import collect
 from hf_influence.attribution import methods
@@ -50,23 +49,15 @@ def figures(train: list[str], query: list[str], method: str, scores: Scores) -> 
 
 def run(name: str, seed: int, args: argparse.Namespace) -> dict[str, dict[str, dict[str, Any]]]:
     """Part of the text -> method -> figures."""
-    model, tokenizer = load_language_model()
+    _, tokenizer = load_language_model()
     data = SETS[name](train=args.train, test=args.test, seed=seed)
-    set_seed(seed)
-    lora = LoraConfig(r=8, lora_alpha=16, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+    model = fine_tune(tokenize(data["train"], tokenizer), args, seed)
     with tempfile.TemporaryDirectory() as folder:
-        trainer = Trainer(
-            get_peft_model(model, lora),
-            arguments(folder, args, seed),
-            train_dataset=tokenize(data["train"], tokenizer),
-            data_collator=DataCollatorForSeq2Seq(tokenizer),
-        )
-        trainer.train()
         found = {}
         for part in get_args(Part):
             store = Path(folder) / part
             for split, rows in (("train", data["train"]), ("query", data["test"])):
-                collect(trainer.model, tokenize(rows, tokenizer, gradient=part), store, split)
+                collect(model, tokenize(rows, tokenizer, gradient=part), store, split)
             sides = (list(data["train"]["task"]), list(data["test"]["task"]))
             texts = [list(data[split][part]) for split in ("train", "test")]
             given = Given(sides[0], texts[0], texts[1], seed)

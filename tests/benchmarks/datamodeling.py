@@ -49,14 +49,14 @@ def figures(measured: Tensor, subsets: Tensor, method: str, scores: Scores) -> d
     return {"lds": found.lds, "bootstrap": found.spread, "low": found.low, "high": found.high}
 
 
-def training_again(each: Tensor) -> dict[str, dict[str, Any]]:
+def training_again(all_losses: Tensor) -> dict[str, dict[str, Any]]:
     """How well half of the trainings foretell the others, from the losses `[t, k, m]` of all."""
-    if len(each) < 2:
+    if len(all_losses) < 2:
         return {AGAIN: {"left out": "it takes --trainings 2 or more"}}
-    half = len(each) // 2
-    subsets, queries = list(range(each.shape[1])), list(range(each.shape[2]))
-    scores = Scores(-each[half:].mean(0), subsets, AGAIN, query_ids=queries)  # [k, m]: one row is all of a subset
-    return {AGAIN: figures(each[:half].mean(0), torch.eye(len(subsets), dtype=torch.bool), AGAIN, scores)}
+    half = len(all_losses) // 2
+    subsets, queries = list(range(all_losses.shape[1])), list(range(all_losses.shape[2]))
+    scores = Scores(-all_losses[half:].mean(0), subsets, AGAIN, query_ids=queries)  # [k, m]: one row is all of a subset
+    return {AGAIN: figures(all_losses[:half].mean(0), torch.eye(len(subsets), dtype=torch.bool), AGAIN, scores)}
 
 
 def run(name: str, seed: int, args: argparse.Namespace, runs: Runs) -> dict[str, dict[str, Any]]:
@@ -69,7 +69,7 @@ def run(name: str, seed: int, args: argparse.Namespace, runs: Runs) -> dict[str,
     def retrain(order: int, rows: Dataset) -> Tensor:
         return losses(fine_tune(rows, args, seed, order=order), query)["loss"]
 
-    each = torch.stack(
+    all_losses = torch.stack(
         [
             retrain_on_subsets(train, partial(retrain, order), subsets, on_the_way(runs, set=name, seed=seed, no=order))
             for order in range(1, args.trainings + 1)
@@ -78,10 +78,10 @@ def run(name: str, seed: int, args: argparse.Namespace, runs: Runs) -> dict[str,
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         store = Path(folder)
         fine_tune(train, args, seed, GradientCapture(store, query, during="epochs"))
-        found = every_method(store, parts.given(name, seed), partial(figures, each.mean(0), subsets))
+        found = every_method(store, parts.given(name, seed), partial(figures, all_losses.mean(0), subsets))
     about = methods()
     found = {method: row for method, row in found.items() if "queries" in about[method].needs or method in BASELINES}
-    found |= training_again(each)
+    found |= training_again(all_losses)
     print(f"{name} seed {seed}: {best(found, 'lds')}", flush=True)
     return found
 

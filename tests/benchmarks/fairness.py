@@ -33,12 +33,11 @@ from random import Random
 from typing import Any
 
 from datasets import Dataset, concatenate_datasets
-from glue import HELD_OUT, TEXTS, fine_tune, load, options, texts, tokens, whole_run
-from series import Given, each, finish, runs_of, scored, with_baselines
+from glue import TEXTS, clean_rows, fine_tune, load, options, texts, tokens, whole_run
+from series import PLAIN, Given, each, finish, runs_of, scored, with_baselines
 from torch import nn
 
 from hf_influence import collect, collect_target, fairness
-from hf_influence.errors import BadSetting
 from hf_influence.evaluation import (
     Run,
     Table,
@@ -52,7 +51,6 @@ from hf_influence.filter import DatasetFilter
 from hf_influence.gradients import losses
 from hf_influence.pretrained import load_classifier
 
-BASELINES = ("random", "loss", "length")
 GROUPS = ("man", "woman")
 SPEAKERS = (
     ("man", "woman"),
@@ -93,13 +91,7 @@ def parts(name: str, args: argparse.Namespace, seed: int) -> tuple[Dataset, Data
     """Training rows with biased labels, queries and held-out rows that are clean and told both ways."""
     rows = load(name, "train", args.data).shuffle(seed=seed).select(range(args.rows))
     train = biased_labels(told(rows, name, seed), args.share, column="group", group="woman", seed=seed)
-    clean = load(name, HELD_OUT[name], args.data).shuffle(seed=seed)
-    if args.queries + args.held_out > len(clean):
-        raise BadSetting(
-            f"--queries {args.queries} and --held-out {args.held_out} are more than the {len(clean)} rows that {name} "
-            "keeps for evaluation, and a row must not be both. Lower one of them."
-        )
-    clean = told(clean.select(range(args.queries + args.held_out)), name, seed)
+    clean = told(clean_rows(name, args, seed), name, seed)
     query, held_out = clean.select(range(args.queries)), clean.select(range(args.queries, len(clean)))
     return train, both(query, name), both(held_out, name)
 
@@ -161,7 +153,7 @@ def main() -> None:
     made.add_argument("--methods", nargs="+", default=["ip", "datainf", "fisher"])
     made.add_argument("--drops", nargs="+", type=float, default=[0.1, 0.2], help="shares of the rows to leave out")
     args = made.parse_args()
-    args.methods = with_baselines(args.methods, BASELINES)
+    args.methods = with_baselines(args.methods, PLAIN)
     runs = runs_of(args, "sets", "seeds")
     each(runs, partial(run, args=args), set=args.sets, seed=args.seeds)
     title = (
@@ -174,7 +166,7 @@ def main() -> None:
         title=title,
         metrics=("fair score", "parity", "accuracy"),
         beside=("auc",),
-        baselines=("biased", "clean", *(f"drop {method}" for method in BASELINES)),
+        baselines=("biased", "clean", *(f"drop {method}" for method in PLAIN)),
         higher_is_better=False,
     )
     finish(table, columns, runs, args)

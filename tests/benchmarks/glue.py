@@ -41,10 +41,21 @@ def tokens(rows: Dataset, name: str, tokenizer: Any) -> Dataset:
     return Dataset.from_dict({**encoded, "labels": list(rows["label"]), **weights})
 
 
+def clean_rows(name: str, args: argparse.Namespace, seed: int) -> Dataset:
+    """Random rows of the split that the set keeps for evaluation, the queries before the held-out rows."""
+    clean = load(name, HELD_OUT[name], args.data).shuffle(seed=seed)
+    if args.queries + args.held_out > len(clean):
+        raise BadSetting(
+            f"--queries {args.queries} and --held-out {args.held_out} are more than the {len(clean)} rows that {name} "
+            "keeps for evaluation, and a row must not be both. Lower one of them."
+        )
+    return clean.select(range(args.queries + args.held_out))
+
+
 class Parts(NamedTuple):
     """Random parts of a set that share no row: training rows with flipped labels, clean queries, clean held-out rows.
 
-    Both clean parts come from the split that the set keeps for evaluation, and are other ones for each seed.
+    They are other ones for each seed.
     """
 
     train: Dataset
@@ -54,14 +65,8 @@ class Parts(NamedTuple):
     @classmethod
     def of(cls, name: str, args: argparse.Namespace, seed: int) -> Parts:
         rows = load(name, "train", args.data).shuffle(seed=seed).select(range(args.rows))
-        clean = load(name, HELD_OUT[name], args.data).shuffle(seed=seed)
-        if args.queries + args.held_out > len(clean):
-            raise BadSetting(
-                f"--queries {args.queries} and --held-out {args.held_out} are more than the {len(clean)} rows that "
-                f"{name} keeps for evaluation, and a row must not be both. Lower one of them."
-            )
-        query = clean.select(range(args.queries))
-        held_out = clean.select(range(args.queries, args.queries + args.held_out))
+        clean = clean_rows(name, args, seed)
+        query, held_out = clean.select(range(args.queries)), clean.select(range(args.queries, len(clean)))
         return cls(flipped_labels(rows, args.share, seed), query, held_out)
 
     def given(self, name: str, seed: int) -> Given:

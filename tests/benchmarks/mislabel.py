@@ -23,38 +23,27 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from glue import HELD_OUT, TEXTS, load, texts, tokens
-from peft import LoraConfig, get_peft_model
-from series import Given, arguments, best, each, every_method, finish, parser, runs_of, without
-from transformers import DataCollatorWithPadding, Trainer, set_seed
+from glue import TEXTS, Parts, fine_tune, tokens
+from series import add_without, best, each, every_method, finish, parser, runs_of
 
 from hf_influence.callbacks import GradientCapture
-from hf_influence.evaluation import Run, Table, flipped_labels, mislabel_detection
+from hf_influence.evaluation import Run, Table, mislabel_detection
 from hf_influence.pretrained import load_classifier
 
 
 def run(name: str, rank: int, seed: int, args: argparse.Namespace) -> dict[str, Any]:
     """Fine-tune, capture and rank: what each method finds, and how long the training took."""
-    model, tokenizer = load_classifier(seed=seed)
-    whole = load(name, "train", args.data).shuffle(seed=seed)
-    rows = flipped_labels(whole.select(range(args.rows)), args.share, seed)
-    query = load(name, HELD_OUT[name], args.data).shuffle(seed=seed).select(range(args.queries))
-    set_seed(seed)
-    lora = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=["query", "value"], task_type="SEQ_CLS")
+    args = argparse.Namespace(**vars(args), rank=rank, held_out=0)
+    parts = Parts.of(name, args, seed)
+    _, tokenizer = load_classifier()
+    rows, wrong = tokens(parts.train, name, tokenizer), parts.train["is_wrong"]
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         store = Path(folder)
-        trainer = Trainer(
-            get_peft_model(model, lora),
-            arguments(store / "trainer", args, seed),
-            train_dataset=tokens(rows, name, tokenizer),
-            data_collator=DataCollatorWithPadding(tokenizer),
-            callbacks=[GradientCapture(store, tokens(query, name, tokenizer), during="epochs")],
-        )
         started = time.perf_counter()
-        trainer.train()
+        fine_tune(rows, args, seed, GradientCapture(store, tokens(parts.query, name, tokenizer), during="epochs"))
         seconds = time.perf_counter() - started
-        given = Given(list(rows["label"]), texts(rows, name), texts(query, name), seed)
-        found = every_method(store, given, lambda _, scores: mislabel_detection(scores, rows["is_wrong"]), args.without)
+        given = parts.given(name, seed)
+        found = every_method(store, given, lambda _, scores: mislabel_detection(scores, wrong), args.without)
     print(f"{name} r={rank} seed {seed}: training {seconds:.0f} s; {best(found, 'auc')}", flush=True)
     return {"methods": found, "training_seconds": seconds}
 
@@ -65,7 +54,7 @@ def columns(run: Run) -> Iterator[tuple[str, Any]]:
 
 def main() -> None:
     options = parser(__doc__)
-    without(options)
+    add_without(options)
     options.add_argument("--data", type=Path, help="folder of parquet files; the hub without")
     options.add_argument("--sets", nargs="+", default=list(TEXTS), choices=list(TEXTS))
     options.add_argument("--ranks", nargs="+", type=int, default=[2, 8])

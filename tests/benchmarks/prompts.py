@@ -11,7 +11,7 @@ from typing import Any
 
 from datasets import Dataset, DatasetDict
 from peft import LoraConfig, get_peft_model
-from series import arguments, parser, without
+from series import add_without, arguments, parser
 from torch import nn
 from transformers import DataCollatorForSeq2Seq, Trainer, TrainerCallback, set_seed
 
@@ -89,7 +89,7 @@ def options(description: str | None) -> argparse.ArgumentParser:
     made.add_argument("--rows", type=int, default=200, help="to train on")
     made.add_argument("--queries", type=int, default=50, help="clean rows to compare with")
     made.add_argument("--max-tokens", type=int, default=256, help="longer rows of the folder are not drawn")
-    without(made)
+    add_without(made)
     made.add_argument("--epochs", type=int, default=3)
     made.add_argument("--batch-size", type=int, default=8)
     made.add_argument("--learning-rate", type=float, default=2e-3)

@@ -30,7 +30,7 @@ from typing import Any
 
 from datasets import Dataset
 from glue import WEIGHT, Parts, fine_tune, options, tokens, trained_how, whole_run
-from series import each, finish, runs_of, scored, with_baselines
+from series import PLAIN, each, finish, runs_of, scored, with_baselines
 from torch import nn
 
 from hf_influence import collect, collect_target, robustness
@@ -39,7 +39,6 @@ from hf_influence.filter import DatasetFilter, Relabel, Reweight
 from hf_influence.gradients import losses
 from hf_influence.pretrained import load_classifier
 
-BASELINES = ("random", "loss", "length")
 Figures = dict[str, dict[str, dict[str, float]]]
 """Remedy -> training set -> figures."""
 
@@ -102,14 +101,14 @@ def main() -> None:
     made.add_argument("--steps", type=int, default=1, help="of the attack")
     made.add_argument("--direction", choices=["gradient", "sign"], default="gradient")
     args = made.parse_args()
-    args.methods = with_baselines(args.methods, BASELINES)
+    args.methods = with_baselines(args.methods, PLAIN)
     runs = runs_of(args, "sets", "seeds")
     each(runs, partial(run, args=args), set=args.sets, seed=args.seeds)
     title = (
         f"{trained_how(args)} Attack along the {args.direction} with epsilon {args.epsilon} in {args.steps} steps, "
         f"{args.held_out} held-out rows; {args.drop:.0%} trimmed or relabelled."
     )
-    table = Table(title=title, metrics=("attacked", "accuracy"), beside=("auc",), baselines=("noisy", *BASELINES))
+    table = Table(title=title, metrics=("attacked", "accuracy"), beside=("auc",), baselines=("noisy", *PLAIN))
     finish(table, columns, runs, args)
 
 

@@ -29,7 +29,7 @@ from typing import Any, get_args
 import prompts
 from class_detection import figures as of_the_same_class
 from datasets import Dataset
-from series import Given, best, each, every_method, finish_each, runs_of
+from series import PLAIN, Given, best, each, every_method, finish_each, runs_of
 from sklearn.metrics import adjusted_rand_score
 
 from hf_influence import collect
@@ -87,7 +87,7 @@ def main() -> None:
     beside = ("length_rho", "duplicates_rho", "seconds")
     tables = {
         SAME: Table(title=title, metrics=("auc_mean", "recall_mean"), beside=beside),
-        GROUPS: Table(title=title, metrics=("rand", "found"), beside=beside, baselines=("random", "loss", "length")),
+        GROUPS: Table(title=title, metrics=("rand", "found"), beside=beside, baselines=PLAIN),
     }
     finish_each(tables, columns, runs, args)
 

@@ -24,8 +24,11 @@ from hf_influence.scores import Scores
 LEAVE = ("results", "markdown", "json", "data")
 """Options that say where things lie and do not change what a run finds; nor do those that a series goes over."""
 
+PLAIN = ("random", "loss", "length")
+"""The baselines where queries are no texts."""
+
 SLOW = ("cg", "self_cg", "self_lissa")
-"""Left out by default: they take up to a hundred times as long as `fisher`, which solves the same exactly."""
+"""Left out by default: they take up to a hundred times as long as the exact `fisher` and `self_fisher`."""
 
 
 def parser(description: str | None) -> argparse.ArgumentParser:
@@ -37,7 +40,7 @@ def parser(description: str | None) -> argparse.ArgumentParser:
     return made
 
 
-def without(made: argparse.ArgumentParser) -> None:
+def add_without(made: argparse.ArgumentParser) -> None:
     """The option to leave methods out."""
     made.add_argument("--without", nargs="*", default=list(SLOW), help="methods to leave out")
 
