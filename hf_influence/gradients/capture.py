@@ -29,8 +29,13 @@ HALF = (torch.float16, torch.bfloat16)
 class RowCatcher:
     """Watches the tapped modules and forms the rows while the backward pass goes by.
 
-    The rows of a call are formed in the closure of that very call, from its own input; so a module that is used twice,
-    or run again by gradient checkpointing, comes out right. Nothing of the model's computation changes.
+    The rows of a call are formed from the input and the gradient of that very call; so a module that is used twice, or
+    run again by gradient checkpointing, comes out right. Nothing of the model's computation changes.
+
+    While the passes run, hooks only note both: their work is done when the rows are taken, at one go, since between the
+    products of a backward pass a line of Python finds its code and data out of the caches, and other threads asleep.
+    What is noted is alive anyway when memory is at its peak, as the backward pass begins. Under gradient checkpointing
+    it is not, and the rows are formed there and then.
 
     Attributes:
         rows_in_batch: Examples of the batch, to check by; `None` if not known.
@@ -44,6 +49,7 @@ class RowCatcher:
         self.packing: Packing | None = None
         self.recomputed = False
         self._rows: dict[str, Tensor] = {}
+        self._calls: list[tuple[nn.Module, Tensor, list[Tensor]]] = []
         self._later: list[tuple[str, tuple[Tensor, Tensor, Entries]]] = []
         self._handles: list[Any] = []
         self._by_module: dict[int, list[Tap]] = {}
@@ -76,6 +82,10 @@ class RowCatcher:
         Raises:
             UnsupportedModel: A tapped module took no part in it.
         """
+        for module, x, arrived in self._calls:
+            for g in arrived:
+                self.watch(module, x.detach())(g)
+        self._calls.clear()
         for (name, _), row in zip(self._later, outer_of_many([factors for _, factors in self._later]), strict=True):
             self._sum(name, row)
         self._later.clear()
@@ -93,6 +103,7 @@ class RowCatcher:
     def clear(self) -> None:
         """Forget the rows of a batch that failed."""
         self._rows.clear()
+        self._calls.clear()
         self._later.clear()
 
     def _watch(self, module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -100,7 +111,12 @@ class RowCatcher:
             return
         if not output.requires_grad:
             output.requires_grad_()
-        output.register_hook(self.watch(module, inputs[0].detach()))
+        if self.recomputed:
+            output.register_hook(self.watch(module, inputs[0].detach()))
+            return
+        arrived: list[Tensor] = []
+        output.register_hook(arrived.append)
+        self._calls.append((module, inputs[0], arrived))
 
     def watch(self, module: nn.Module, x: Tensor) -> Callable[[Tensor], None]:
         """Note one call of a module.
@@ -213,6 +229,7 @@ def per_sample_gradients(
         UnsupportedModel: A trainable parameter that no rule covers; the message names it.
     """
     catcher = RowCatcher(find_taps(model, modules, skip), compress)
+    catcher.recomputed = any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
     try:
         catcher.attach()
         yield catcher

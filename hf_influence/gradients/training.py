@@ -106,6 +106,7 @@ class TrainingWatch:
         self.model = model
         self.task = task
         self.catcher = RowCatcher(taps, compress)
+        self._recomputing = [module for module in model.modules() if hasattr(module, "gradient_checkpointing")]
         self._batch: Batch | None = None
         self._measured: Measured | None = None
         self._tried = False
@@ -132,9 +133,7 @@ class TrainingWatch:
             )
         self.catcher.packing = batch.packing
         self.catcher.rows_in_batch = len(batch.code)
-        self.catcher.recomputed = any(
-            getattr(module, "gradient_checkpointing", False) for module in self.model.modules()
-        )
+        self.catcher.recomputed = any(module.gradient_checkpointing for module in self._recomputing)
         # below PEFT, as accelerate turns the outputs of the outermost model into float32 copies
         handle = unwrapped(self.model).register_forward_hook(self._watch_output)
         untried = batch.packing if not self._tried and batch.packing and batch.packing.seconds().any() else None
