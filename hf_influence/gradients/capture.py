@@ -82,10 +82,7 @@ class RowCatcher:
         Raises:
             UnsupportedModel: A tapped module took no part in it.
         """
-        for module, x, arrived in self._calls:
-            for g in arrived:
-                self.watch(module, x.detach())(g)
-        self._calls.clear()
+        self._go_through()
         for (name, _), row in zip(self._later, outer_of_many([factors for _, factors in self._later]), strict=True):
             self._sum(name, row)
         self._later.clear()
@@ -99,6 +96,13 @@ class RowCatcher:
         rows = {name: self._rows[name] for name in self.shapes}
         self._rows.clear()
         return rows
+
+    def _go_through(self) -> None:
+        """Add what was noted during the backward pass."""
+        for module, x, arrived in self._calls:
+            for g in arrived:
+                self.watch(module, x.detach())(g)
+        self._calls.clear()
 
     def clear(self) -> None:
         """Forget the rows of a batch that failed."""

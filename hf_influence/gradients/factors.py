@@ -94,6 +94,7 @@ class FactorCatcher(RowCatcher):
 
     def settle(self) -> None:
         """Add what was seen of a batch that went through; one that failed half way is forgotten by `clear`."""
+        self._go_through()
         for name, moment in self._batch:
             self.factors[name] = self.factors.get(name, 0) + moment
         self._batch.clear()
