@@ -116,3 +116,39 @@ def test_an_instruction_becomes_a_prompt_and_an_answer(suite):
     row = {"instruction": "Translate.", "input": "Hund", "output": "dog", "source": "words"}
     made = suite("prompts")._instruction(row)
     assert made == {"prompt": "Translate.\nHund\n", "answer": "dog", "task": "words", "text": "Translate.\nHund\ndog"}
+
+
+def test_a_store_that_was_filled_to_its_end_is_scored_again_without_training(suite, tmp_path, monkeypatch):
+    mislabel, series = suite("mislabel"), suite("series")
+    rows = Dataset.from_dict({"sentence": ["a", "b"], "label": [0, 1], "is_wrong": [True, False]})
+    monkeypatch.setattr(mislabel.Parts, "of", lambda *_: mislabel.Parts(rows, rows, rows.select([])))
+    monkeypatch.setattr(mislabel, "every_method", lambda store, *_: {"ip": {"auc": float(len(list(store.iterdir())))}})
+    trained, stop = [], [True]
+
+    def fill(store, *_):
+        trained.append(store)
+        if stop.pop():
+            raise KeyboardInterrupt
+        return {"training": 2.0}
+
+    monkeypatch.setattr(mislabel, "fill", fill)
+
+    def once(without="cg"):
+        args = series.parser("").parse_args([])
+        vars(args).update(stores=tmp_path, data=None, rows=2, without=[without])
+        return mislabel.run(8, 0, "sst2", args, series.runs_of(args))
+
+    with pytest.raises(KeyboardInterrupt):
+        once()
+    stop.append(False)
+    assert once() == once(without="tda") == {"methods": {"ip": {"auc": 1.0}}, "seconds": {"training": 2.0}}
+    assert trained == [tmp_path / "sst2-8-0"] * 2, "the half that was interrupted, and once to the end"
+
+
+def test_all_clean_rows_may_be_queries(suite, monkeypatch):
+    glue = suite("glue")
+    rows = Dataset.from_dict({"sentence": list("abcde"), "label": [0, 1, 0, 1, 0]})
+    monkeypatch.setattr(glue, "load", lambda *_: rows)
+    args = SimpleNamespace(data=None, rows=5, share=0.2, queries=5, held_out=0)
+    parts = glue.Parts.of("sst2", args, 0)
+    assert (len(parts.train), len(parts.query), len(parts.held_out)) == (5, 5, 0)

@@ -4,6 +4,7 @@ import doctest
 import importlib
 import json
 import pkgutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -307,6 +308,21 @@ def test_benchmarks_measure_every_method_and_all_baselines(series, tmp_path):
     few = series.every_method(tmp_path, given, lambda method, scores: {"auc": 1.0} if method == "ip" else None)
     assert {method for method, row in few.items() if "auc" in row} == {"ip"}
     assert series.best(found, "auc", 2).count(" ") == 3
+
+
+def test_the_mean_query_gives_the_figures_of_all_queries(series, tmp_path):
+    rows = torch.randn(N + 4, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    g, v = rows.split([N, 4])
+    make_trained_store(tmp_path, {"layer": g}, {"layer": v}, stats=STATS)
+    each = series.Given([i % 2 for i in range(N)], [], [], seed=3)
+    for method in ("cg", "cosine", "gex", "tda", "tracin", "vote"):
+        all_queries = series.scored(tmp_path, method, each)
+        one = series.scored(tmp_path, method, replace(each, queries="mean"))
+        assert one.values.shape == (N, 1)
+        torch.testing.assert_close(one.mean(), all_queries.mean(), rtol=1e-4, atol=1e-6)
+    left_out = series.every_method(tmp_path, each, lambda *_: None, without=["cg", "ip"])
+    assert left_out["cg"] == {"left out": series.SLOW["cg"]}
+    assert left_out["ip"] == {"left out": "by the option --without"}
 
 
 def test_the_options_that_a_series_goes_over_do_not_tell_its_runs_apart(series, tmp_path):

@@ -66,7 +66,8 @@ class Parts(NamedTuple):
     def of(cls, name: str, args: argparse.Namespace, seed: int) -> Parts:
         rows = load(name, "train", args.data).shuffle(seed=seed).select(range(args.rows))
         clean = clean_rows(name, args, seed)
-        query, held_out = clean.select(range(args.queries)), clean.select(range(args.queries, len(clean)))
+        held_out = clean.select(list(range(args.queries, len(clean))))  # a range at the end must not be empty
+        query = clean.select(range(args.queries))
         return cls(flipped_labels(rows, args.share, seed), query, held_out)
 
     def given(self, name: str, seed: int) -> Given:

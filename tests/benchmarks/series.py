@@ -21,14 +21,18 @@ from hf_influence.errors import InfluenceError
 from hf_influence.evaluation import Run, Runs, Table, biases
 from hf_influence.scores import Scores
 
-LEAVE = ("results", "markdown", "json", "data")
+LEAVE = ("results", "markdown", "json", "data", "stores")
 """Options that say where things lie and do not change what a run finds; nor do those that a series goes over."""
 
 PLAIN = ("random", "loss", "length")
 """The baselines where queries are no texts."""
 
-SLOW = ("cg", "self_cg", "self_lissa")
-"""Left out by default: they take up to a hundred times as long as the exact `fisher` and `self_fisher`."""
+SLOW = {
+    "cg": "it equals fisher up to its tolerance, and takes up to a hundred times as long for each of many queries",
+    "self_cg": "it equals self_fisher up to its tolerance, and takes many minutes",
+    "self_lissa": "it takes many minutes for an inverse that self_fisher has exactly",
+}
+"""Left out by default, and why."""
 
 
 def parser(description: str | None) -> argparse.ArgumentParser:
@@ -100,17 +104,22 @@ class Given:
     texts: Sequence[str]
     query_texts: Sequence[str]
     seed: int
+    queries: str = "each"
+    """"mean" asks the methods with that setting for their mean over the queries alone. For figures that see nothing
+    else it is the same, as these methods are linear in the queries, and a solve costs what one query costs."""
 
-    def settings(self, method: str, needs: Sequence[str]) -> dict[str, Any]:
+    def settings(self, method: str) -> dict[str, Any]:
         """Those of one method."""
+        about = methods()[method]
         settings: dict[str, Any] = {"seed": self.seed} if method == "random" else {}
-        settings |= {"labels": self.labels} if "labels" in needs else {}
-        return settings | ({"texts": self.texts, "query_texts": self.query_texts} if "texts" in needs else {})
+        settings |= {"queries": self.queries} if "queries" in about.settings else {}
+        settings |= {"labels": self.labels} if "labels" in about.needs else {}
+        return settings | ({"texts": self.texts, "query_texts": self.query_texts} if "texts" in about.needs else {})
 
 
 def scored(store: Path, method: str, given: Given) -> Scores:
     """The scores of one method with its defaults."""
-    return attribute(store, method, **given.settings(method, methods()[method].needs))
+    return attribute(store, method, **given.settings(method))
 
 
 def every_method(
@@ -119,25 +128,25 @@ def every_method(
     figures: Callable[[str, Scores], Mapping[str, Any] | None],
     without: Sequence[str] = (),
 ) -> dict[str, dict[str, Any]]:
-    """Method -> what `figures` says of its scores, with seconds and biases; or what it was left out for.
+    """Method -> what `figures` says of its scores, with biases and seconds of CPU time; or what it was left out for.
 
     `figures` gives `None` for a method that the benchmark is not about.
     """
     found: dict[str, dict[str, Any]] = {}
     for method, lacks in lacking(store).items():
         if method in without:
-            found[method] = {"left out": "by the option --without"}
+            found[method] = {"left out": SLOW.get(method, "by the option --without")}
             continue
         if missing := set(lacks) - {"labels", "texts"}:
             found[method] = {"left out": f"the store has no {', '.join(sorted(missing))}"}
             continue
-        started = time.perf_counter()
+        started = time.process_time()
         try:
             scores = scored(store, method, given)
         except InfluenceError as error:
             found[method] = {"left out": f"{type(error).__name__}: {str(error).splitlines()[0][:160]}"}
             continue
-        took = time.perf_counter() - started
+        took = time.process_time() - started
         if (figure := figures(method, scores)) is not None:
             bias = biases(scores, store)
             rho = {"length_rho": bias.length, "duplicates_rho": bias.duplicates}
