@@ -15,6 +15,7 @@ from torch import Tensor
 
 from hf_influence import Scores, attribute
 from hf_influence.attribution import lacking
+from hf_influence.attribution.kernel_ridge import negative
 from hf_influence.attribution.trust import estimated_share, mirrored_auc
 from hf_influence.errors import BadSetting, MissingRows
 from hf_influence.store import GradientStore
@@ -237,11 +238,34 @@ def test_the_share_of_wrong_labels_is_found_where_the_scores_of_queries_and_exam
     generator = torch.Generator().manual_seed(0)
     queries, train = (0.8 + torch.randn(n, generator=generator) for n in (20000, 40000))
     train[:8000] *= -1
-    assert estimated_share(train, queries) == pytest.approx(0.2, abs=0.02)
-    assert estimated_share(train[8000:], queries) == pytest.approx(0, abs=0.02)
-    assert estimated_share(train + 1, queries) == 0
-    assert estimated_share(train, -queries) == 0
-    assert estimated_share(train[:0], queries) == 0
+
+    def share(train: torch.Tensor, queries: torch.Tensor, before: float | None = None) -> float:
+        return estimated_share(negative(train), len(train), negative(queries), len(queries), before)
+
+    assert share(train, queries) == pytest.approx(0.2, abs=0.02)
+    assert share(train[8000:], queries) == pytest.approx(0, abs=0.02)
+    assert share(train + 1, queries) == 0
+    assert share(train, -queries) == 0
+    assert share(train[:0], queries) == 0
+    error = negative(queries)
+    assert 0.18 < share(train, queries, before=error) < share(train, queries)  # less a standard error
+    assert share(train[8000:], queries, before=error) == 0
+    assert share(train, queries, before=error + 0.1) == 0  # learning too fast
+
+
+def test_epochs_before_the_labels_are_learnt_by_heart_tell_how_many_are_wrong(tmp_path: Path) -> None:
+    """At the end each example agrees with its label; in the second epoch a quarter points the other way."""
+    mean = {name: g[:1] for name, g in blocks(1, 9).items()}
+    query = {name: mean[name] + 0.3 * g for name, g in blocks(M, 50).items()}
+    learnt = {name: mean[name] + 0.3 * g for name, g in blocks(N, 6).items()}
+    wrong = torch.arange(N) % 4 == 0
+    seen = {name: torch.where(wrong[:, None], -g, g) for name, g in learnt.items()}
+    make_store(tmp_path, learnt, query, stats=losses(0), task=CLASSES)
+    for point in (1, 2):
+        stats = losses(point) | {"step": torch.arange(N) + N * (point - 1)}
+        make_store(tmp_path, seen, query, stats=stats, point=point, task=CLASSES)
+    estimate = attribute(tmp_path).report["estimated_share_wrong"]
+    assert estimate == pytest.approx(0.25 - (0.25 * 0.75 / N) ** 0.5, abs=1e-4)
 
 
 def test_an_auc_against_the_negatives_is_that_of_scikit_learn() -> None:

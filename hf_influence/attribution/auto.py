@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from hf_influence.attribution.given import fingerprint, one_for_each
-from hf_influence.attribution.kernel_ridge import KernelRidge
+from hf_influence.attribution.kernel_ridge import KernelRidge, negative
 from hf_influence.attribution.method import Method, class_of, make_method
 from hf_influence.attribution.over_points import OverPoints, OverTraining
 from hf_influence.attribution.selection import Selection
@@ -64,7 +65,8 @@ class Auto(OverTraining, name="auto"):
     Where that cannot be known all parts weigh the same.
 
     π is a cautious estimate of the share of wrong labels, for two classes and with queries, from the signs of their
-    scores; so `DatasetFilter(drop="negative")` drops that many. Where there is no estimate no score is negative.
+    scores at the end and in the epochs before the model has learnt the labels by heart, whichever says more; so
+    `DatasetFilter(drop="negative")` drops that many. Where there is no estimate no score is negative.
 
     The report has the parts with their weights, the estimate, and how far the parts agree: for each the correlation of
     its ranks with the mean ranks of the others.
@@ -105,14 +107,16 @@ class Auto(OverTraining, name="auto"):
         """Scores `[n, 1]`; see above."""
         groups = self._groups(rows)
         scores: dict[str, Tensor] = {}  # each [n_p]
+        reports: dict[str, dict[str, Any]] = {}
         ranks: dict[str, Tensor] = {}  # each [n], NaN for what a part does not score
         for name, settings in self.resolved(rows).items():
             method, own = self._looked_at(rows, name, settings)
             places = torch.searchsorted(rows.positions, own.positions)
             ranks[name] = torch.full((len(rows.ids),), torch.nan, dtype=torch.float64)
             scores[name] = method.score(own).double().mean(1)
+            reports[name] = method.report
             ranks[name][places] = ranks_within(scores[name], [groups[at] for at in places.tolist()])
-        weights, share = self._trust(rows, scores)
+        weights, share = self._trust(rows, scores, reports.get("kernel_ridge_mean", {}).get("negative", {}))
         total = sum(weights.values())
         self.report["parts"] = {name: round(weight / total, 4) for name, weight in weights.items()}
         self.report["estimated_share_wrong"] = None if share is None else round(share, 4)
@@ -134,16 +138,35 @@ class Auto(OverTraining, name="auto"):
         method = make_method(name, {**points, **settings})
         return method, method.select(rows, None)
 
-    def _trust(self, rows: Selection, scores: Mapping[str, Tensor]) -> tuple[dict[str, float], float | None]:
-        """The weight of each part, and the share of wrong labels, as far as the queries at the end tell."""
+    def _trust(
+        self, rows: Selection, scores: Mapping[str, Tensor], signs: Mapping[int, Mapping[str, float]]
+    ) -> tuple[dict[str, float], float | None]:
+        """The weight of each part, and the share of wrong labels, as far as the queries tell.
+
+        Args:
+            rows: Of all points.
+            scores: Of each part.
+            signs: The shares of negative scores at each point.
+        """
         equal = dict.fromkeys(scores, 1.0)
         last = rows.at(end(rows))
         if self.parts is not None or not is_classification(rows) or "kernel_ridge" not in scores or len(last.query) < 2:
             return equal, None
-        left_out = KernelRidge().left_out(last.query)
+        train, left_out = KernelRidge().with_left_out(last)
         task = last.store.header.task
         two = task.get("num_labels") == 2 and task.get("problem_type") in (None, "single_label_classification")
-        share = estimated_share(scores["kernel_ridge"], left_out) if two else None
+        share = None
+        if two:
+            share = estimated_share(negative(train), len(train), negative(left_out), len(left_out))
+            on_the_way = [signs[point] for point in of_training(rows) if point in signs]
+            share = max(
+                share,
+                *(
+                    estimated_share(now["examples"], len(train), now["queries"], len(left_out), before["queries"])
+                    for before, now in pairwise(on_the_way)
+                ),
+                0.0,
+            )
         if (margins := last.query.stats.get("margin")) is None:
             return equal, share
         by_queries, by_loss = trust_of(left_out, errors=1), trust_of(margins)

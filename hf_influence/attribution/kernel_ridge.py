@@ -43,16 +43,16 @@ class KernelRidge(Method, name="kernel_ridge"):
 
     def score(self, rows: Selection) -> Tensor:
         """Scores `[n, 1]`; MissingRows if there are no queries."""
+        return self.with_left_out(rows)[0][:, None]
+
+    def with_left_out(self, rows: Selection) -> tuple[Tensor, Tensor]:
+        """The scores `[n]`, and what the score of each query would be by the others, `[q]`: 1 − α_q / (K + λI)⁻¹_qq."""
         query = rows.query
         if not len(query):
             raise MissingRows(f"{query.folder} holds no examples, so there is nothing to fit. Collect some queries.")
-        weight = self._inverse(query).sum(1, keepdim=True)  # α
-        return cosines(rows.train, query) @ weight.to(rows.train.dtype)
-
-    def left_out(self, query: Rows) -> Tensor:
-        """What the score of each query would be by the others, `[q]`: 1 − α_q / ((K + λI)⁻¹)_qq."""
         inverse = self._inverse(query)
-        return 1 - inverse.sum(1) / inverse.diagonal()
+        weight = inverse.sum(1)  # α
+        return cosines(rows.train, query) @ weight.to(rows.train.dtype), 1 - weight / inverse.diagonal()
 
     def _inverse(self, query: Rows) -> Tensor:
         kernel = cosines(query, query)  # [q, q]
@@ -74,6 +74,9 @@ class KernelRidgeMean(OverTraining, KernelRidge, name="kernel_ridge_mean"):
     are right, so at a point that tells right from wrong most scores are positive; where half of them are, the model had
     not learnt anything yet, and the point counts nothing.
 
+    The report has, for each point, the share of negative scores among the examples, and among the queries with each
+    left out in turn.
+
     Cost: that of `kernel_ridge` at each point.
     Use when: rows were captured during training, with clean queries, and labels may be wrong.
     See also: KernelRidge (one point), VoteMean (for language models), LossMean (without queries).
@@ -87,7 +90,12 @@ class KernelRidgeMean(OverTraining, KernelRidge, name="kernel_ridge_mean"):
 
     def score(self, rows: Selection) -> Tensor:
         """Scores `[n, 1]`; MissingRows if a point has no queries."""
-        scores = [KernelRidge.score(self, part)[:, 0].double() for part in rows.parts]  # each [b]
+        judged = [self.with_left_out(part) for part in rows.parts]
+        self.report["negative"] = {
+            part.points[0]: {"examples": negative(train), "queries": negative(queries)}
+            for part, (train, queries) in zip(rows.parts, judged, strict=True)
+        }
+        scores = [train.double() for train, _ in judged]  # each [b]
         weights = [weight_of(score) if self.weighted else 1.0 for score in scores]
         weights = weights if any(weights) else [1.0] * len(weights)
         total, times = torch.zeros(2, len(rows.ids), dtype=torch.float64)  # each [n]
@@ -95,6 +103,11 @@ class KernelRidgeMean(OverTraining, KernelRidge, name="kernel_ridge_mean"):
             total[rows.places(part)] += weight * score
             times[rows.places(part)] += weight
         return (total / times.clamp(min=torch.finfo(times.dtype).tiny)).to(rows.train.dtype)[:, None]
+
+
+def negative(scores: Tensor) -> float:
+    """The share that is below zero, 0 of none."""
+    return float((scores < 0).double().mean()) if len(scores) else 0.0
 
 
 def weight_of(score: Tensor) -> float:

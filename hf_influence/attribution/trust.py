@@ -28,19 +28,29 @@ def trust_of(values: Tensor, errors: float = 0.0) -> float:
     return max(LEAST, mirrored_auc(values) - 0.5 - errors / math.sqrt(12 * len(values))) ** 4
 
 
-def estimated_share(train: Tensor, queries: Tensor) -> float:
-    """The share of wrong labels among the training examples, from the signs of their scores and of those of queries.
+def estimated_share(examples: float, n: int, queries: float, q: int, before: float | None = None) -> float:
+    """The share of wrong labels, from the shares of negative scores of `n` examples and of `q` clean queries.
 
-        π = (o − e) / (1 − 2e),   o and e the shares of negative scores of examples `[n]` and of clean queries `[q]`
+        π = (o − e) / (1 − 2e),   o of the examples, e of the queries
 
     For two classes and scores of which a wrong label turns the sign, o = (1 − π) e + π (1 − e). A model that was
-    trained on the examples believes their labels more than those of the queries, so this is on the low side, and 0 on
-    clean data. 0 also where the scores tell nothing, e ≥ ½.
+    trained on the examples believes their labels more than those of the queries, so this is on the low side, the more
+    so the longer it was trained, and 0 on clean data. 0 also where the scores tell nothing, e ≥ ½.
+
+    Args:
+        before: For examples that were seen during an epoch: the share of the queries at its beginning, where `queries`
+            is that at its end. e is their mean then, and where the two differ by more than two standard errors the
+            model was learning too fast to say. One standard error is taken off π, as of many epochs the one with the
+            largest is believed.
     """
-    if not len(train) or not len(queries):
+    if before is None:
+        return 0.0 if queries >= 0.5 else min(1.0, max(0.0, (examples - queries) / (1 - 2 * queries)))
+    e = (queries + before) / 2
+    error = e * (1 - e) / max(1, q)
+    if e >= 0.5 or (queries - before) ** 2 > 4 * error:
         return 0.0
-    seen, error = (float((values < 0).double().mean()) for values in (train, queries))
-    return 0.0 if error >= 0.5 else min(1.0, max(0.0, (seen - error) / (1 - 2 * error)))
+    off = math.sqrt(error + examples * (1 - examples) / max(1, n))
+    return min(1.0, max(0.0, (examples - e - off) / (1 - 2 * e)))
 
 
 def on_scale(ranking: Tensor, share: float) -> Tensor:
