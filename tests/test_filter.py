@@ -10,6 +10,7 @@ from stores import make_store
 
 from hf_influence.errors import BadExample, BadSetting
 from hf_influence.filter import DatasetFilter
+from hf_influence.filter.thresholds import mixture, otsu
 from hf_influence.scores import Scores
 
 
@@ -199,6 +200,14 @@ def test_a_threshold_chooses_the_number_of_rows():
         3,
         4,
     ]
+
+
+@pytest.mark.parametrize("rule", ["otsu", "mixture", otsu, mixture])
+def test_no_gap_is_looked_for_in_places_of_a_ranking(rule):
+    scores = Scores(torch.tensor([[-1.0], [0.0], [1.0]]), ids=[0, 1, 2], method="auto")
+    with pytest.raises(BadSetting, match='Use drop="negative"'):
+        DatasetFilter(drop=rule).apply(numbered(3), scores)
+    assert DatasetFilter(drop="negative").apply(numbered(3), scores)["row"][:] == [1, 2]
 
 
 def test_a_store_is_scored_by_the_default_method(tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ from hf_influence.filter.rankings import Given, rankings_of
 from hf_influence.filter.replay import carried_out, of_split
 from hf_influence.filter.report import group_sizes
 from hf_influence.filter.streams import StreamRows
-from hf_influence.filter.thresholds import THRESHOLDS, Threshold, name_of
+from hf_influence.filter.thresholds import THRESHOLDS, Threshold, check_gaps, name_of
 
 _ADDED = {"influence": Value("float64"), "influence_rank": Value("int64")}
 Data = TypeVar("Data", bound=Any)
@@ -56,7 +56,8 @@ class DatasetFilter:
 
     drop: float | int | str | Threshold | None = None
     """How many rows to drop: a float in [0, 1) is a fraction, an int a count. "otsu", "mixture", "negative" or a
-    function such as `discovery(0.1)` look at the scores for a place to cut; see `hf_influence.filter.thresholds`."""
+    function such as `discovery(0.1)` look at the scores for a place to cut; see `hf_influence.filter.thresholds`. Of
+    scores by "auto" only "negative" does: as many rows go as are estimated to be wrong."""
     keep: float | int | None = None
     """How many rows to keep, as a fraction or a count."""
     keep_tokens: int | None = None
@@ -113,6 +114,9 @@ class DatasetFilter:
         """What `apply` would do with each row; arguments and errors as there."""
         rankings = rankings_of(scores)
         needed = self._votes(len(rankings))
+        if self.drop is not None and (callable(self.drop) or isinstance(self.drop, str)):
+            for ranking in rankings:
+                check_gaps(self.drop, ranking.method)
         values, names = aligned(dataset, rankings)  # each [n, q]
         table = dataset if isinstance(dataset, Dataset) else None
         n = len(names)
