@@ -16,21 +16,22 @@ HIDDEN = ["layers.0.*", "layers.2.*"]
 
 
 def moons(seed: int, folder: Path) -> dict[str, float]:
-    """Gradients of the last layer, as in the paper, a forest among them, and the network once more without a tenth.
+    """Gradients of the last layer, outliers among them, and the same network trained once more without a tenth.
 
-    The paper trims 25 of 250: its detection accuracies are those of 25 flags, 98% with all 20 wrong labels among them.
+    The paper's: two hidden layers with ReLUs, gradients of the last. In its authors' code only: Adam on all points at
+    once, 25 of the 250 dropped. Ours: widths (theirs are 2, with which 10 of 30 draws end at chance), rate, epochs and
+    weight decay. It is the weight decay that lets wrong labels move the boundary without being learnt by heart.
     """
     train, test, wrong = half_moons(seed)
 
     def trained(data: list[Example]) -> torch.nn.Module:
-        return fitted(network(64, 64, seed=seed), data, epochs=200, learning_rate=0.05)
+        return fitted(network(16, 16, seed=seed), data, epochs=200, learning_rate=0.05, weight_decay=0.012)
 
     model = trained(train)
     store = collect(model, train, folder, modules="trainable", skip=HIDDEN)
     out = {"before": accuracy(model, test)}
-    for method in ("outlier_iforest", "outlier_l2"):
-        scores = attribute(store, method)
-        flagged = set(scores.lowest(25))
+    for method in ("outlier_iforest", "outlier_l1", "outlier_l2", "loss", "random"):
+        flagged = set(attribute(store, method).lowest(25))
         agree = [(i in flagged) == is_wrong for i, is_wrong in enumerate(wrong)]
         out[f"{method} detection"] = sum(agree) / len(agree)
         kept = [row for i, row in enumerate(train) if i not in flagged]
@@ -41,16 +42,19 @@ def moons(seed: int, folder: Path) -> dict[str, float]:
 def test_trimming_outlier_gradients_mends_the_half_moons(tmp_path: Path) -> None:
     """In the paper, on one draw: forest 96% and 90 -> 96% of the test set, length 98% and 90 -> 87%.
 
-    Here, over ten draws: forest 95 ± 2%, length 96 ± 2%, and 97.3 -> 98.5% of the test set with either. Networks that
-    twenty wrong labels drawn at random harm more have learnt them so well that their gradients tell less.
+    Here, over ten draws: forest 94.3 ± 1.7% and 95.2 -> 99.3% (+4.1 ± 1.0), length (L1, L2) 96 ± 2% and +4.5 ± 0.8. The
+    plain loss does as well, 97.1 ± 0.6% and +4.6 ± 0.6; a random tenth 83% and -0.2 ± 0.6. Labels that are wrong here
+    and there, and not in a group, do this network less harm than trimming could mend.
     """
     worlds = [moons(seed, tmp_path / str(seed)) for seed in SEEDS]
     figures = {name: torch.tensor([world[name] for world in worlds], dtype=torch.float64) for name in worlds[0]}
     mean = {name: float(values.mean()) for name, values in figures.items()}
     print({name: f"{values.mean():.3f} ± {values.std():.3f}" for name, values in figures.items()})
     assert mean["outlier_iforest detection"] >= 0.94
-    assert mean["outlier_l2 detection"] >= 0.94
-    assert min(mean["outlier_iforest gain"], mean["outlier_l2 gain"]) >= 0.005
+    assert mean["outlier_iforest gain"] >= 0.04
+    assert min(mean["outlier_l1 detection"], mean["outlier_l2 detection"]) >= 0.94
+    assert min(mean["outlier_l1 gain"], mean["outlier_l2 gain"]) >= 0.04
+    assert abs(mean["random gain"]) <= 0.01
 
 
 def circles(seed: int, folder: Path) -> dict[str, float]:

@@ -19,11 +19,11 @@ still move by two percent from run to run, and the memory was measured before ho
     SmolLM2   whole            1.00                        1.01             not measured
     SmolLM2   dropout r=16     1.03                        1.02             not measured
 
-The dropout rows miss their limit. By one thread's CPU time a step of MiniLM, 219 ms, takes 3.8 ms more with dropout rows
-and 6.9 with whole ones (6.4 and 8.5 when each hook formed its row at once): 1 ms in 50 hooks between products of
+The dropout rows miss their limit. By one thread's CPU time a step of MiniLM, 219 ms, takes 3.8 ms more with dropout
+rows and 6.9 with whole ones (6.4 and 8.5 when each hook formed its row at once): 1 ms in 50 hooks between products of
 matrices, which find code and data out of the caches, 1.7 (dropout) for the rows after the backward pass, 1 for hash,
-scale and writer. Of a step of SmolLM2, 1,900 ms, the passes over the gradient at 49,152 logits are the largest part. No
-GPU was at hand.
+scale and writer. Of a step of SmolLM2, 1,900 ms, the passes over the gradient at 49,152 logits are the largest part.
+No GPU was at hand.
 """
 
 from __future__ import annotations
