@@ -303,9 +303,9 @@ def plot(growth: Mapping[str, Any], file: Path) -> None:
         axis.set_xscale("log", base=2)
         axis.xaxis.set_major_formatter("{x:g}")
         axis.set_xlabel(size)
-        axis.legend(title="measured exponent (expected)", fontsize=8, title_fontsize=8, loc="upper left")
+        axis.legend(title="measured exponent (expected)", fontsize=8, title_fontsize=8, loc="upper right")
         axis.grid(alpha=0.3)
-    axes[0, 0].set_ylim(top=200)  # room for the legends
+    axes[0, 0].set_ylim(top=100)  # room for the legends
     axes[1, 2].axis("off")
     for axis in axes[:, 0]:
         axis.set_ylabel("seconds of CPU, one thread")
