@@ -77,7 +77,7 @@ def killed(folder: Path, times: int, seed: int = 0) -> None:
     """Run, but kill the process at random moments; where a fast run ends before the last of them, run another."""
     draw = random.Random(seed)
     kills = ends = 0
-    while kills < times or not ends:
+    while kills < times or not ends or (folder / str(ends)).exists():  # the last of them runs to its end
         child = os.fork()
         if child == 0:
             try:
@@ -96,9 +96,6 @@ def killed(folder: Path, times: int, seed: int = 0) -> None:
             ends += 1
         else:
             raise SystemExit(1)
-    if (folder / str(ends)).exists():  # killed for the last time before its end
-        run(folder / str(ends))
-        ends += 1
     print(f"{ends} runs finished after {kills} kills", flush=True)
 
 

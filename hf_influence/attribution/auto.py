@@ -21,6 +21,8 @@ from hf_influence.scores import mean_ranks
 
 Parts = Mapping[str, Mapping[str, Any]]
 """Method -> its settings."""
+Signs = Mapping[int, Mapping[str, float]]
+"""Point -> the shares of negative scores of "examples" and "queries", as `kernel_ridge_mean` reports them."""
 
 CLASSES: tuple[Parts, ...] = (
     {"loss_mean": {}, "kernel_ridge_mean": {}, "kernel_ridge": {}},
@@ -107,16 +109,16 @@ class Auto(OverTraining, name="auto"):
         """Scores `[n, 1]`; see above."""
         groups = self._groups(rows)
         scores: dict[str, Tensor] = {}  # each [n_p]
-        reports: dict[str, dict[str, Any]] = {}
+        signs: Signs = {}
         ranks: dict[str, Tensor] = {}  # each [n], NaN for what a part does not score
         for name, settings in self.resolved(rows).items():
             method, own = self._looked_at(rows, name, settings)
             places = torch.searchsorted(rows.positions, own.positions)
             ranks[name] = torch.full((len(rows.ids),), torch.nan, dtype=torch.float64)
             scores[name] = method.score(own).double().mean(1)
-            reports[name] = method.report
+            signs = method.report.get("negative", signs)
             ranks[name][places] = ranks_within(scores[name], [groups[at] for at in places.tolist()])
-        weights, share = self._trust(rows, scores, reports.get("kernel_ridge_mean", {}).get("negative", {}))
+        weights, share = self._trust(rows, scores, signs)
         total = sum(weights.values())
         self.report["parts"] = {name: round(weight / total, 4) for name, weight in weights.items()}
         self.report["estimated_share_wrong"] = None if share is None else round(share, 4)
@@ -139,31 +141,25 @@ class Auto(OverTraining, name="auto"):
         return method, method.select(rows, None)
 
     def _trust(
-        self, rows: Selection, scores: Mapping[str, Tensor], signs: Mapping[int, Mapping[str, float]]
+        self, rows: Selection, scores: Mapping[str, Tensor], signs: Signs
     ) -> tuple[dict[str, float], float | None]:
-        """The weight of each part, and the share of wrong labels, as far as the queries tell.
-
-        Args:
-            rows: Of all points.
-            scores: Of each part.
-            signs: The shares of negative scores at each point.
-        """
+        """The weight of each part, and the share of wrong labels, as far as the queries tell."""
         equal = dict.fromkeys(scores, 1.0)
         last = rows.at(end(rows))
         if self.parts is not None or not is_classification(rows) or "kernel_ridge" not in scores or len(last.query) < 2:
             return equal, None
-        train, left_out = KernelRidge().with_left_out(last)
+        _, left_out = KernelRidge().fit(last.query)
         task = last.store.header.task
         two = task.get("num_labels") == 2 and task.get("problem_type") in (None, "single_label_classification")
         share = None
         if two:
-            share = estimated_share(negative(train), len(train), negative(left_out), len(left_out))
-            on_the_way = [signs[point] for point in of_training(rows) if point in signs]
+            n, q = len(scores["kernel_ridge"]), len(left_out)
+            epochs = [signs[point] for point in of_training(rows) if point in signs]
             share = max(
-                share,
+                estimated_share(negative(scores["kernel_ridge"]), n, negative(left_out), q),
                 *(
-                    estimated_share(now["examples"], len(train), now["queries"], len(left_out), before["queries"])
-                    for before, now in pairwise(on_the_way)
+                    estimated_share(now["examples"], n, now["queries"], q, before["queries"])
+                    for before, now in pairwise(epochs)
                 ),
                 0.0,
             )

@@ -43,21 +43,26 @@ class KernelRidge(Method, name="kernel_ridge"):
 
     def score(self, rows: Selection) -> Tensor:
         """Scores `[n, 1]`; MissingRows if there are no queries."""
-        return self.with_left_out(rows)[0][:, None]
+        weight, _ = self.fit(rows.query)
+        return self._applied(rows, weight)[:, None]
 
-    def with_left_out(self, rows: Selection) -> tuple[Tensor, Tensor]:
-        """The scores `[n]`, and what the score of each query would be by the others, `[q]`: 1 − α_q / (K + λI)⁻¹_qq."""
-        query = rows.query
+    def fit(self, query: Rows) -> tuple[Tensor, Tensor]:
+        """α, and what the score of each query would be by the others, 1 − α_q / (K + λI)⁻¹_qq, both `[q]`.
+
+        Raises:
+            MissingRows: There are no queries.
+        """
         if not len(query):
             raise MissingRows(f"{query.folder} holds no examples, so there is nothing to fit. Collect some queries.")
-        inverse = self._inverse(query)
-        weight = inverse.sum(1)  # α
-        return cosines(rows.train, query) @ weight.to(rows.train.dtype), 1 - weight / inverse.diagonal()
-
-    def _inverse(self, query: Rows) -> Tensor:
         kernel = cosines(query, query)  # [q, q]
         check_finite(kernel, query)
-        return torch.linalg.inv(kernel.double() + self.ridge * torch.eye(len(query), dtype=torch.float64))
+        inverse = torch.linalg.inv(kernel.double() + self.ridge * torch.eye(len(query), dtype=torch.float64))
+        weight = inverse.sum(1)
+        return weight, 1 - weight / inverse.diagonal()
+
+    def _applied(self, rows: Selection, weight: Tensor) -> Tensor:
+        """The scores of the examples, `[n]`."""
+        return cosines(rows.train, rows.query) @ weight.to(rows.train.dtype)
 
     def columns(self, rows: Selection) -> list[Any]:
         return [self.name]
@@ -90,12 +95,13 @@ class KernelRidgeMean(OverTraining, KernelRidge, name="kernel_ridge_mean"):
 
     def score(self, rows: Selection) -> Tensor:
         """Scores `[n, 1]`; MissingRows if a point has no queries."""
-        judged = [self.with_left_out(part) for part in rows.parts]
-        self.report["negative"] = {
-            part.points[0]: {"examples": negative(train), "queries": negative(queries)}
-            for part, (train, queries) in zip(rows.parts, judged, strict=True)
-        }
-        scores = [train.double() for train, _ in judged]  # each [b]
+        scores = []  # each [b]
+        self.report["negative"] = {}
+        for part in rows.parts:
+            alpha, left_out = self.fit(part.query)
+            scores.append(self._applied(part, alpha).double())
+            shares = {"examples": negative(scores[-1]), "queries": negative(left_out)}
+            self.report["negative"][part.points[0]] = shares
         weights = [weight_of(score) if self.weighted else 1.0 for score in scores]
         weights = weights if any(weights) else [1.0] * len(weights)
         total, times = torch.zeros(2, len(rows.ids), dtype=torch.float64)  # each [n]

@@ -43,14 +43,14 @@ def estimated_share(examples: float, n: int, queries: float, q: int, before: flo
             model was learning too fast to say. One standard error is taken off π, as of many epochs the one with the
             largest is believed.
     """
-    if before is None:
-        return 0.0 if queries >= 0.5 else min(1.0, max(0.0, (examples - queries) / (1 - 2 * queries)))
-    e = (queries + before) / 2
-    error = e * (1 - e) / max(1, q)
-    if e >= 0.5 or (queries - before) ** 2 > 4 * error:
-        return 0.0
-    off = math.sqrt(error + examples * (1 - examples) / max(1, n))
-    return min(1.0, max(0.0, (examples - e - off) / (1 - 2 * e)))
+    e, off = queries, 0.0
+    if before is not None:
+        e = (queries + before) / 2
+        error = e * (1 - e) / max(1, q)
+        if (queries - before) ** 2 > 4 * error:
+            return 0.0
+        off = math.sqrt(error + examples * (1 - examples) / max(1, n))
+    return 0.0 if e >= 0.5 else min(1.0, max(0.0, (examples - e - off) / (1 - 2 * e)))
 
 
 def on_scale(ranking: Tensor, share: float) -> Tensor:

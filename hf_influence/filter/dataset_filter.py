@@ -114,9 +114,8 @@ class DatasetFilter:
         """What `apply` would do with each row; arguments and errors as there."""
         rankings = rankings_of(scores)
         needed = self._votes(len(rankings))
-        if self.drop is not None and (callable(self.drop) or isinstance(self.drop, str)):
-            for ranking in rankings:
-                check_gaps(self.drop, ranking.method)
+        for ranking in rankings:
+            check_gaps(self.drop, ranking.method)
         values, names = aligned(dataset, rankings)  # each [n, q]
         table = dataset if isinstance(dataset, Dataset) else None
         n = len(names)

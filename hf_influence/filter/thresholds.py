@@ -130,22 +130,22 @@ def _discovered(values: Tensor, rate: float, permutations: int, seed: int) -> Te
     return gone
 
 
-def check_gaps(threshold: str | Threshold, method: str) -> None:
+THRESHOLDS: dict[str, Threshold] = {"otsu": otsu, "mixture": mixture, "negative": negative}
+
+
+def check_gaps(drop: object, method: str) -> None:
     """Refuse to look for a gap where there is none by construction.
 
     Raises:
         BadSetting: "otsu" or "mixture" on scores by "auto".
     """
-    if threshold in (otsu, mixture, "otsu", "mixture") and method == "auto":
-        name = name_of(threshold)
+    name = next((name for name in ("otsu", "mixture") if drop in (name, THRESHOLDS[name])), None)
+    if name and method == "auto":
         raise BadSetting(
             f"scores by 'auto' are places in a ranking, with the distances of a bell curve whatever the data, so "
             f'drop="{name}" would cut at the same place always. Use drop="negative", which drops as many as auto '
             f"estimates to be wrong, a share, or drop=\"{name}\" on other scores: attribute(store, 'loss_mean')."
         )
-
-
-THRESHOLDS: dict[str, Threshold] = {"otsu": otsu, "mixture": mixture, "negative": negative}
 
 
 def name_of(threshold: str | Threshold) -> str:

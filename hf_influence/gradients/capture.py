@@ -27,7 +27,7 @@ HALF = (torch.float16, torch.bfloat16)
 
 
 class RowCatcher:
-    """Watches the tapped modules and forms the rows while the backward pass goes by.
+    """Watches the tapped modules while a forward and a backward pass go by, and forms the rows.
 
     The rows of a call are formed from the input and the gradient of that very call; so a module that is used twice, or
     run again by gradient checkpointing, comes out right. Nothing of the model's computation changes.
