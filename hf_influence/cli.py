@@ -98,7 +98,7 @@ def filter(
 @app.command()
 def demo(
     model: Annotated[str | None, typer.Option(help="Folder or hub name of a causal language model.")] = None,
-    size: Annotated[int, typer.Option(min=20, help="Number of training prompts.")] = 80,
+    size: Annotated[int, typer.Option(min=20, help="Number of training prompts.")] = 64,
     seed: Annotated[int, typer.Option(help="Of data, wrong answers and training.")] = 0,
     output: Annotated[Path, typer.Option(help="Folder for stores and results.json; replaced.")] = Path("runs/demo"),
 ) -> None:

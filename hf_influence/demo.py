@@ -1,18 +1,19 @@
 """The whole path on a real language model: fine-tune, capture, attribute, curate, retrain, evaluate.
 
 Ten sentence transformations, a fifth of the training prompts with the answer of another example of the same task.
-SmolLM2-135M-Instruct with LoRA learns them with the ordinary Trainer; then every method says which training examples
-share a query's task and which carry a wrong answer, and one of them, chosen beforehand, curates. Everything that was
-measured is printed.
+SmolLM2-135M-Instruct with LoRA learns them with the ordinary Trainer, while gradients are captured epoch by epoch and
+compared with those of clean queries; then every method says which training examples share a query's task and which
+carry a wrong answer, and the default curates. Everything that was measured is printed.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
@@ -22,9 +23,10 @@ from typing import Any
 from datasets import Dataset
 from datasets.utils.logging import disable_progress_bar
 from peft import LoraConfig, get_peft_model
+from rich import box
 from rich.console import Console
 from rich.table import Table
-from torch import nn
+from torch import Tensor, nn
 from transformers import DataCollatorForSeq2Seq, Trainer, TrainerCallback, TrainingArguments, set_seed
 from transformers.utils import logging as transformers_logging
 
@@ -36,9 +38,13 @@ from hf_influence.evaluation.benchmarks.tokenization import Part
 from hf_influence.filter import DatasetFilter
 from hf_influence.gradients import collect, losses
 from hf_influence.pretrained import SMOLLM2, load_language_model
+from hf_influence.scores import Scores
 
 ITERATIVE = ("cg", "lissa", "self_cg", "self_lissa")
 """They come close to what `fisher` solves exactly; on few rows of many columns at up to a hundred times its cost."""
+
+Rows = dict[str, dict[str, float]]
+"""The rows of a table by their names, each with its columns."""
 
 
 @dataclass(kw_only=True)
@@ -47,22 +53,20 @@ class Demo:
 
     model: str | None = None
     """Folder or hub name of a causal language model; `None` for SmolLM2-135M-Instruct."""
-    size: int = 80
-    """Training examples; there are half as many queries, and half as many held-out prompts."""
+    size: int = 64
+    """Training examples; there are half as many queries."""
     seed: int = 0
     """Of the data, the wrong answers, the adapter and the order of training."""
     output: Path = Path("runs/demo")
     """Folder for the stores and `results.json`; replaced."""
+    held_out: int = 100
+    """Clean prompts to judge the models by."""
     wrong: float = 0.2
     """Share of the training examples that get a wrong answer, and share that is dropped."""
-    method: str = "cosine"
-    """The method that curates."""
-    steps: int = 52
-    """Optimiser steps of each training run: smaller sets get as many."""
-    batch_size: int = 4
-    learning_rate: float = 1e-2
-    rank: int = 8
-    targets: Sequence[str] = ("q_proj", "v_proj")
+    epochs: int = 3
+    """Of the first training; those on smaller sets have as many steps."""
+    batch_size: int = 2
+    learning_rate: float = 5e-3
 
     def run(self, console: Console) -> dict[str, Any]:
         """Fine-tune, attribute, curate, retrain; print three tables, write `results.json` and return its content."""
@@ -70,44 +74,56 @@ class Demo:
         transformers_logging.set_verbosity_error()
         transformers_logging.disable_progress_bar()  # of loading weights; that of the training stays
         warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
-        started = time.perf_counter()
         shutil.rmtree(self.output, ignore_errors=True)
+        self.seconds: dict[str, float] = {}  # stage -> how long it took
 
-        with _stage(console, f"data and model: {self.model or SMOLLM2}"):
+        with self._stage(console, f"data and model: {self.model or SMOLLM2}"):
             _, self.tokenizer = load_language_model(self.model)
-            data = sentence_transformations(train=self.size, test=self.size, seed=self.seed)
+            queries = self.size // 2
+            data = sentence_transformations(train=self.size, test=queries + self.held_out, seed=self.seed)
             train = corrupt_answers(data["train"], ["swapped_within"], self.wrong, self.seed)
-            half = self.size // 2
-            query, held_out = data["test"].select(range(half)), data["test"].select(range(half, self.size))
-        with _stage(console, f"fine-tuning on {len(train)} prompts, {sum(train['is_wrong'])} with a wrong answer"):
-            answers = self.output / "answers"
-            capture = GradientCapture(answers, self._tokens(query))
+            query, held_out = data["test"].select(range(queries)), self._tokens(data["test"].skip(queries))
+        with self._stage(console, f"fine-tuning on {len(train)} prompts, {sum(train['is_wrong'])} with a wrong answer"):
+            capture = GradientCapture(self.output / "store", self._tokens(query), during="epochs")
             model = self._fine_tune(train, capture)
-        with _stage(console, "gradients of the whole text, for class detection"):
+            judged = {"all data": losses(model, held_out)}
+        with self._stage(console, "gradients of the whole text, which tell tasks apart"):
             text = self.output / "text"
             for split, rows in (("train", train), ("query", query)):
                 collect(model, self._tokens(rows, "text"), text, split)
-        detection, mistakes = self._classes(text, train, query), self._mistakes(answers, train)
-        console.print(detection_table(detection, "1. Which training examples are of the query's task?"))
-        console.print(mistake_table(mistakes, f"2. Which answers are wrong? ({self.wrong:.0%} are)"))
+        with self._stage(console, "scores by every method"):
+            classes, scores = self._classes(text, train, query), self._scores(capture.path, train)
+            mistakes = {name: mistaken(own, train["is_wrong"]) for name, own in scores.items()}
+        show(console, "1. Which training examples are of the query's task? (± over the queries)", best_first(classes))
+        show(console, f"2. Which answers are wrong? ({self.wrong:.0%} are)", best_first(mistakes))
 
-        outcome = {"all data": self._judge(model, held_out)}
-        for name, kept in self._remedies(train, answers).items():
-            with _stage(console, f"retraining on {name}: {len(kept)} prompts, {sum(kept['is_wrong'])} wrong"):
-                outcome[name] = self._judge(self._fine_tune(kept), held_out)
-        console.print(outcome_table(outcome, f"3. {len(held_out)} clean held-out prompts after training on …"))
+        trim = DatasetFilter(drop=self.wrong)
+        remedies = {
+            "the data curated by default": trim.apply(train, scores["auto"]),
+            "a random drop of the same size": trim.apply(train, attribute(capture.path, "random", seed=self.seed)),
+            "the truly clean data": train.select([i for i, wrong in enumerate(train["is_wrong"]) if not wrong]),
+        }
+        for name, kept in remedies.items():
+            with self._stage(console, f"retraining on {name}"):
+                judged[name] = losses(self._fine_tune(kept), held_out)
+        outcome = outcomes({"all data": train, **remedies}, judged)
+        show(console, f"3. {len(held_out)} clean held-out prompts after {self._steps} steps on …", outcome)
 
         results = {
             "settings": asdict(self) | {"output": str(self.output)},
             "versions": {name: version(name) for name in ("hf-influence", "torch", "transformers", "peft", "datasets")},
-            "class_detection": detection,
+            "class_detection": classes,
             "mistake_detection": mistakes,
             "held_out": outcome,
-            "seconds": time.perf_counter() - started,
+            "seconds": self.seconds,
         }
         (self.output / "results.json").write_text(json.dumps(results, indent=1))
-        console.print(f"{results['seconds']:.0f} s; all figures are in {self.output / 'results.json'}")
+        console.print(f"{sum(self.seconds.values()):.0f} s; all figures are in {self.output / 'results.json'}")
         return results
+
+    @property
+    def _steps(self) -> int:
+        return self.epochs * math.ceil(self.size / self.batch_size)
 
     def _tokens(self, dataset: Dataset, gradient: Part = "answer") -> Dataset:
         return tokenize(dataset, self.tokenizer, gradient=gradient)
@@ -116,13 +132,10 @@ class Demo:
         """The same fresh adapter each time, trained on the answers."""
         base, _ = load_language_model(self.model)
         set_seed(self.seed)
-        lora = LoraConfig(
-            r=self.rank, lora_alpha=2 * self.rank, target_modules=list(self.targets), task_type="CAUSAL_LM"
-        )
         arguments = TrainingArguments(
             output_dir=str(self.output / "trainer"),
             per_device_train_batch_size=self.batch_size,
-            max_steps=self.steps,
+            max_steps=self._steps,
             learning_rate=self.learning_rate,
             warmup_steps=5,
             seed=self.seed,
@@ -133,7 +146,7 @@ class Demo:
             disable_tqdm=False,
         )
         trainer = Trainer(
-            model=get_peft_model(base, lora),
+            model=get_peft_model(base, LoraConfig(task_type="CAUSAL_LM", lora_alpha=16)),
             args=arguments,
             train_dataset=self._tokens(dataset),
             data_collator=DataCollatorForSeq2Seq(self.tokenizer),
@@ -142,76 +155,71 @@ class Demo:
         trainer.train()
         return trainer.model
 
-    def _classes(self, store: Path, train: Dataset, query: Dataset) -> dict[str, dict[str, float]]:
-        """Class detection by every method but the iterative ones that gives a score for each query."""
+    def _methods(self, store: Path, *given: str) -> list[str]:
+        """All but the iterative ones that have what they need, in the store or given."""
+        return [name for name, lacks in lacking(store).items() if set(lacks) <= set(given) and name not in ITERATIVE]
+
+    def _classes(self, store: Path, train: Dataset, query: Dataset) -> Rows:
+        """Class detection by every method that gives a score for each query."""
         found = {}
-        for name, lacks in lacking(store).items():
-            by_class = "labels" in lacks
-            if "queries" not in methods()[name].needs or set(lacks) - {"labels"} or name in ITERATIVE:
+        for name in self._methods(store, "labels"):
+            by_class = "labels" in methods()[name].needs
+            if "queries" not in methods()[name].needs:
                 continue
             scores = attribute(store, name, **({"labels": train["task"]} if by_class else {}))
             if scores.query_ids == list(range(len(query))):  # others have one column for all queries
                 # influence counts by its size, as in the papers; how typical a query is of a class counts by its sign
-                found[name] = dict(class_detection(scores, train["task"], query["task"], absolute=not by_class))
+                detected = class_detection(scores, train["task"], query["task"], absolute=not by_class)
+                columns = {"AUC": "auc_mean", "AUC ±": "auc_std", "recall": "recall_mean", "recall ±": "recall_std"}
+                found[name] = {column: detected[key] for column, key in columns.items()}
         return found
 
-    def _mistakes(self, store: Path, train: Dataset) -> dict[str, dict[str, float]]:
-        """Detection of the wrong answers by every method but the iterative ones that the store has everything for."""
-        named = [name for name, lacks in lacking(store).items() if not lacks and name not in ITERATIVE]
-        return {name: dict(mislabel_detection(attribute(store, name), train["is_wrong"])) for name in named}
+    def _scores(self, store: Path, train: Dataset) -> dict[str, Scores]:
+        """The scores of the training examples by every method."""
+        scores = {name: attribute(store, name) for name in self._methods(store)}
+        return scores | {"auto, groups=task": attribute(store, groups=train["task"])}
 
-    def _remedies(self, train: Dataset, store: Path) -> dict[str, Dataset]:
-        trim = DatasetFilter(drop=self.wrong)
-        return {
-            f"the data curated by {self.method}": trim.apply(train, attribute(store, self.method)),
-            "a random drop of the same size": trim.apply(train, attribute(store, "random", seed=self.seed)),
-            "the truly clean data": train.select([i for i, wrong in enumerate(train["is_wrong"]) if not wrong]),
+    @contextmanager
+    def _stage(self, console: Console, name: str) -> Iterator[None]:
+        """Says what is going on and how long it took."""
+        console.print(f"[bold]{name}")
+        started = time.perf_counter()
+        yield
+        self.seconds[name] = time.perf_counter() - started
+        console.print(f"[dim]… {self.seconds[name]:.0f} s")
+
+
+def mistaken(scores: Scores, wrong: Sequence[bool]) -> dict[str, float]:
+    """How well the scores detect the wrong answers."""
+    detected = mislabel_detection(scores, wrong)
+    return {"AUC": detected.auc, "average precision": detected.average_precision}
+
+
+def outcomes(sets: Mapping[str, Dataset], judged: Mapping[str, Mapping[str, Tensor]]) -> Rows:
+    """What the models make of the held-out answers, and how far their mean loss is below that of the first, ± s.e."""
+    first = judged[next(iter(sets))]["loss"]  # [n]
+    found = {}
+    for name, dataset in sets.items():
+        gain = first - judged[name]["loss"]
+        found[name] = {
+            "prompts": len(dataset),
+            "wrong": sum(dataset["is_wrong"]),
+            "loss": judged[name]["loss"].mean().item(),
+            "gain": gain.mean().item(),
+            "±": (gain.std() / len(gain) ** 0.5).item(),
+            "right tokens": judged[name]["correct"].mean().item(),
         }
-
-    def _judge(self, model: nn.Module, held_out: Dataset) -> dict[str, float]:
-        """Mean loss of the right answers, and how many would be generated exactly.
-
-        Greedy decoding gives the right answer exactly if each of its tokens is the most likely one after those before.
-        """
-        stats = losses(model, self._tokens(held_out))
-        return {"loss": stats["loss"].mean().item(), "exact_match": (stats["correct"] == 1).float().mean().item()}
+    return found
 
 
-def detection_table(found: dict[str, dict[str, float]], title: str) -> Table:
-    """Best first; the spread is the standard deviation over the queries."""
-    table = _table(title, "method", "AUC", "± over queries", "recall", "± over queries")
-    for name, row in sorted(found.items(), key=lambda item: -item[1]["auc_mean"]):
-        table.add_row(name, *(f"{row[key]:.3f}" for key in ("auc_mean", "auc_std", "recall_mean", "recall_std")))
-    return table
+def best_first(found: Rows) -> Rows:
+    """In the order of the AUC."""
+    return dict(sorted(found.items(), key=lambda row: -row[1]["AUC"]))
 
 
-def mistake_table(found: dict[str, dict[str, float]], title: str) -> Table:
-    """Best first."""
-    table = _table(title, "method", "AUC", "average precision")
-    for name, row in sorted(found.items(), key=lambda item: -item[1]["auc"]):
-        table.add_row(name, f"{row['auc']:.3f}", f"{row['average_precision']:.3f}")
-    return table
-
-
-def outcome_table(found: dict[str, dict[str, float]], title: str) -> Table:
-    """In the order of the retraining."""
-    table = _table(title, "trained on", "loss", "exact match")
-    for name, row in found.items():
-        table.add_row(name, f"{row['loss']:.3f}", f"{row['exact_match']:.0%}")
-    return table
-
-
-def _table(title: str, *columns: str) -> Table:
-    table = Table(title=title, title_justify="left")
-    for column in columns:
-        table.add_column(column, justify="left" if column == columns[0] else "right")
-    return table
-
-
-@contextmanager
-def _stage(console: Console, name: str) -> Iterator[None]:
-    """Says what is going on and how long it took."""
-    console.print(f"[bold]{name}")
-    started = time.perf_counter()
-    yield
-    console.print(f"[dim]… {time.perf_counter() - started:.0f} s")
+def show(console: Console, title: str, rows: Rows) -> None:
+    """As a Markdown table."""
+    table = Table("", *next(iter(rows.values())), box=box.MARKDOWN)
+    for name, row in rows.items():
+        table.add_row(name, *(str(value) if isinstance(value, int) else f"{value:.3f}" for value in row.values()))
+    console.print(f"\n[bold]{title}", table)

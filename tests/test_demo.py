@@ -1,0 +1,55 @@
+"""The demo from end to end, with a tiny model in place of SmolLM2."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from datasets.utils.logging import enable_progress_bar
+from rich.console import Console
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers.utils import logging
+
+from hf_influence.attribution import lacking
+from hf_influence.demo import Demo
+
+
+@pytest.fixture(autouse=True)
+def _loud_again() -> Iterator[None]:
+    """The demo makes other libraries quiet, and other tests run in this process."""
+    level = logging.get_verbosity()
+    yield
+    logging.set_verbosity(level)
+    logging.enable_progress_bar()
+    enable_progress_bar()
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    """Folder of a model of two layers that reads characters."""
+    characters = Tokenizer(models.WordLevel({chr(i): i for i in range(128)}, unk_token="\0"))
+    characters.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    PreTrainedTokenizerFast(tokenizer_object=characters, eos_token="\1", pad_token="\2").save_pretrained(tmp_path)
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+    LlamaForCausalLM(LlamaConfig(vocab_size=128, **sizes)).save_pretrained(tmp_path)
+    return tmp_path
+
+
+def test_the_demo_finds_drops_retrains_and_says_what_it_measured(model: Path, tmp_path: Path) -> None:
+    console = Console(record=True, width=120)
+    found = Demo(model=str(model), size=20, held_out=10, epochs=2, output=tmp_path / "demo").run(console)
+    assert found == json.loads((tmp_path / "demo" / "results.json").read_text())
+    printed = console.export_text()
+    assert all(title in printed for title in ("1. Which training", "2. Which answers", "3. 10 clean held-out prompts"))
+
+    assert {"cosine", "datainf", "outlier_classwise"} <= found["class_detection"].keys()
+    assert {"auto", "auto, groups=task", "loss_mean", "vote_mean", "aum", "tracin"} <= found["mistake_detection"].keys()
+    assert lacking(tmp_path / "demo" / "store")["auto"] == ()
+    held_out = found["held_out"]
+    assert [row["prompts"] for row in held_out.values()] == [20, 16, 16, 16]
+    assert held_out["all data"]["wrong"] == 4
+    assert held_out["the truly clean data"]["wrong"] == 0
+    assert held_out["all data"]["gain"] == 0
