@@ -385,6 +385,7 @@ AT_START: dict[str, tuple[dict[str, Any], dict[str, Any], Any, type[Exception], 
         "BatchRebalanceSampler",
     ),
     "too many": ({}, {}, DatasetFilter(drop=12), BadSetting, "leaves none"),
+    "no gaps": ({}, {}, DatasetFilter(drop="otsu"), BadSetting, "places in a ranking"),
     "no column": ({}, {}, DatasetFilter(drop=1, within="task"), BadExample, "no column of the dataset"),
     "relabel": ({}, {}, Relabel(suspects=DatasetFilter(drop=2), how="flip", label="kind"), BadSetting, "relabel rows"),
 }
@@ -396,7 +397,8 @@ def test_what_cannot_work_is_refused_before_the_first_step(tmp_path: Path, case:
     capture = GradientCapture(tmp_path / "rows", during="epochs", at_end=False)
     if case == "relabel":
         given = {"data": Dataset.from_list([{**row, "kind": at % 2} for at, row in enumerate(EXAMPLES)])}
-    run = trainer(tmp_path, [capture, CurateEachEpoch(capture, rule, "loss")], **{"kind": Trainer, **given}, **options)
+    curate = CurateEachEpoch(capture, rule, "auto" if case == "no gaps" else "loss")
+    run = trainer(tmp_path, [capture, curate], **{"kind": Trainer, **given}, **options)
     with pytest.raises(error, match=message):
         run.train()
     assert run.state.global_step == 0

@@ -16,6 +16,7 @@ from stores import Blocks, make_store
 from torch import Tensor
 
 from hf_influence.attribution import attribute
+from hf_influence.attribution.method import class_of
 from hf_influence.attribution.outlier_forest import _sketch
 from hf_influence.gradients.compress import Compressor, dropout, gaussian
 
@@ -43,6 +44,24 @@ def test_influence_is_that_of_the_dense_inverse(tmp_path: Path, method: str, dam
 def test_self_influence_is_that_of_the_dense_inverse(tmp_path: Path, method: str) -> None:
     scores = attribute(make_store(tmp_path, TRAIN), f"self_{method}")
     assert_exact(scores.values, oracle.self_influence(TRAIN, INVERSES[method]))
+
+
+@pytest.mark.parametrize("name", ["self_datainf", "self_fisher", "self_lissa", "self_cg"])
+def test_few_examples_at_a_time_are_compared_with_all(
+    tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However narrow the rows and large the files are, no n × n matrix is formed."""
+    store, kind, pieces = make_store(tmp_path, TRAIN), class_of(name), []
+    whole, fit = attribute(store, name).values, kind.fit
+
+    def watched(self: Any, *args: Any) -> Any:
+        solve = fit(self, *args)
+        return lambda g: pieces.append(len(g)) or solve(g)
+
+    monkeypatch.setattr(kind, "fit", watched)
+    monkeypatch.setattr("hf_influence.attribution.self_influence.CHUNK_BYTES", 3 * 26 * 8)
+    torch.testing.assert_close(attribute(store, name).values, whole, rtol=1e-6, atol=1e-6)  # where some iterate
+    assert max(pieces) == 3 and sum(pieces) == 2 * 20
 
 
 @pytest.mark.parametrize("method", ["fisher", "self_fisher"])

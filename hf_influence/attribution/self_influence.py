@@ -11,6 +11,7 @@ from torch import Tensor
 from hf_influence.attribution.method import Method
 from hf_influence.attribution.selection import Selection
 from hf_influence.curvature import EmpiricalFisher, Identity, MeanInverse
+from hf_influence.store.rows import CHUNK_BYTES
 
 
 @dataclass(kw_only=True)
@@ -30,10 +31,12 @@ class SelfInfluence(Identity, Method, name="self_ip"):
     needs: ClassVar[tuple[str, ...]] = ("rows",)
 
     def score(self, rows: Selection) -> Tensor:
-        out = torch.zeros(len(rows.train), 1, dtype=rows.train.dtype)
-        for block in rows.train.blocks:
+        n = len(rows.train)
+        out = torch.zeros(n, 1, dtype=rows.train.dtype)
+        for block, width in rows.train.blocks.items():
             solve = self.fit(rows.train, block)
-            for at, g in rows.train.chunks(block):
+            few = max(1, CHUNK_BYTES // (max(n, width) * out.element_size()))  # a solve compares them with up to n rows
+            for at, g in rows.train.chunks(block, few):
                 out[at] -= (g * solve(g)).sum(1, keepdim=True)  # [b, 1]
         return out
 

@@ -99,10 +99,11 @@ def _choose(wrong: dict[str, dict[int, str]], wanted: int, n: int, rng: Random) 
     for name in sorted(wrong, key=lambda name: len(wrong[name])):
         free = [i for i in wrong[name] if i not in chosen]
         if len(free) < counts[name]:
+            rest = [other for other in wrong if other != name]
             raise BadSetting(
                 f"{counts[name]} answers are to become wrong by {name!r}, and only {len(wrong[name])} of the {n} rows "
-                f"allow it ({len(wrong[name]) - len(free)} of them are taken by rarer kinds). Lower share, or leave "
-                f"the kind out: kinds={[other for other in wrong if other != name]}."
+                f"allow it ({len(wrong[name]) - len(free)} of them are taken by rarer kinds). Lower share, or "
+                + (f"leave the kind out: kinds={rest}." if rest else "choose another kind.")
             )
         chosen |= dict.fromkeys(rng.sample(free, counts[name]), name)
     return chosen

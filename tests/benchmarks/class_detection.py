@@ -18,7 +18,7 @@ from typing import Any, get_args
 
 from datasets import DatasetDict
 from prompts import fine_tune
-from series import Given, best, each, every_method, finish, parser, runs_of
+from series import Given, add_without, best, each, every_method, finish, parser, runs_of
 
 from hf_influence import collect
 from hf_influence.attribution import methods
@@ -61,7 +61,7 @@ def run(name: str, seed: int, args: argparse.Namespace) -> dict[str, dict[str, d
             sides = (list(data["train"]["task"]), list(data["test"]["task"]))
             texts = [list(data[split][part]) for split in ("train", "test")]
             given = Given(sides[0], texts[0], texts[1], seed)
-            found[part] = every_method(store, given, partial(figures, *sides))
+            found[part] = every_method(store, given, partial(figures, *sides), args.without)
             print(name, part, f"seed {seed}", best(found[part], "auc_mean"), flush=True)
     return found
 
@@ -80,6 +80,7 @@ def main() -> None:
     options.add_argument("--epochs", type=float, default=3)
     options.add_argument("--batch-size", type=int, default=8)
     options.add_argument("--learning-rate", type=float, default=2e-3)
+    add_without(options)
     args = options.parse_args()
     runs = runs_of(args, "sets", "seeds")
     each(runs, partial(run, args=args), set=args.sets, seed=args.seeds)
