@@ -21,9 +21,9 @@ from hf_influence.errors import BadSetting
 from hf_influence.gradients.batches import forward_arguments
 from hf_influence.gradients.collect import Plan, check_collectable, check_folder, collect, collect_planned
 from hf_influence.gradients.compress import Compressor
+from hf_influence.gradients.during_training.stream import StreamPlan, is_stream
 from hf_influence.gradients.own_loss import OwnTask
 from hf_influence.gradients.processes import first_process_first, rank, world
-from hf_influence.gradients.stream import StreamPlan, is_stream
 from hf_influence.gradients.sweep import BatchSize
 from hf_influence.gradients.taps import Modules
 from hf_influence.store import GradientStore, check_room

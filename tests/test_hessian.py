@@ -15,11 +15,11 @@ from hf_influence.attribution import attribute
 from hf_influence.errors import BadSetting, MissingRows, NotConverged, StoreMismatch, UnsupportedModel
 from hf_influence.gradients import collect, collect_hessian, solve_queries
 from hf_influence.gradients.compress import dropout
-from hf_influence.gradients.hessian import Hessian
-from hf_influence.gradients.lanczos import lanczos
-from hf_influence.gradients.matching import matching_plan
 from hf_influence.gradients.objective import own_losses
-from hf_influence.gradients.solvers import conjugate_gradients, lissa
+from hf_influence.gradients.second_order.hessian import Hessian
+from hf_influence.gradients.second_order.lanczos import lanczos
+from hf_influence.gradients.second_order.matching import matching_plan
+from hf_influence.gradients.second_order.solvers import conjugate_gradients, lissa
 from hf_influence.store import GradientStore
 from hf_influence.task import CausalLM, Classification
 

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hf_influence.errors import UnsupportedModel
-from hf_influence.gradients.scale import of_tokens
+from hf_influence.gradients.during_training.scale import of_tokens
 
 EXAMPLES, LENGTH, VOCABULARY = 5, 12, 40
 

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from hf_influence.errors import UnsupportedModel
 from hf_influence.gradients.batches import Collator, Examples, inputs_of
 from hf_influence.gradients.modes import evaluating
-from hf_influence.gradients.robustness import MovedQueries
 from hf_influence.gradients.sweep import BatchSize, check_batch_size, sweep
+from hf_influence.gradients.targets.robustness import MovedQueries
 from hf_influence.task import LanguageModel, task_of
 
 

@@ -14,7 +14,7 @@ from hf_influence.dataset.contents import row_code
 from hf_influence.errors import BadExample, BadSetting
 from hf_influence.filter.wording import quoted
 from hf_influence.gradients.batches import Collator, padding_with
-from hf_influence.gradients.training import Batch
+from hf_influence.gradients.during_training.training import Batch
 from hf_influence.scores import Scores
 from hf_influence.store import GradientStore
 from hf_influence.task import CausalLM

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from hf_influence.gradients.batches import Collator
 from hf_influence.gradients.capture import RowCatcher
 from hf_influence.gradients.fixed import FixedWeights
-from hf_influence.gradients.hessian import whole_rows
 from hf_influence.gradients.identity import adapter_identity
-from hf_influence.gradients.matching import matching_plan
+from hf_influence.gradients.second_order.hessian import whole_rows
+from hf_influence.gradients.second_order.matching import matching_plan
 from hf_influence.gradients.sweep import BatchSize, check_batch_size, sweep
 from hf_influence.gradients.taps import Tap
 from hf_influence.store import GradientStore

@@ -19,9 +19,15 @@ from torch import Tensor, nn
 from hf_influence.errors import BadExample, BadSetting, UnsupportedModel
 from hf_influence.gradients.capture import RowCatcher
 from hf_influence.gradients.compress import Compressor
+from hf_influence.gradients.during_training.scale import (
+    Measured,
+    of_log_probabilities,
+    of_outcome,
+    of_own_loss,
+    of_tokens,
+)
 from hf_influence.gradients.identity import content_hash
 from hf_influence.gradients.packing import Packing, kept_apart
-from hf_influence.gradients.scale import Measured, of_log_probabilities, of_outcome, of_own_loss, of_tokens
 from hf_influence.gradients.taps import Tap
 from hf_influence.task import IGNORED, CausalLM, Classification, LanguageModel, Task, labels_of, unwrapped
 

@@ -10,10 +10,10 @@ from torch import nn
 
 from hf_influence.errors import BadExample, BadSetting
 from hf_influence.gradients.batches import Collator
-from hf_influence.gradients.hessian import Hessian, whole_rows
 from hf_influence.gradients.identity import adapter_identity
-from hf_influence.gradients.lanczos import lanczos
-from hf_influence.gradients.matching import matching_plan
+from hf_influence.gradients.second_order.hessian import Hessian, whole_rows
+from hf_influence.gradients.second_order.lanczos import lanczos
+from hf_influence.gradients.second_order.matching import matching_plan
 from hf_influence.gradients.sweep import BatchSize
 from hf_influence.store import GradientStore
 from hf_influence.store.artifacts import write_artifact

@@ -8,7 +8,7 @@ from typing import Any
 
 from hf_influence.errors import BadExample, BadSetting
 from hf_influence.gradients.batches import Examples
-from hf_influence.gradients.training import Batch
+from hf_influence.gradients.during_training.training import Batch
 
 AT_ONCE = 32
 

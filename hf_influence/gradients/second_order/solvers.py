@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from hf_influence.errors import NotConverged
-from hf_influence.gradients.lanczos import Product, lanczos
+from hf_influence.gradients.second_order.lanczos import Product, lanczos
 
 SAFE = 1.1
 """An estimate of the largest eigenvalue from a few products is too low by some per cent."""

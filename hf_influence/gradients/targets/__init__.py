@@ -1,0 +1,1 @@
+"""What the queries are to be good for where that is not their loss: any function, fairness, robustness."""
