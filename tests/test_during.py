@@ -55,6 +55,23 @@ class Recording(Trainer):
         return super().training_step(model, inputs, *args, **kwargs)
 
 
+class HalfPrecision(Recording):
+    """A Trainer for fp16 on the CPU, where accelerate leaves out what it does on a GPU: autocast and scaled losses."""
+
+    scale = 2.0**10
+
+    def create_accelerator_and_postprocess(self) -> None:
+        super().create_accelerator_and_postprocess()
+        self.accelerator.native_amp = True
+        self.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=self.scale, backoff_factor=2.0**-30)
+
+
+class Overflowing(HalfPrecision):
+    """Its first step overflows, as happens until the scale has come down."""
+
+    scale = 2.0**40
+
+
 def train(
     model: nn.Module,
     folder: Path,
@@ -206,6 +223,7 @@ class Setting:
     collate: Any = None
     tolerance: float = 1e-5
     autocast: torch.dtype | None = None
+    kind: type[Trainer] = Recording
 
 
 def checkpointed(reentrant: bool) -> dict[str, Any]:
@@ -213,6 +231,7 @@ def checkpointed(reentrant: bool) -> dict[str, Any]:
 
 
 BF16: dict[str, Any] = {"tolerance": 2e-2, "autocast": torch.bfloat16}
+FP16: dict[str, Any] = {"tolerance": 2e-2, "autocast": torch.float16, "kind": HalfPrecision}
 MATRIX = {
     "plain": Setting(),
     "left padding": Setting(collate=padding("left")),
@@ -224,6 +243,9 @@ MATRIX = {
     "bf16": Setting({"bf16": True}, **BF16),
     "bf16, checkpointing": Setting({"bf16": True, **checkpointed(False)}, **BF16),
     "bf16, accumulation": Setting({"bf16": True, "gradient_accumulation_steps": 2}, **BF16),
+    "fp16": Setting({"fp16": True}, **FP16),
+    "fp16, checkpointing": Setting({"fp16": True, **checkpointed(False)}, **FP16),
+    "fp16, accumulation": Setting({"fp16": True, "gradient_accumulation_steps": 2}, **FP16),
     "by length": Setting({"train_sampling_strategy": "group_by_length"}),
     "workers": Setting({"dataloader_num_workers": 2}),
     "drop last": Setting({"dataloader_drop_last": True}),
@@ -253,7 +275,7 @@ MATRIX = {
 def test_every_row_equals_autograd(tmp_path: Path, name: str) -> None:
     s = MATRIX[name]
     capture = GradientCapture(tmp_path / "rows", during="epochs", at_end=False)
-    run = train(s.make(), tmp_path, capture, data=s.data, collate=s.collate, **s.options)
+    run = train(s.make(), tmp_path, capture, data=s.data, collate=s.collate, kind=s.kind, **s.options)
     store = GradientStore.open(capture.path)
     assert store.points() == [1, 2]
     for epoch in (1, 2):
@@ -261,6 +283,15 @@ def test_every_row_equals_autograd(tmp_path: Path, name: str) -> None:
         assert len(rows) == len(s.data) - (len(s.data) % 3 if name == "drop last" else 0)
         assert_exact(run, rows, s.data, epoch, s.tolerance, autocast=s.autocast)
         assert (rows.stats["epoch"] == epoch).all()
+
+
+def test_a_step_that_overflows_in_fp16_is_left_out_and_counted(tmp_path: Path) -> None:
+    capture = GradientCapture(tmp_path / "rows", during="epochs", at_end=False)
+    run = train(tiny(torch.float32), tmp_path, capture, kind=Overflowing, fp16=True)
+    store = GradientStore.open(capture.path)
+    assert [len(store.rows("train", epoch)) for epoch in (1, 2)] == [len(EXAMPLES) - 3, len(EXAMPLES)]
+    assert_exact(run, store.rows("train", 2), EXAMPLES, 2, 2e-2, autocast=torch.float16)
+    assert [log["capture/lost"] for log in run.state.log_history if "capture/lost" in log][-1] == 1
 
 
 def weights_and_logs(run: Any) -> tuple[dict[str, Tensor], Any, list[Any]]:
@@ -301,7 +332,11 @@ SETTINGS_OF_CAPTURE: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("name", SETTINGS_OF_CAPTURE)
-@pytest.mark.parametrize("options", [{}, checkpointed(True), {"bf16": True}], ids=["plain", "reentrant", "bf16"])
+@pytest.mark.parametrize(
+    "options",
+    [{}, checkpointed(True), {"bf16": True}, {"fp16": True}],
+    ids=["plain", "reentrant", "bf16", "fp16"],
+)
 def test_training_is_bit_identical_with_and_without_capture(tmp_path: Path, name: str, options: dict[str, Any]) -> None:
     settings = {"during": "epochs", **SETTINGS_OF_CAPTURE[name]}
     capture = GradientCapture(tmp_path / "rows", QUERIES, **settings)
@@ -309,7 +344,8 @@ def test_training_is_bit_identical_with_and_without_capture(tmp_path: Path, name
     for callbacks in ([], [capture]):
         model = tiny(torch.float32)
         hooks = models.state_of(model)["hooks"]
-        run = train(model, tmp_path / "out", *callbacks, kind=Trainer, gradient_accumulation_steps=2, **options)
+        kind = HalfPrecision if "fp16" in options else Trainer
+        run = train(model, tmp_path / "out", *callbacks, kind=kind, gradient_accumulation_steps=2, **options)
         if not options:
             assert models.state_of(model)["hooks"] == hooks
         assert "training_step" not in vars(run)
