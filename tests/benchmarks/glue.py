@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from datasets import Dataset, load_dataset
 from peft import LoraConfig, get_peft_model
-from series import Given, arguments, parser
+from series import Given, add_sampling, arguments, parser
 from torch import nn
 from transformers import DataCollatorWithPadding, Trainer, TrainerCallback, set_seed
 
@@ -112,10 +112,11 @@ def options(description: str | None, **defaults: Any) -> argparse.ArgumentParser
     made.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     made.add_argument("--rows", type=int, default=1500, help="to train on")
     made.add_argument("--queries", type=int, default=200, help="clean rows to compare with")
-    made.add_argument("--held-out", type=int, default=400, help="clean rows to judge retrained models by")
+    made.add_argument("--held-out", type=int, default=600, help="clean rows to judge retrained models by")
     made.add_argument("--share", type=float, default=0.2, help="of the labels that are flipped")
     made.add_argument("--rank", type=int, default=8)
     made.add_argument("--epochs", type=int, default=8)
+    add_sampling(made)
     made.add_argument("--batch-size", type=int, default=16)
     made.add_argument("--learning-rate", type=float, default=5e-4)
     made.set_defaults(**defaults)
@@ -126,5 +127,6 @@ def trained_how(args: argparse.Namespace) -> str:
     """For the title of a table."""
     return (
         f"MiniLM + LoRA r={args.rank}, {args.rows} training rows, {args.share:.0%} labels flipped, {args.queries} "
-        f"clean queries, {args.epochs} epochs, batch {args.batch_size}, learning rate {args.learning_rate}."
+        f"clean queries, {args.epochs} epochs, batch {args.batch_size} ({args.sampling}), learning rate "
+        f"{args.learning_rate}."
     )

@@ -11,7 +11,7 @@ from typing import Any
 
 from datasets import Dataset, DatasetDict
 from peft import LoraConfig, get_peft_model
-from series import add_without, arguments, parser
+from series import add_sampling, add_without, arguments, parser
 from torch import nn
 from transformers import DataCollatorForSeq2Seq, Trainer, TrainerCallback, set_seed
 
@@ -91,6 +91,7 @@ def options(description: str | None) -> argparse.ArgumentParser:
     made.add_argument("--max-tokens", type=int, default=256, help="longer rows of the folder are not drawn")
     add_without(made)
     made.add_argument("--epochs", type=int, default=3)
+    add_sampling(made)
     made.add_argument("--batch-size", type=int, default=8)
     made.add_argument("--learning-rate", type=float, default=2e-3)
     return made
@@ -108,6 +109,6 @@ def trained_how(args: argparse.Namespace) -> str:
     """For the title of a table."""
     return (
         f"SmolLM2-135M-Instruct + LoRA r=8, {args.rows} training rows, {args.queries} clean queries, "
-        f"{'generated' if args.made else 'given'} data, {args.epochs} epochs, batch {args.batch_size}, learning rate "
-        f"{args.learning_rate}."
+        f"{'generated' if args.made else 'given'} data, {args.epochs} epochs, batch {args.batch_size} "
+        f"({args.sampling}), learning rate {args.learning_rate}."
     )
