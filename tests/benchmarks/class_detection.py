@@ -5,6 +5,8 @@
 SmolLM2-135M-Instruct with LoRA on q_proj and v_proj learns the whole text of ten sentence transformations or ten kinds
 of word problems (without and with reasoning), made by `hf_influence.evaluation.benchmarks`; then whole rows are
 collected from the prompt, the answer and the text. The papers train on 900 prompts, 90 of each kind, with 100 queries.
+
+With `--data FOLDER` the sets are those that lie there, as for `wrong_answers.py`; classes are tasks or sources.
 """
 
 from __future__ import annotations
@@ -16,8 +18,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any, get_args
 
+import prompts
 from datasets import DatasetDict
-from prompts import fine_tune
 from series import Given, add_without, best, each, every_method, finish, parser, runs_of
 
 from hf_influence import collect
@@ -50,8 +52,12 @@ def figures(train: list[str], query: list[str], method: str, scores: Scores) -> 
 def run(name: str, seed: int, args: argparse.Namespace) -> dict[str, dict[str, dict[str, Any]]]:
     """Part of the text -> method -> figures."""
     _, tokenizer = load_language_model()
-    data = SETS[name](train=args.train, test=args.test, seed=seed)
-    model = fine_tune(tokenize(data["train"], tokenizer), args, seed)
+    if args.made:
+        data = SETS[name](train=args.train, test=args.test, seed=seed)
+    else:
+        sizes = argparse.Namespace(**vars(args), rows=args.train, queries=args.test)
+        data = prompts.load(name, sizes, tokenizer, seed)
+    model = prompts.fine_tune(tokenize(data["train"], tokenizer), args, seed)
     with tempfile.TemporaryDirectory() as folder:
         found = {}
         for part in get_args(Part):
@@ -73,7 +79,9 @@ def columns(run: Run) -> Iterator[tuple[str, Any]]:
 
 def main() -> None:
     options = parser(__doc__)
-    options.add_argument("--sets", nargs="+", default=list(SETS), choices=list(SETS))
+    options.add_argument("--data", type=Path, help="folder of parquet files; without, the sets are made")
+    options.add_argument("--max-tokens", type=int, default=256, help="longer rows of the folder are not drawn")
+    options.add_argument("--sets", nargs="+", choices=[*SETS, "instructions"], help="all that there are by default")
     options.add_argument("--seeds", nargs="+", type=int, default=[0])
     options.add_argument("--train", type=int, default=900)
     options.add_argument("--test", type=int, default=100)
@@ -82,10 +90,13 @@ def main() -> None:
     options.add_argument("--learning-rate", type=float, default=2e-3)
     add_without(options)
     args = options.parse_args()
+    args.made = args.data is None
+    args.sets = args.sets or list(SETS if args.made else prompts.SETS)
     runs = runs_of(args, "sets", "seeds")
     each(runs, partial(run, args=args), set=args.sets, seed=args.seeds)
     title = (
-        f"SmolLM2-135M-Instruct + LoRA r=8, {args.train} training and {args.test} test prompts, {args.epochs} epochs, "
+        f"SmolLM2-135M-Instruct + LoRA r=8, {args.train} training and {args.test} test prompts, "
+        f"{'generated' if args.made else 'given'} data, {args.epochs} epochs, "
         f"batch {args.batch_size}, learning rate {args.learning_rate}; mean over the queries, absolute influence, but "
         "for methods that take labels."
     )

@@ -8,6 +8,7 @@ head and adapter and for as many steps, on
 
     clean        the rows whose label was not flipped: perfect cleaning
     drop M       without the lowest scores by method M, as many as were flipped; `drop random` is a random drop
+    negative     without those of negative score by `auto`, which estimates how many are wrong
     relabel M    with the other label for these rows, by the first of `--methods`
     reweight M   with all rows, weighed by their scores (`WeightedTrainer`), by the first of `--methods`
 
@@ -15,7 +16,7 @@ and judged by its accuracy on clean held-out rows, none of them a query; `noisy`
 part of the gap between noisy and clean that a way recovers, mean over the seeds, with its jackknife standard error;
 there is none with one seed or where the gap is within the noise. `wrong left` are wrong labels in the rows trained on.
 
-The share to drop is known here; with data of your own it is not.
+Otherwise the share to drop is known here; with data of your own it is not.
 """
 
 from __future__ import annotations
@@ -49,6 +50,8 @@ def curated(train: Dataset, store: Path, given: Given, args: argparse.Namespace)
     yield TOP, train.select([i for i, wrong in enumerate(train["is_wrong"]) if not wrong])
     for method, own in scores.items():
         yield f"drop {method}", trim.apply(train, own)
+        if method == "auto":
+            yield "negative", DatasetFilter(drop="negative").apply(train, own)
     yield f"relabel {first}", Relabel(suspects=trim, how="flip").apply(train, scores[first])
     yield f"reweight {first}", Reweight(column=WEIGHT).apply(train, scores[first])
 
