@@ -120,6 +120,19 @@ def test_for_classes_the_parts_weigh_what_the_queries_say(tmp_path: Path) -> Non
     assert (scores.values < 0).sum() == int(share * N)
 
 
+@pytest.mark.parametrize("final", [True, False])
+def test_rows_at_the_end_count_more_as_they_carry_no_dropout(tmp_path: Path, final: bool) -> None:
+    margin = torch.linspace(-1, 2, M, dtype=torch.float64)
+    for point in (0, 1, 2) if final else (1, 2):
+        stats = losses(point) | ({"step": torch.arange(N)} if point else {})
+        queries: dict[str, Any] = {"query": blocks(M, 50), "query_stats": {"margin": margin}}
+        make_store(tmp_path, blocks(N, point), stats=stats, point=point, task=CLASSES, **queries)
+    parts = attribute(tmp_path).report["parts"]
+    assert list(parts) == ["loss_mean", "kernel_ridge_mean", "kernel_ridge"]
+    assert parts["kernel_ridge"] == pytest.approx((3 if final else 1) * parts["kernel_ridge_mean"], abs=2e-4)
+    assert parts["loss_mean"] > 0.05
+
+
 def test_the_report_says_how_far_the_parts_agree(tmp_path: Path) -> None:
     path = store(tmp_path, CLASSES, training=True)
     a, b, c = (ranked(attribute(path, name, **settings)) for name, settings in BOTH)
