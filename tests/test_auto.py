@@ -129,7 +129,7 @@ def test_rows_at_the_end_count_more_as_they_carry_no_dropout(tmp_path: Path, fin
         make_store(tmp_path, blocks(N, point), stats=stats, point=point, task=CLASSES, **queries)
     parts = attribute(tmp_path).report["parts"]
     assert list(parts) == ["loss_mean", "kernel_ridge_mean", "kernel_ridge"]
-    assert parts["kernel_ridge"] == pytest.approx((3 if final else 1) * parts["kernel_ridge_mean"], abs=2e-4)
+    assert parts["kernel_ridge"] == pytest.approx((4 if final else 1) * parts["kernel_ridge_mean"], abs=2e-4)
     assert parts["loss_mean"] > 0.05
 
 

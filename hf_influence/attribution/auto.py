@@ -40,7 +40,7 @@ TEXTS: tuple[Parts, ...] = (
 )
 """For classification and for language models: the first line whose methods all find what they need."""
 
-AT_REST = 3
+AT_REST = 4
 """How much more the regression at the end counts than its mean over training, whose rows carry dropout."""
 
 
@@ -67,7 +67,7 @@ class Auto(OverTraining, name="auto"):
     For classification the queries say how far each is to be trusted, since a query with another label would have the
     opposite direction and margin: w = (AUC − ½)⁴ of the scores of the queries, each left out of the regression in turn,
     against their negatives, less one standard error, which few queries make large; and of their margins for the losses.
-    `kernel_ridge` at the end weighs three times that beside `kernel_ridge_mean`: the rows of training steps carry the
+    `kernel_ridge` at the end weighs four times that beside `kernel_ridge_mean`: the rows of training steps carry the
     dropout of their step, those at the end do not. Where that cannot be known all parts weigh the same.
 
     π is a cautious estimate of the share of wrong labels, for two classes and with queries, from the signs of their
