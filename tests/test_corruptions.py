@@ -108,7 +108,8 @@ def test_rows_where_a_kind_cannot_be_made_are_not_chosen():
         "word"
     }
     assert "word" not in {row["right_answer"] for row in wrong_rows(rows, "truncated", share=0.75)}
-    with pytest.raises(BadSetting, match=r"3 answers .* only 2 of the 4 rows allow it .*choose another kind"):
+    allowed = r"3 answers .* by 'changed_number', and only 2 of the 4 rows allow it"
+    with pytest.raises(BadSetting, match=allowed + ".*choose another kind"):
         corrupt_answers(rows, ["changed_number"], share=0.75)
     with pytest.raises(BadSetting, match="only 0 of the 4"):
         corrupt_answers(rows, ["swapped_across"], share=0.5, within=None)
