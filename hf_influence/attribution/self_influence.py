@@ -35,7 +35,7 @@ class SelfInfluence(Identity, Method, name="self_ip"):
         out = torch.zeros(n, 1, dtype=rows.train.dtype)
         for block, width in rows.train.blocks.items():
             solve = self.fit(rows.train, block)
-            few = max(1, CHUNK_BYTES // (max(n, width) * out.element_size()))  # a solve compares them with up to n rows
+            few = max(1, CHUNK_BYTES // (max(n, width) * out.element_size())) if self.meets_rows else None
             for at, g in rows.train.chunks(block, few):
                 out[at] -= (g * solve(g)).sum(1, keepdim=True)  # [b, 1]
         return out

@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -21,6 +21,9 @@ Solve = Callable[[Tensor], Tensor]
 class Curvature(ABC):
     """A choice of `P` in `⟨g, P v⟩`. It is symmetric and fitted block by block, so blocks do not interact."""
 
+    meets_rows: ClassVar[bool] = False
+    """Whether `P v` may take the products of `v` with all rows, as many numbers as vectors times rows."""
+
     @abstractmethod
     def fit(self, rows: Rows, block: str) -> Solve:
         """Look at the rows of one block, `[n, d]` read in chunks, and return `v -> P v`."""
@@ -34,6 +37,8 @@ class Curvature(ABC):
 @dataclass(kw_only=True)
 class Damped(Curvature):
     """A curvature that is made invertible by adding `λI`."""
+
+    meets_rows = True
 
     damping: float | str = field(default=0.1, metadata={"above": 0})
     """λ relative to the block's mean squared gradient entry; > 0."""
