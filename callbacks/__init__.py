@@ -4,7 +4,7 @@ from hf_influence.callbacks.capture import GradientCapture
 from hf_influence.callbacks.curate import CurateEachEpoch
 from hf_influence.callbacks.packing import prepared
 from hf_influence.callbacks.rounds import Retrained, curate_and_retrain
-from hf_influence.callbacks.weighted import WeightedTrainer
+from hf_influence.callbacks.weighted import WeightedTrainer, soft_cross_entropy
 
 __all__ = [
     "CurateEachEpoch",
@@ -13,4 +13,5 @@ __all__ = [
     "WeightedTrainer",
     "curate_and_retrain",
     "prepared",
+    "soft_cross_entropy",
 ]

@@ -322,6 +322,6 @@ def check_actions(decision: Decision) -> None:
     if odd := sorted(set(decision.actions) - ACTIONS):
         raise BadSetting(
             f"the rule {decision.rule} wants to {odd[0]} rows, and the scores of later epochs or rounds would be of "
-            "other examples than the dataset holds. Use one that drops or weighs (DatasetFilter, Reweight, Prune), and "
+            "other examples than the dataset holds. Use one that drops or weighs (DatasetFilter, Reweight, Prune), or "
             f"{odd[0]} before training."
         )

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments
 
+from hf_influence.callbacks.weighted import soft_cross_entropy
 from hf_influence.errors import BadExample, BadSetting, StoreError
 from hf_influence.gradients.collect import Plan
 from hf_influence.gradients.during_training.positions import Positions
@@ -343,7 +344,7 @@ def check_trainer(trainer: Trainer, args: TrainingArguments, own_task: bool) -> 
             f"GradientCapture(…, task=label_smoothing({args.label_smoothing_factor}))",
         ),
         "compute_loss_func": (
-            trainer.compute_loss_func is not None and not own_task,
+            trainer.compute_loss_func not in (None, soft_cross_entropy) and not own_task,
             "the loss is one of your own. Say what it is of one example: GradientCapture(…, task=own_loss(function))",
         ),
         "torch_compile": (args.torch_compile, "a compiled model hides the passes of its modules"),

@@ -75,7 +75,8 @@ def curate_and_retrain(
     Args:
         make_trainer: Gives a Trainer for a training set, with fresh weights each time and these callbacks.
         dataset: What to curate; with the rows that the Trainers train on (text, if they are SFTTrainers).
-        rule: `DatasetFilter`, `Reweight`, `Prune`, or an object with `decide(dataset, scores)`.
+        rule: `DatasetFilter`, `Reweight`, `Prune`, in a single round `Relabel` as well, or an object with
+            `decide(dataset, scores)`.
         folder: For each round a folder with `rows` (the store), `scores.safetensors` and `decision.json`.
         method: As in `attribute`.
         query_dataset: As in `GradientCapture`.
@@ -85,8 +86,8 @@ def curate_and_retrain(
         **settings: Of the method.
 
     Raises:
-        BadSetting: Fewer than one round, a rule that does more than drop or weigh, a method or capture that cannot
-            work, or a `make_trainer` that loses the callbacks or goes on with trained weights.
+        BadSetting: Fewer than one round, a rule that does more than drop or weigh in several rounds, a method or
+            capture that cannot work, or a `make_trainer` that loses the callbacks or goes on with trained weights.
         BadExample: Not a dataset with a length.
         StoreMismatch: The folder has rounds of another dataset, rule or method.
 
@@ -117,7 +118,8 @@ def curate_and_retrain(
         scores = Scores.load(place / "scores.safetensors")
         _check_scores(scores, method, settings, place)
         decision = rule.decide(dataset.select(at), scores)
-        check_actions(decision)
+        if rounds > 1:  # after the last one nothing is scored any more
+            check_actions(decision)
         decision = on_whole(decision, dataset, at, before)
         _keep(decision, place / "decision.json")
         decisions.append(decision)

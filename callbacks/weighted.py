@@ -1,4 +1,4 @@
-"""WeightedTrainer: training in which every example counts as much as its weight says."""
+"""Training in which every example counts as much as its weight says, or is believed as far as its label is."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class WeightedTrainer(Trainer):
     With `by="sampling"` the loss is plain, and examples are drawn with replacement in proportion to their weights, as
     many an epoch as there are.
 
-    Labels of a classifier may be vectors of class probabilities, as `Relabel(how="soft")` makes them.
+    Labels of a classifier may be vectors of class probabilities, as `Relabel(how="posterior")` makes them.
 
     Args:
         weight_column: The column of weights, each at least 0.
@@ -94,19 +94,47 @@ class WeightedTrainer(Trainer):
         return super().compute_loss(model, inputs, *args, **kwargs)
 
     def _loss(self, outputs: Any, labels: Tensor, num_items_in_batch: Tensor | int | None = None) -> Tensor:
-        logits = outputs["logits"] if isinstance(outputs, dict) else outputs[1]
+        logits = _logits(outputs)
         task, count = self._task, torch.tensor(len(labels), device=logits.device)
         if isinstance(task, LanguageModel):
             targets = task.targets(labels, None)  # [b, t]
             each, count = own_losses(task, logits, targets), (targets != IGNORED).sum()
         else:
             each = _of_classes(task, logits, labels)
-            if num_items_in_batch is not None and labels.ndim == 2:
-                num_items_in_batch = num_items_in_batch // labels.shape[1]  # the Trainer counts every entry
+            num_items_in_batch = _examples(num_items_in_batch, labels)
         if self._weights is not None:
             each = each * self._weights.to(each)
         total: Tensor = each.sum() / (count.clamp(min=1) if num_items_in_batch is None else num_items_in_batch)
         return total
+
+
+def soft_cross_entropy(outputs: Any, labels: Tensor, num_items_in_batch: Tensor | int | None = None) -> Tensor:
+    """The loss for labels that are vectors of class probabilities, for `Trainer(compute_loss_func=…)`.
+
+        ℓ = −Σ_k ỹ_k ln softmax(z)_k,   the mean over the examples of the optimiser step
+
+        soft = Relabel(how="posterior").apply(train, scores)
+        Trainer(model=model, args=args, train_dataset=soft, compute_loss_func=soft_cross_entropy).train()
+
+    Labels that are numbers of classes, of an evaluation set say, give the plain loss.
+    """
+    logits = _logits(outputs)
+    target = labels.to(logits) if labels.ndim == 2 else labels
+    count = _examples(num_items_in_batch, labels)
+    return F.cross_entropy(logits, target, reduction="sum") / (len(labels) if count is None else count)
+
+
+def _logits(outputs: Any) -> Tensor:
+    """Of a model that was not given the labels, as the Trainer keeps them for its loss function."""
+    logits: Tensor = outputs["logits"] if isinstance(outputs, dict) else outputs[0]
+    return logits
+
+
+def _examples(num_items_in_batch: Tensor | int | None, labels: Tensor) -> Tensor | int | None:
+    """How many examples there are, where the Trainer counts every entry of their labels."""
+    if num_items_in_batch is None or labels.ndim != 2:
+        return num_items_in_batch
+    return num_items_in_batch // labels.shape[1]
 
 
 def _of_classes(task: Any, logits: Tensor, labels: Tensor) -> Tensor:

@@ -14,6 +14,9 @@ from torch import Tensor
 
 from hf_influence.errors import BadSetting, StoreError
 
+LOG_ODDS = "log_odds"
+"""In the report of scores that are the log-odds of a right label, ln((1 − p) / p) for a wrong one's probability p."""
+
 
 def mean_ranks(values: Tensor) -> Tensor:
     """The rank of each value, 1 for the lowest, ties at their mean rank, `[n]` in float64."""
@@ -72,6 +75,19 @@ class Scores:
         """Ids of the `k` examples least worth keeping, worst first; ties in dataset order."""
         order = self.mean().argsort(stable=True)[:k].tolist()
         return [self.ids[i] for i in order]
+
+    def probability_wrong(self) -> Tensor:
+        """The probability that the label is wrong, `[n_train]`: 1 / (1 + exp(score)), of scores that are log-odds.
+
+        Raises:
+            BadSetting: They are not; those by "auto" are for two classes and with clean queries.
+        """
+        if LOG_ODDS not in self.report:
+            raise BadSetting(
+                f"scores by '{self.method}' rank the examples and are no probabilities. For two classes, with clean "
+                "queries in the store that tell right from wrong, those by 'auto' are log-odds: attribute(store)."
+            )
+        return torch.sigmoid(-self.mean().double())
 
     def save(self, path: str | Path) -> None:
         """Write everything to one safetensors file (values as a tensor, the rest as JSON metadata)."""

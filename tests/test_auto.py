@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from scipy.stats import norm, rankdata, spearmanr
+from scipy.integrate import quad
+from scipy.stats import beta, norm, rankdata, spearmanr
+from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score
 from stores import Blocks, make_store, make_trained_store
 from torch import Tensor
@@ -16,7 +19,7 @@ from torch import Tensor
 from hf_influence import Scores, attribute
 from hf_influence.attribution import lacking
 from hf_influence.attribution.kernel_ridge import negative
-from hf_influence.attribution.trust import estimated_share, mirrored_auc
+from hf_influence.attribution.trust import Sighting, estimated_share, log_odds, mirrored_auc, sighting, slope_of
 from hf_influence.errors import BadSetting, MissingRows
 from hf_influence.store import GradientStore
 
@@ -50,11 +53,58 @@ def ranked(scores: Scores) -> Tensor:
     return torch.from_numpy((rankdata(scores.mean().numpy()) - 0.5) / len(scores))
 
 
-def scaled(ranking: Tensor, negative: int = 0) -> Tensor:
-    """Normal scores of the ranks, so many of them below zero."""
+def scaled(ranking: Tensor) -> Tensor:
+    """Normal scores of the ranks, none of them below zero."""
     n = len(ranking)
     place = (rankdata(ranking.numpy().round(12)) - 0.5) / n
-    return torch.from_numpy(norm.ppf(place) - norm.ppf(max(negative, 0.25) / n))
+    return torch.from_numpy(norm.ppf(place) - norm.ppf(0.25 / n))
+
+
+def left_out(query: Blocks) -> Tensor:
+    """What ridge regression by the other queries makes of each, `[m]`."""
+    directions = torch.nn.functional.normalize(torch.cat(list(query.values()), 1))
+    scores = []
+    for q in range(len(directions)):
+        others = [i for i in range(len(directions)) if i != q]
+        kernel = directions[others] @ directions[others].T + torch.eye(len(others), dtype=torch.float64)
+        scores.append(
+            directions[q] @ directions[others].T @ torch.linalg.solve(kernel, torch.ones(len(others)).double())
+        )
+    return torch.stack(scores)
+
+
+def believed(ranking: Tensor, ridge: Tensor, queries: Tensor, share: float) -> Tensor:
+    """Log-odds in the order of the ranking, by logistic regression of the queries and their mirror images."""
+    m = queries.abs().mean()
+    s = torch.cat(
+        (queries, -queries, torch.stack((m, -m)).repeat_interleave(2))
+    )  # each query once as right, once as wrong
+    y = torch.tensor([1] * len(queries) + [0] * len(queries) + [1, 0, 1, 0])
+    fit = LogisticRegression(C=1e9, fit_intercept=False, tol=1e-10, max_iter=1000).fit(s[:, None].numpy(), y.numpy())
+    evidence = (ridge * fit.coef_[0, 0]).sort().values
+    place = torch.from_numpy(rankdata(ranking.numpy().round(12)) - 1)  # between two of them where places are shared
+    below, above = evidence[place.floor().long()], evidence[place.ceil().long()]
+    values = (below + above) / 2
+    share = max(share, 0.25 / len(values))
+    grid = torch.linspace(-30, 30, 600_001, dtype=torch.float64)
+    mean = torch.stack([torch.sigmoid(-(values[None] + piece[:, None])).mean(1) for piece in [grid]])[0]
+    return values + grid[(mean - share).abs().argmin()]
+
+
+def agree(scores: Scores, ranking: Tensor, path: Path, point: int = 0) -> None:
+    """The scores are log-odds where the queries tell, else normal scores of the ranks."""
+    estimate, seen = scores.report["estimated_share_wrong"], torch.zeros(0)
+    if estimate is not None:
+        rows = GradientStore.open(path).rows("query", point=point)
+        seen = left_out({name: rows.block(name) for name in rows.blocks})
+    if estimate is None or seen.sum() <= 0:
+        assert "log_odds" not in scores.report
+        torch.testing.assert_close(scores.values[:, 0], scaled(ranking))
+        return
+    ridge = attribute(path, "kernel_ridge", point=point).values[:, 0]
+    expected = believed(ranking, ridge, seen, estimate)
+    torch.testing.assert_close(scores.values[:, 0], expected, atol=2e-3, rtol=2e-3)
+    assert scores.probability_wrong().mean() == pytest.approx(estimate, abs=1e-4)
 
 
 ALL = {"points": [0, 1, 2]}
@@ -82,9 +132,8 @@ def test_it_is_the_mean_rank_over_what_the_store_allows(
     assert scores.method == "auto"
     assert scores.settings["points"] == ([0, 1, 2] if training else [0])
     ranking = torch.stack([ranked(attribute(path, name, **settings)) for name, settings in parts]).mean(0)
-    estimate = scores.report["estimated_share_wrong"]
-    assert (estimate is None) == (task is TEXTS or not queries)
-    torch.testing.assert_close(scores.values[:, 0], scaled(ranking, int((estimate or 0) * N)))
+    assert scores.report["estimated_share_wrong"] is None or (task is CLASSES and queries)
+    agree(scores, ranking, path)
     assert scores.report["parts"] == {name: pytest.approx(1 / len(parts), abs=1e-4) for name, _ in parts}
     assert lacking(path)["auto"] == ()
 
@@ -96,14 +145,9 @@ def test_for_classes_the_parts_weigh_what_the_queries_say(tmp_path: Path) -> Non
     query = {name: mean[name] + 0.8 * g for name, g in blocks(M, 50).items()}
     margin = torch.randn(M, generator=generator, dtype=torch.float64) + 0.5
     make_store(tmp_path, blocks(N, 0), query, stats=losses(0), query_stats={"margin": margin}, task=CLASSES)
-    directions = torch.nn.functional.normalize(torch.cat(list(query.values()), 1))
-    left_out = []
-    for q in range(M):  # ridge regression by the other queries
-        others = [i for i in range(M) if i != q]
-        kernel = directions[others] @ directions[others].T + torch.eye(M - 1, dtype=torch.float64)
-        left_out.append(directions[q] @ directions[others].T @ torch.linalg.solve(kernel, torch.ones(M - 1).double()))
+    seen = left_out(query)
     side = [1] * M + [0] * M
-    by_queries = roc_auc_score(side, torch.cat([torch.stack(left_out), -torch.stack(left_out)]))
+    by_queries = roc_auc_score(side, torch.cat([seen, -seen]))
     by_loss = roc_auc_score(side, torch.cat([margin, -margin]))
     weight = torch.tensor([max(0.01, by_loss - 0.5) ** 4, max(0.01, by_queries - 0.5 - (12 * M) ** -0.5) ** 4])
     weight = weight.double() / weight.sum()
@@ -112,12 +156,10 @@ def test_for_classes_the_parts_weigh_what_the_queries_say(tmp_path: Path) -> Non
     assert list(scores.report["parts"].values()) == pytest.approx(weight.tolist(), abs=1e-4)
     parts = torch.stack([ranked(attribute(tmp_path, name)) for name in ("loss", "kernel_ridge")])
     ridge = attribute(tmp_path, "kernel_ridge").values
-    seen, error = (ridge < 0).double().mean(), (torch.stack(left_out) < 0).double().mean()
-    share = max(0, ((seen - error) / (1 - 2 * error)).item())
-    assert scores.report["estimated_share_wrong"] == pytest.approx(share, abs=1e-4)
-    assert share * N > 1
-    torch.testing.assert_close(scores.values[:, 0], scaled(weight @ parts, int(share * N)))
-    assert (scores.values < 0).sum() == int(share * N)
+    below = [int((values < 0).sum()) for values in (ridge, seen)]
+    assert scores.report["estimated_share_wrong"] == pytest.approx(expected_share(*below), abs=1e-4)
+    agree(scores, weight @ parts, tmp_path)
+    assert 0 < (scores.probability_wrong() > 0.5).sum() == (scores.values < 0).sum()
 
 
 @pytest.mark.parametrize("final", [True, False])
@@ -158,9 +200,7 @@ def test_without_final_rows_the_last_point_stands_for_them(tmp_path: Path) -> No
         attribute(path, "kernel_ridge_mean"),
         attribute(path, "kernel_ridge", point=2),
     ]
-    estimate = scores.report["estimated_share_wrong"]
-    ranking = torch.stack([ranked(part) for part in parts]).mean(0)
-    torch.testing.assert_close(scores.values[:, 0], scaled(ranking, int(estimate * N)))
+    agree(scores, torch.stack([ranked(part) for part in parts]).mean(0), path, point=2)
 
 
 def test_an_example_is_ranked_by_the_parts_that_score_it(tmp_path: Path) -> None:
@@ -247,23 +287,49 @@ def test_a_wrong_label_comes_last(tmp_path: Path) -> None:
     assert attribute(tmp_path).lowest(1) == [3]
 
 
+def expected_share(examples: float, queries: float, before: float | None = None) -> float:
+    """From how many of `N` examples and of `M` queries score below zero: the posterior mean, by quadrature."""
+    e = (queries if before is None else (queries + before) / 2) / M
+    o = examples / N
+    smooth = [(o * N + 0.5) / (N + 1), (e * M + 0.5) / (M + 1)]
+    error = math.sqrt(smooth[0] * (1 - smooth[0]) / N + smooth[1] * (1 - smooth[1]) / M) / (1 - 2 * e)
+
+    def density(share: float) -> float:
+        return beta.pdf(share, 1, 9) * norm.pdf((o - e) / (1 - 2 * e), share, error)
+
+    return quad(lambda share: share * density(share), 0, 0.5)[0] / quad(density, 0, 0.5)[0]
+
+
 def test_the_share_of_wrong_labels_is_found_where_the_scores_of_queries_and_examples_are_alike() -> None:
     generator = torch.Generator().manual_seed(0)
     queries, train = (0.8 + torch.randn(n, generator=generator) for n in (20000, 40000))
     train[:8000] *= -1
 
-    def share(train: torch.Tensor, queries: torch.Tensor, before: float | None = None) -> float:
-        return estimated_share(negative(train), len(train), negative(queries), len(queries), before)
+    def seen(train: torch.Tensor, queries: torch.Tensor, before: float | None = None) -> Sighting | None:
+        return sighting(negative(train), len(train), negative(queries), len(queries), before)
+
+    def share(*given: Any) -> float | None:
+        one = seen(*given)
+        return estimated_share([] if one is None else [one])
 
     assert share(train, queries) == pytest.approx(0.2, abs=0.02)
     assert share(train[8000:], queries) == pytest.approx(0, abs=0.02)
-    assert share(train + 1, queries) == 0
-    assert share(train, -queries) == 0
-    assert share(train[:0], queries) == 0
+    assert share(train[4000:], queries) == pytest.approx(4000 / 36000, abs=0.02)
+    assert share(train + 1, queries) == pytest.approx(0, abs=1e-3)
+    assert seen(train, -queries) is None  # no better than chance
+    assert seen(train[:0], queries) is None
     error = negative(queries)
-    assert 0.18 < share(train, queries, before=error) < share(train, queries)  # less a standard error
-    assert share(train[8000:], queries, before=error) == 0
-    assert share(train, queries, before=error + 0.1) == 0  # learning too fast
+    assert seen(train, queries, error) == seen(train, queries)
+    assert seen(train, queries, error + 0.1) is None  # learning too fast
+    few = share(train[7990:8010], queries[:10])
+    assert few is not None
+    assert 0.07 < few < 0.2  # half of them are wrong, but twenty hardly count
+    assert estimated_share([]) is None
+
+
+def test_the_largest_share_less_its_error_counts() -> None:
+    one, other = Sighting(0.3, 0.2), Sighting(0.2, 0.01)
+    assert estimated_share([one, other]) == estimated_share([other]) == pytest.approx(0.2, abs=0.01)
 
 
 def test_epochs_before_the_labels_are_learnt_by_heart_tell_how_many_are_wrong(tmp_path: Path) -> None:
@@ -278,10 +344,41 @@ def test_epochs_before_the_labels_are_learnt_by_heart_tell_how_many_are_wrong(tm
         stats = losses(point) | {"step": torch.arange(N) + N * (point - 1)}
         make_store(tmp_path, seen, query, stats=stats, point=point, task=CLASSES)
     estimate = attribute(tmp_path).report["estimated_share_wrong"]
-    assert estimate == pytest.approx(0.25 - (0.25 * 0.75 / N) ** 0.5, abs=1e-4)
+    assert estimate == pytest.approx(expected_share(N / 4, 0, 0), abs=1e-4) != expected_share(0, 0)
 
 
 def test_an_auc_against_the_negatives_is_that_of_scikit_learn() -> None:
     values = torch.tensor([1.0, -0.5, 0.5, 0.0, 2.0, 1.0])
     expected = roc_auc_score([1] * 6 + [0] * 6, torch.cat([values, -values]))
     assert mirrored_auc(values) == pytest.approx(expected, abs=1e-12)
+
+
+def test_probabilities_are_right_as_often_as_they_say() -> None:
+    """Scores of two bell curves that a wrong label mirrors: of the examples at p, a share of p is wrong."""
+    generator = torch.Generator().manual_seed(1)
+    queries, train = (0.5 + 0.6 * torch.randn(n, generator=generator, dtype=torch.float64) for n in (5000, 40000))
+    wrong = torch.rand(len(train), generator=generator) < 0.2
+    train[wrong] *= -1
+    slope = slope_of(queries)
+    assert slope == pytest.approx(2 * 0.5 / 0.6**2, rel=0.05)  # ln N(s; μ, σ) − ln N(s; −μ, σ) = 2 μ s / σ²
+    wrongly = torch.sigmoid(-log_odds(train, slope * train, 0.2))
+    for low, high in ((0, 0.1), (0.1, 0.3), (0.3, 0.5), (0.5, 0.7), (0.7, 1)):
+        at = (wrongly >= low) & (wrongly < high)
+        assert wrong[at].double().mean() == pytest.approx(wrongly[at].mean().item(), abs=0.03)
+
+
+@pytest.mark.parametrize("queries", [[], [0.0, 0.0], [-1.0, 0.5], [1.0, 1.0]])
+def test_few_or_useless_queries_make_nothing_certain(queries: list[float]) -> None:
+    slope = slope_of(torch.tensor(queries))
+    assert slope == (pytest.approx(math.log(3)) if queries == [1.0, 1.0] else 0)  # as with three right of four
+
+
+def test_probabilities_between_those_of_fewer_examples_and_at_the_ends() -> None:
+    values = log_odds(torch.tensor([3.0, 1.0, 2.0, 2.0]), torch.tensor([5.0, -1.0]), 0.3)
+    assert values.argsort().tolist()[0] == 1
+    assert values[2] == values[3]
+    assert (values[0] - values[1]).item() == pytest.approx(6)
+    for share in (0.0, 1.0):
+        certain = log_odds(torch.arange(8.0), torch.arange(8.0), share)
+        assert bool(((certain > 0) == (share == 0)).all())
+    assert len(log_odds(torch.zeros(0), torch.zeros(0), 0.1)) == 0

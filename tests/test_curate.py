@@ -11,13 +11,19 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset, IterableDataset
-from models import Example, padding, prompts, state_of, tiny
+from models import Example, bert, labelled, lora, padding, prompts, state_of, tiny
 from torch import Tensor, nn
 from torch.utils.data import SequentialSampler
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from hf_influence import DatasetFilter, attribute
-from hf_influence.callbacks import CurateEachEpoch, GradientCapture, WeightedTrainer, curate_and_retrain
+from hf_influence.callbacks import (
+    CurateEachEpoch,
+    GradientCapture,
+    WeightedTrainer,
+    curate_and_retrain,
+    soft_cross_entropy,
+)
 from hf_influence.callbacks.draws import Draws, drawn
 from hf_influence.errors import BadExample, BadSetting, StoreMismatch
 from hf_influence.filter import Decision, Prune, Relabel, Reweight
@@ -385,7 +391,7 @@ AT_START: dict[str, tuple[dict[str, Any], dict[str, Any], Any, type[Exception], 
         "BatchRebalanceSampler",
     ),
     "too many": ({}, {}, DatasetFilter(drop=12), BadSetting, "leaves none"),
-    "no gaps": ({}, {}, DatasetFilter(drop="otsu"), BadSetting, "places in a ranking"),
+    "no gaps": ({}, {}, DatasetFilter(drop="otsu"), BadSetting, "a ranking on a scale"),
     "no column": ({}, {}, DatasetFilter(drop=1, within="task"), BadExample, "no column of the dataset"),
     "relabel": ({}, {}, Relabel(suspects=DatasetFilter(drop=2), how="flip", label="kind"), BadSetting, "relabel rows"),
 }
@@ -526,6 +532,39 @@ def with_weights(features: list[Example]) -> dict[str, Tensor]:
     if "weight" in features[0]:
         batch["weight"] = torch.tensor([row["weight"] for row in features])
     return batch
+
+
+def told_by_a_token(n: int, seed: int) -> list[Example]:
+    """Sequences of class 1 that begin with token 5, and of class 0 that begin with token 6."""
+    rows = labelled(lambda i: i % 2, n, seed)
+    return [{**row, "input_ids": [5 if row["labels"] else 6] * 6 + row["input_ids"][:1]} for row in rows]
+
+
+def test_one_round_may_relabel_and_train_on_what_is_believed(tmp_path: Path) -> None:
+    right, clean = told_by_a_token(40, 0), Dataset.from_list(told_by_a_token(12, 1))
+    wrong = [{**row, "labels": 1 - row["labels"]} for row in right[:6]]
+    data = Dataset.from_list([*wrong, *right[6:]])
+    made: list[Any] = []
+
+    def make(rows: Dataset, callbacks: list[TrainerCallback]) -> Any:
+        torch.manual_seed(0)
+        model = lora(bert(), ["query", "value"], dtype=torch.float32, modules_to_save=["classifier"])
+        settings: dict[str, Any] = {"num_train_epochs": 8, "learning_rate": 3e-2, "save_strategy": "no"}
+        args = TrainingArguments(str(tmp_path), use_cpu=True, report_to=[], disable_tqdm=True, **settings)
+        loss: Any = {"compute_loss_func": soft_cross_entropy}
+        made.append(Trainer(model, args, padding(), rows, callbacks=callbacks, **loss))
+        return made[-1]
+
+    capture = {"during": "epochs"}
+    rule = Relabel(how="posterior", label="labels")
+    done = curate_and_retrain(make, data, rule, tmp_path / "r", query_dataset=clean, capture=capture)
+    scores = Scores.load(tmp_path / "r/round-01/scores.safetensors")
+    assert done.dataset["labels"][:] == rule.apply(data, scores)["labels"][:] == made[1].train_dataset["labels"][:]
+    believed = torch.tensor(done.dataset["labels"][:])[:, 1] > 0.5
+    assert believed.long().tolist() == [row["labels"] for row in right]
+    assert scores.probability_wrong()[:6].min() > 0.5
+    with pytest.raises(BadSetting, match="wants to relabel rows"):
+        curate_and_retrain(make, data, rule, tmp_path / "two", query_dataset=clean, capture=capture, rounds=2)
 
 
 def test_weights_are_made_anew_each_round(tmp_path: Path) -> None:

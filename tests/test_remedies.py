@@ -50,6 +50,55 @@ def test_soft_labels_of_two_classes_are_flipped_ones():
         assert new[1 - row] == [1.0, 0.0]
 
 
+def odds(wrong, ids=None, id_column=None):
+    """Scores that say how probable it is that each label is wrong."""
+    scores = scores_of([math.log((1 - p) / p) for p in wrong], ids, id_column)
+    return Scores(scores.values.double(), scores.ids, "auto", id_column=id_column, report={"log_odds": {}})
+
+
+def test_labels_by_how_far_they_are_believed():
+    data = rows([0, 1, 1], id=["a", "b", "c"])
+    scores = odds([0.9, 0.2, 0.01], ["c", "a", "b"], "id")
+    whole = Relabel(how="posterior")
+    new = whole.apply(data, scores)
+    torch.testing.assert_close(torch.tensor(new["label"][:]), torch.tensor([[0.8, 0.2], [0.01, 0.99], [0.9, 0.1]]))
+    assert whole.changed == (2, 0, 1)
+    assert "the rule relabel how='posterior' gives each class the probability that it is right" in whole.report.explain(
+        "c"
+    )
+    assert whole.report.undo(new)["label"][:] == [0, 1, 1]
+    some = Relabel(how="posterior", suspects=DatasetFilter(drop="negative")).apply(data, scores)
+    torch.testing.assert_close(torch.tensor(some["label"][:]), torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.9, 0.1]]))
+
+
+def test_weights_by_how_far_labels_are_believed():
+    weights = Reweight(how="posterior").apply(rows([0, 1, 1]), odds([0.1, 0.3, 0.9]))["weight"][:]
+    assert weights == pytest.approx([2.0, 1.0, 0.0])
+    weights = Reweight(how="posterior", temperature=0.5).apply(rows([0, 1, 1]), odds([0.1, 0.3, 0.9]))["weight"][:]
+    assert weights == pytest.approx([12 / 5, 3 / 5, 0.0])
+
+
+@pytest.mark.parametrize(
+    ("labels", "scores", "message"),
+    [
+        ([0, 1], scores_of([1.0, -1.0]), "'ip' rank the examples and are no probabilities"),
+        ([0, 1], [odds([0.1, 0.2])] * 2, "one set of scores, and 2 were given"),
+        ([0, 2], odds([0.1, 0.2]), "for two classes"),
+    ],
+)
+def test_labels_that_nobody_can_say_how_far_to_believe_are_refused(labels, scores, message):
+    with pytest.raises(BadSetting, match=message):
+        Relabel(how="posterior").apply(rows(labels), scores)
+    if max(labels) < 2:
+        with pytest.raises(BadSetting, match=message):
+            Reweight(how="posterior").apply(rows(labels), scores)
+
+
+def test_relabelling_without_suspects_is_for_the_posterior_alone():
+    with pytest.raises(BadSetting, match="how='flip' needs to know which rows"):
+        Relabel(how="flip")
+
+
 def test_suggestions_change_nothing_and_name_old_and_new_labels():
     data = rows([0, 1, 1, 0], id=["a", "b", "c", "d"])
     backwards = scores_of([-2.0, 2.0, -1.0, 3.0], ["d", "c", "b", "a"], "id")

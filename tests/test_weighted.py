@@ -12,7 +12,7 @@ from models import bert, labelled, lora, padding, prompts, tiny
 from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
 
-from hf_influence.callbacks import WeightedTrainer
+from hf_influence.callbacks import WeightedTrainer, soft_cross_entropy
 from hf_influence.errors import BadExample, BadSetting
 
 TEXTS, CLASSES = prompts(8), labelled(lambda i: i % 2, 8)
@@ -91,6 +91,29 @@ def test_labels_may_be_vectors_of_probabilities(tmp_path: Path) -> None:
     soft_rows = rows.remove_columns("labels").add_column("labels", vectors).add_column("weight", [1.0] * 8)
     soft = trained(WeightedTrainer, classifier(), soft_rows, tmp_path)
     torch.testing.assert_close(soft, hard, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_a_plain_trainer_learns_vectors_by_their_cross_entropy(tmp_path: Path, accumulate: int) -> None:
+    rows = Dataset.from_list(CLASSES)
+    hard = trained(Trainer, classifier(), rows, tmp_path, accumulate, compute_loss_func=soft_cross_entropy)
+    if accumulate == 1:  # with more, transformers does not divide the loss that a BERT makes of class numbers
+        torch.testing.assert_close(hard, trained(Trainer, classifier(), rows, tmp_path, 1), rtol=1e-4, atol=1e-5)
+
+    def learnt(right: float) -> dict[str, Tensor]:
+        vectors = [[1 - right, right] if row["labels"] else [right, 1 - right] for row in CLASSES]
+        soft = rows.remove_columns("labels").add_column("labels", vectors)
+        return trained(Trainer, classifier(), soft, tmp_path, accumulate, compute_loss_func=soft_cross_entropy)
+
+    torch.testing.assert_close(learnt(1.0), hard, rtol=1e-4, atol=1e-5)
+    assert any((learnt(0.7)[name] - hard[name]).abs().max() > 1e-4 for name in hard)
+
+
+def test_the_loss_of_vectors_is_that_of_their_formula() -> None:
+    z, y = torch.randn(4, 3), torch.rand(4, 3).softmax(1)
+    each = -(y * z.log_softmax(1)).sum(1)
+    torch.testing.assert_close(soft_cross_entropy({"logits": z}, y), each.mean())
+    torch.testing.assert_close(soft_cross_entropy((z,), y, num_items_in_batch=3 * 10), each.sum() / 10)
 
 
 def test_sampling_draws_in_proportion(tmp_path: Path) -> None:

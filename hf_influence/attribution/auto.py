@@ -15,9 +15,9 @@ from hf_influence.attribution.kernel_ridge import KernelRidge, negative
 from hf_influence.attribution.method import Method, class_of, make_method
 from hf_influence.attribution.over_points import OverPoints, OverTraining
 from hf_influence.attribution.selection import Selection
-from hf_influence.attribution.trust import estimated_share, on_scale, trust_of
+from hf_influence.attribution.trust import estimated_share, log_odds, normal_scores, sighting, slope_of, trust_of
 from hf_influence.errors import BadSetting
-from hf_influence.scores import mean_ranks
+from hf_influence.scores import LOG_ODDS, mean_ranks
 
 Parts = Mapping[str, Mapping[str, Any]]
 """Method -> its settings."""
@@ -48,7 +48,8 @@ AT_REST = 4
 class Auto(OverTraining, name="auto"):
     """The mean rank over the parts that suit what the store holds, so that no one of them has to be right.
 
-        score[i] = Φ⁻¹((rank of r[i] − ½) / n) − Φ⁻¹(π),   Φ the standard normal distribution function
+        score[i] = ln((1 − P_i) / P_i),   P_i the probability that the label is wrong: two classes, with queries
+                 = Φ⁻¹((rank of r[i] − ½) / n) − Φ⁻¹(1 / 4n),   Φ the normal distribution function: elsewhere
         r[i] = Σ_p w_p (rank_p(i) − ½) / n_p / Σ_p w_p,   over the parts p that score i, ranks from 1 to n_p
 
     With `groups` a rank is that among the n_p examples of the same group: one task is harder than another, and what is
@@ -70,12 +71,17 @@ class Auto(OverTraining, name="auto"):
     `kernel_ridge` at the end weighs four times that beside `kernel_ridge_mean`: the rows of training steps carry the
     dropout of their step, those at the end do not. Where that cannot be known all parts weigh the same.
 
-    π is a cautious estimate of the share of wrong labels, for two classes and with queries, from the signs of their
-    scores at the end and in the epochs before the model has learnt the labels by heart, whichever says more; so
-    `DatasetFilter(drop="negative")` drops that many. Where there is no estimate no score is negative.
+    For two classes and with queries the score is the log-odds that the label is right. The k-th in the order of r has
+    the k-th of the probabilities σ(−a s − c), s the scores of `kernel_ridge` at the end: a by logistic regression on
+    the queries, of which each is left out of the ridge regression in turn and a wrong label would have the opposite
+    score, c such that their mean is π. π is an estimate of the share of wrong labels, from the signs of these scores at
+    the end and in the epochs before the model has learnt the labels by heart, whichever says more, and from the
+    expectation that about a tenth is wrong, which few examples or queries hardly move. So 0 is even odds:
+    `Relabel(how="posterior")` trains on the probabilities, `DatasetFilter(drop="negative")` drops what is rather wrong
+    than right. Elsewhere no probability is known, and no score is negative.
 
-    The report has the parts with their weights, the estimate, and how far the parts agree: for each the correlation of
-    its ranks with the mean ranks of the others.
+    The report has the parts with their weights, π, the slope a where the scores are log-odds, and how far the parts
+    agree: for each the correlation of its ranks with the mean ranks of the others.
 
     Cost: that of the parts.
     Use when: always, unless you know better; with rows captured during training and clean queries it has most to go by.
@@ -122,7 +128,7 @@ class Auto(OverTraining, name="auto"):
             scores[name] = method.score(own).double().mean(1)
             signs = method.report.get("negative", signs)
             ranks[name][places] = ranks_within(scores[name], [groups[at] for at in places.tolist()])
-        weights, share = self._trust(rows, scores, signs)
+        weights, share, slope = self._trust(rows, scores, signs)
         total = sum(weights.values())
         self.report["parts"] = {name: round(weight / total, 4) for name, weight in weights.items()}
         self.report["estimated_share_wrong"] = None if share is None else round(share, 4)
@@ -130,7 +136,10 @@ class Auto(OverTraining, name="auto"):
         values = torch.stack(list(ranks.values()), 1)  # [n, parts]
         weight = torch.tensor(list(weights.values()), dtype=values.dtype) * ~values.isnan()
         ranking = (values.nan_to_num() * weight).sum(1) / weight.sum(1)
-        return on_scale(ranking, share or 0.0).to(rows.train.dtype)[:, None]
+        if share is None or not slope > 0:
+            return normal_scores(ranking).to(rows.train.dtype)[:, None]
+        self.report[LOG_ODDS] = {"slope": round(slope, 4)}
+        return log_odds(ranking, slope * scores["kernel_ridge"], share).to(rows.train.dtype)[:, None]
 
     def _looked_at(self, rows: Selection, name: str, settings: Mapping[str, Any]) -> tuple[Method, Selection]:
         """A part and what it looks at: the points, its members, or the end."""
@@ -146,12 +155,15 @@ class Auto(OverTraining, name="auto"):
 
     def _trust(
         self, rows: Selection, scores: Mapping[str, Tensor], signs: Signs
-    ) -> tuple[dict[str, float], float | None]:
-        """The weight of each part, and the share of wrong labels, as far as the queries tell."""
+    ) -> tuple[dict[str, float], float | None, float]:
+        """The weight of each part, the share of wrong labels, and the log-odds that a score of `kernel_ridge` is worth.
+
+        As far as the queries tell.
+        """
         equal = dict.fromkeys(scores, 1.0)
         last = rows.at(end(rows))
         if self.parts is not None or not is_classification(rows) or "kernel_ridge" not in scores or len(last.query) < 2:
-            return equal, None
+            return equal, None, 0.0
         _, left_out = KernelRidge().fit(last.query)
         task = last.store.header.task
         two = task.get("num_labels") == 2 and task.get("problem_type") in (None, "single_label_classification")
@@ -159,21 +171,18 @@ class Auto(OverTraining, name="auto"):
         if two:
             n, q = len(scores["kernel_ridge"]), len(left_out)
             epochs = [signs[point] for point in of_training(rows) if point in signs]
-            share = max(
-                estimated_share(negative(scores["kernel_ridge"]), n, negative(left_out), q),
-                *(
-                    estimated_share(now["examples"], n, now["queries"], q, before["queries"])
-                    for before, now in pairwise(epochs)
-                ),
-                0.0,
-            )
+            seen = [sighting(negative(scores["kernel_ridge"]), n, negative(left_out), q)]
+            seen += [
+                sighting(now["examples"], n, now["queries"], q, before["queries"]) for before, now in pairwise(epochs)
+            ]
+            share = estimated_share([one for one in seen if one is not None])
         if (margins := last.query.stats.get("margin")) is None:
-            return equal, share
+            return equal, share, slope_of(left_out)
         by_queries, by_loss = trust_of(left_out, errors=1), trust_of(margins)
         weights = {name: by_queries if name.startswith("kernel_ridge") else by_loss for name in scores}
         if "kernel_ridge_mean" in weights and end(rows) == 0:
             weights["kernel_ridge"] *= AT_REST
-        return weights, share
+        return weights, share, slope_of(left_out)
 
     def resolved(self, rows: Selection) -> Parts:
         """The parts that were asked for, or the first that the rows allow."""

@@ -57,7 +57,7 @@ class DatasetFilter:
     drop: float | int | str | Threshold | None = None
     """How many rows to drop: a float in [0, 1) is a fraction, an int a count. "otsu", "mixture", "negative" or a
     function such as `discovery(0.1)` look at the scores for a place to cut; see `hf_influence.filter.thresholds`. Of
-    scores by "auto" only "negative" does: as many rows go as are estimated to be wrong."""
+    scores by "auto" only "negative" does: what is rather wrong than right goes."""
     keep: float | int | None = None
     """How many rows to keep, as a fraction or a count."""
     keep_tokens: int | None = None

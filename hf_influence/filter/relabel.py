@@ -1,4 +1,4 @@
-"""Relabel: suspicious rows get the label they should have had, instead of being dropped."""
+"""Relabel: rows get the label they should have had, as far as it is known, instead of being dropped."""
 
 from __future__ import annotations
 
@@ -13,27 +13,31 @@ from torch import Tensor
 from hf_influence.errors import BadExample, BadSetting
 from hf_influence.filter.dataset_filter import Data, DatasetFilter
 from hf_influence.filter.decision import Decision, Written
-from hf_influence.filter.rankings import Given, rankings_of
+from hf_influence.filter.rankings import Given, rankings_of, wrong_of
 from hf_influence.filter.replay import carried_out
 from hf_influence.filter.report import group_sizes
 from hf_influence.filter.streams import StreamRows
 from hf_influence.scores import Scores
 
-HOW = ("predicted", "flip", "soft")
+HOW = ("predicted", "flip", "soft", "posterior")
 
 
 @dataclass(kw_only=True)
 class Relabel:
-    """New labels for the rows that a filter would drop; every row stays, in its place.
+    """New labels for the rows that a filter would drop, or for all; every row stays, in its place.
 
-    With φ the probabilities that the model gives the K classes of a row, m its label:
+    With φ the probabilities that the model gives the K classes of a row, m its label, p the probability that m is wrong
+    (`scores.probability_wrong()`):
 
         "predicted"   argmax_{k ≠ m} φ_k
         "flip"        1 − m, for two classes; needs no probabilities
         "soft"        ỹ_k = ln(1 − φ_m) / ((K − 1) ln φ_k) for k ≠ m, ỹ_m = 0: a vector in place of the label
+        "posterior"   ỹ_m = 1 − p, ỹ_{1−m} = p: a vector, for two classes; needs no φ, but scores by "auto" with queries
 
-    Soft labels of two classes are flipped ones. The rows that keep their label get a one-hot vector then; train on
-    them with a cross-entropy that takes vectors (`torch.nn.functional.cross_entropy` does).
+    `Relabel(how="posterior")` is the one to train on: each row counts as far as its label can be believed, no row is
+    lost, and what is between right and wrong is not learnt by heart. A plain Trainer takes vectors for several labels
+    at once: give it their loss, `Trainer(…, compute_loss_func=soft_cross_entropy)` of `hf_influence.callbacks`. Soft
+    labels of two classes are flipped ones; rows that keep their label among vectors get a one-hot one.
 
     Look at `suggest(...)` first: it gives the rows, with old and new label, for a person to decide.
 
@@ -42,14 +46,15 @@ class Relabel:
     >>> Relabel(suspects=DatasetFilter(drop=1), how="flip").apply(train, scores)["label"][:]
     [1, 0]
 
-    Source: GEX, section 5.2, eq. 16; Kong et al., Resolving Training Biases via Influence-based Data Relabeling, 2022.
+    Source: GEX, section 5.2, eq. 16; Kong et al., Resolving Training Biases via Influence-based Data Relabeling, 2022;
+    "posterior" is of this library.
 
     Raises:
-        BadSetting: An unknown `how`.
+        BadSetting: An unknown `how`, or no suspects where it needs them.
     """
 
-    suspects: DatasetFilter
-    """Says which rows are suspicious: those that it would drop."""
+    suspects: DatasetFilter | None = None
+    """Says which rows are suspicious: those that it would drop. Without it, for "posterior" alone, every row is."""
     how: str = "predicted"
     label: str = "label"
     """The column of class numbers."""
@@ -62,6 +67,8 @@ class Relabel:
     def __post_init__(self) -> None:
         if self.how not in HOW:
             raise BadSetting(f"how={self.how!r} is no way to relabel. Choose one of {', '.join(map(repr, HOW))}.")
+        if self.suspects is None and self.how != "posterior":
+            raise BadSetting(f"how={self.how!r} needs to know which rows: Relabel(suspects=DatasetFilter(drop=…), …).")
 
     def suggest(self, dataset: Dataset, scores: Given, probabilities: Any = None) -> Dataset:
         """The suspicious rows, worst first, with the columns `row`, `score`, `label_before` and `label_after` added.
@@ -69,12 +76,12 @@ class Relabel:
         Args:
             dataset: What was scored.
             scores: As for the filter.
-            probabilities: Of the classes, `[n, K]` in dataset order; "flip" does without. They are the statistic
+            probabilities: Of the classes, `[n, K]` in dataset order, for "predicted" and "soft". They are the statistic
                 "probabilities" of the training rows: `GradientStore.open(path).rows("train").stats["probabilities"]`.
 
         Raises:
             BadExample: No column of class numbers.
-            BadSetting: Probabilities that are missing or do not fit.
+            BadSetting: Probabilities that are missing or do not fit, or "posterior" by scores that are no log-odds.
         """
         if not isinstance(dataset, Dataset):
             raise BadExample(f"suggestions are rows of a datasets.Dataset, not of {type(dataset).__name__}.")
@@ -120,20 +127,31 @@ class Relabel:
         """What `apply` would do with each row; arguments and errors as there."""
         rankings = rankings_of(scores)
         labels = self._labels(dataset, rankings[0], by)
-        decision = self.suspects.decide(dataset, rankings, by)
-        rows = [i for i, action in enumerate(decision.actions) if action == "drop"]
+        decision = (self.suspects or DatasetFilter(drop=0)).decide(dataset, rankings, by)
+        rows = [i for i, action in enumerate(decision.actions) if action == "drop" or self.suspects is None]
         feature = (dataset.features or {}).get(self.label)
-        new, kind = self._new(rows, labels, feature, probabilities)
+        if self.how == "posterior":
+            new = self._believed(rows, labels, feature, wrong_of(rankings, decision.ids).tolist())
+            kind: Any = ListOf(Value("float64"))
+        else:
+            new, kind = self._new(rows, labels, feature, probabilities)
         actions = ["keep"] * len(labels)
         for row in rows:
             actions[row] = "relabel"
-        instead = f", and such rows get another label (how={self.how!r}) instead"
+        if self.suspects is None:
+            rule = f"relabel how={self.how!r}"
+            reasons: tuple[str, ...] = (f"the rule {rule} gives each class the probability that it is right",)
+        else:
+            rule = f"relabel how={self.how!r} of {decision.rule}"
+            instead = f", and such rows get another label (how={self.how!r}) instead"
+            reasons = tuple(reason + instead for reason in decision.reasons)
         stay, table = range(len(labels)), decision.dataset
         return replace(
             decision,
-            rule=f"relabel how={self.how!r} of {decision.rule}",
+            rule=rule,
             actions=actions,
-            reasons=tuple(reason + instead for reason in decision.reasons),
+            reasons=reasons,
+            reason=[0] * len(labels) if self.suspects is None else decision.reason,
             groups={} if table is None else group_sizes(table, list(stay), {self.label: new}),
             writes=(Written(name=self.label, new=new, feature=kind, old=labels, old_feature=feature),),
         )
@@ -157,8 +175,7 @@ class Relabel:
         """The labels of all rows after relabelling some, and the type of the column."""
         new: list[Any] = list(labels)
         if self.how == "flip":
-            if max(labels) > 1 or (isinstance(feature, ClassLabel) and feature.num_classes != 2):
-                raise BadSetting("how='flip' is for two classes. Pass probabilities and how='predicted' or 'soft'.")
+            self._check_two(labels, feature)
             for row in rows:
                 new[row] = 1 - labels[row]
             return new, feature
@@ -170,6 +187,18 @@ class Relabel:
         for row in rows:
             new[row] = give(phi[row], labels[row])
         return new, feature
+
+    def _check_two(self, labels: list[int], feature: Any) -> None:
+        if max(labels, default=0) > 1 or (isinstance(feature, ClassLabel) and feature.num_classes != 2):
+            raise BadSetting(f"how={self.how!r} is for two classes. Pass probabilities and how='predicted' or 'soft'.")
+
+    def _believed(self, rows: list[int], labels: list[int], feature: Any, wrong: list[float]) -> list[Any]:
+        """The probabilities of both classes for some rows, one-hot for the others."""
+        self._check_two(labels, feature)
+        new = torch.eye(2, dtype=torch.float64)[labels].tolist()
+        for row in rows:
+            new[row] = [wrong[row], 1 - wrong[row]] if labels[row] else [1 - wrong[row], wrong[row]]
+        return new
 
     def _probabilities(self, probabilities: Any, labels: list[int]) -> Tensor:
         if probabilities is None:

@@ -11,12 +11,12 @@ from torch import Tensor
 from hf_influence.errors import BadExample, BadSetting
 from hf_influence.filter.dataset_filter import Data, DatasetFilter
 from hf_influence.filter.decision import Decision, Written
-from hf_influence.filter.rankings import Given
+from hf_influence.filter.rankings import Given, rankings_of, wrong_of
 from hf_influence.filter.replay import carried_out
 from hf_influence.filter.streams import StreamRows
 from hf_influence.scores import mean_ranks
 
-HOW = ("softmax", "clipped", "ranks")
+HOW = ("softmax", "clipped", "ranks", "posterior")
 
 
 @dataclass(kw_only=True)
@@ -28,6 +28,8 @@ class Reweight:
         "softmax"   w = exp(z / temperature)
         "clipped"   w = clip(1 + z / (3 · temperature), 0, 2)
         "ranks"     w = place in the ranking, from 0 (worst) to 1 (best), to the power 1 / temperature
+        "posterior" w = max(0, 1 − 2 p)^(1 / temperature), p = `scores.probability_wrong()`, by how much a label is
+                    rather right than wrong; for one set of scores by "auto" of two classes with queries
 
     Train on them with `hf_influence.callbacks.WeightedTrainer`, which weighs the loss of each example or draws examples
     in proportion.
@@ -72,8 +74,13 @@ class Reweight:
         """What `apply` would do with each row; arguments and errors as there."""
         if self.column in (dataset.column_names or ()):
             raise BadExample(f"the dataset has a column {self.column!r} already. Name another: Reweight(column='…').")
-        decision = DatasetFilter(drop=0).decide(dataset, scores, by)
-        weights = self._weights(torch.tensor(decision.scores, dtype=torch.float64)).tolist()
+        rankings = rankings_of(scores)
+        decision = DatasetFilter(drop=0).decide(dataset, rankings, by)
+        if self.how == "posterior":
+            right = (1 - 2 * wrong_of(rankings, decision.ids)).clamp(min=0) ** (1 / self.temperature)
+            weights = (right / right.mean()).tolist()
+        else:
+            weights = self._weights(torch.tensor(decision.scores, dtype=torch.float64)).tolist()
         rule = f"reweight how={self.how!r}, temperature={self.temperature!r}"
         return replace(
             decision,

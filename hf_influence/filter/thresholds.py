@@ -71,6 +71,8 @@ def mixture(values: Tensor) -> Tensor:
 def negative(values: Tensor) -> Tensor:
     """The rows with a mean score below zero: without them the queries' loss is predicted to fall.
 
+    Of scores by "auto": the rows whose label is rather wrong than right, as far as that is known.
+
     Raises:
         BadSetting: No score is above zero, as with self-influence or losses, where zero means nothing.
     """
@@ -142,9 +144,9 @@ def check_gaps(drop: object, method: str) -> None:
     name = next((name for name in ("otsu", "mixture") if drop in (name, THRESHOLDS[name])), None)
     if name and method == "auto":
         raise BadSetting(
-            f"scores by 'auto' are places in a ranking, with the distances of a bell curve whatever the data, so "
-            f'drop="{name}" would cut at the same place always. Use drop="negative", which drops as many as auto '
-            f"estimates to be wrong, a share, or drop=\"{name}\" on other scores: attribute(store, 'loss_mean')."
+            f"scores by 'auto' are a ranking on a scale that has no gaps of its own, so drop=\"{name}\" would find one "
+            'where there is none. Use drop="negative", which drops what is rather wrong than right, a share, or '
+            f"drop=\"{name}\" on other scores: attribute(store, 'loss_mean')."
         )
 
 

@@ -13,7 +13,7 @@ from series import Given, add_sampling, arguments, parser
 from torch import nn
 from transformers import DataCollatorWithPadding, Trainer, TrainerCallback, set_seed
 
-from hf_influence.callbacks import WeightedTrainer
+from hf_influence.callbacks import WeightedTrainer, soft_cross_entropy
 from hf_influence.errors import BadSetting
 from hf_influence.evaluation import flipped_labels
 from hf_influence.pretrained import load_classifier
@@ -78,7 +78,8 @@ class Parts(NamedTuple):
 def fine_tune(
     rows: Dataset, args: argparse.Namespace, seed: int, *callbacks: TrainerCallback, steps: int = -1, order: int = 0
 ) -> nn.Module:
-    """MiniLM with LoRA on query and value, trained on tokens; weights count where the rows have them.
+    """MiniLM with LoRA on query and value, trained on tokens; weights count where the rows have them, and labels may be
+    vectors of class probabilities.
 
     The head and the adapter that it begins with depend on `seed` alone; `order` stirs the order of the rows and the
     dropout as well.
@@ -87,6 +88,7 @@ def fine_tune(
     set_seed(seed)
     lora = LoraConfig(r=args.rank, lora_alpha=2 * args.rank, target_modules=["query", "value"], task_type="SEQ_CLS")
     kind = WeightedTrainer if WEIGHT in rows.column_names else Trainer
+    loss = {"compute_loss_func": soft_cross_entropy} if isinstance(rows[0]["labels"], list) else {}
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         trainer = kind(
             get_peft_model(model, lora),
@@ -94,6 +96,7 @@ def fine_tune(
             train_dataset=rows,
             data_collator=DataCollatorWithPadding(tokenizer),
             callbacks=list(callbacks),
+            **loss,
         )
         trainer.train()
     return trainer.model

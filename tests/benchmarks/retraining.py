@@ -8,15 +8,19 @@ head and adapter and for as many steps, on
 
     clean        the rows whose label was not flipped: perfect cleaning
     drop M       without the lowest scores by method M, as many as were flipped; `drop random` is a random drop
-    negative     without those of negative score by `auto`, which estimates how many are wrong
+    posterior    with each label as far as it is believed: class probabilities by `auto` (`Relabel(how="posterior")`)
+    negative     without what is rather wrong than right by `auto`
     relabel M    with the other label for these rows, by the first of `--methods`
-    reweight M   with all rows, weighed by their scores (`WeightedTrainer`), by the first of `--methods`
+    reweight M   with all rows, weighed by their scores (`WeightedTrainer`), by the first of `--methods`; by `auto` as
+                 far as a label is rather right than wrong (`Reweight(how="posterior")`)
 
 and judged by its accuracy on clean held-out rows, none of them a query; `noisy` is the first training. `share` is the
 part of the gap between noisy and clean that a way recovers, mean over the seeds, with its jackknife standard error;
-there is none with one seed or where the gap is within the noise. `wrong left` are wrong labels in the rows trained on.
+there is none with one seed or where the gap is within the noise. `wrong left` are wrong labels in the rows trained on,
+of class probabilities what they leave to the wrong class.
 
-Otherwise the share to drop is known here; with data of your own it is not.
+`posterior`, `negative` and `reweight auto` go by what is found alone; where the queries tell nothing, there is no
+`posterior`. Otherwise the share to drop is known here; with data of your own it is not.
 """
 
 from __future__ import annotations
@@ -39,6 +43,7 @@ from hf_influence.evaluation.table import BASELINES
 from hf_influence.filter import DatasetFilter, Relabel, Reweight
 from hf_influence.gradients import losses
 from hf_influence.pretrained import load_classifier
+from hf_influence.scores import LOG_ODDS
 
 BOTTOM, TOP = "noisy", "clean"
 
@@ -50,10 +55,21 @@ def curated(train: Dataset, store: Path, given: Given, args: argparse.Namespace)
     yield TOP, train.select([i for i, wrong in enumerate(train["is_wrong"]) if not wrong])
     for method, own in scores.items():
         yield f"drop {method}", trim.apply(train, own)
-        if method == "auto":
+        if LOG_ODDS in own.report:
+            yield "posterior", Relabel(how="posterior").apply(train, own)
             yield "negative", DatasetFilter(drop="negative").apply(train, own)
     yield f"relabel {first}", Relabel(suspects=trim, how="flip").apply(train, scores[first])
-    yield f"reweight {first}", Reweight(column=WEIGHT).apply(train, scores[first])
+    how = "posterior" if LOG_ODDS in scores[first].report else "softmax"
+    yield f"reweight {first}", Reweight(column=WEIGHT, how=how).apply(train, scores[first])
+
+
+def wrong_left(rows: Dataset) -> float:
+    """The share of wrong labels; of labels that are class probabilities, what they leave to the wrong class."""
+    believed = [
+        label[right] if isinstance(label, list) else label == right
+        for label, right in zip(rows["label"], rows["right_label"], strict=True)
+    ]
+    return 1 - sum(believed) / len(rows)
 
 
 def run(name: str, seed: int, args: argparse.Namespace) -> dict[str, dict[str, float]]:
@@ -64,9 +80,9 @@ def run(name: str, seed: int, args: argparse.Namespace) -> dict[str, dict[str, f
     found: dict[str, dict[str, float]] = {}
 
     def judge(way: str, model: nn.Module, rows: Dataset) -> None:
-        left = sum(a != b for a, b in zip(rows["label"], rows["right_label"], strict=True))
-        found[way] = {"accuracy": float(losses(model, held_out)["correct"].mean()), "wrong left": left / len(rows)}
-        print(f"{name} seed {seed}, {way}: accuracy {found[way]['accuracy']:.3f}, {left} of {len(rows)}", flush=True)
+        accuracy, left = float(losses(model, held_out)["correct"].mean()), wrong_left(rows)
+        found[way] = {"accuracy": accuracy, "wrong left": left}
+        print(f"{name} seed {seed}, {way}: accuracy {accuracy:.3f}, {left:.3f} of {len(rows)} wrong", flush=True)
 
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         capture = GradientCapture(Path(folder), tokens(parts.query, name, tokenizer), during="epochs")
