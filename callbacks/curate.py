@@ -97,6 +97,11 @@ class CurateEachEpoch(TrainerCallback):
         **settings: Any,
     ):
         check_rule(rule)
+        if getattr(rule, "how", None) == "posterior":
+            raise BadSetting(
+                "how='posterior' goes by probabilities, and whether the queries tell any is not known before an epoch "
+                "has ended. Weigh by another rule here, or curate between two runs (curate_and_retrain)."
+            )
         needs = set(make_method(method, settings).needs)
         if capture.schedule is None or capture.schedule.during != "epochs":
             raise BadSetting(
@@ -313,13 +318,13 @@ def check_rule(rule: Any) -> None:
         )
 
 
-def check_actions(decision: Decision) -> None:
-    """Refuse a decision that does more than drop or weigh.
+def check_actions(decision: Decision, last: bool = False) -> None:
+    """Refuse a decision that does more than drop or weigh; or relabel, if it is the last and nothing is scored after it.
 
     Raises:
         BadSetting: Says what.
     """
-    if odd := sorted(set(decision.actions) - ACTIONS):
+    if odd := sorted(set(decision.actions) - ACTIONS - ({"relabel"} if last else set())):
         raise BadSetting(
             f"the rule {decision.rule} wants to {odd[0]} rows, and the scores of later epochs or rounds would be of "
             "other examples than the dataset holds. Use one that drops or weighs (DatasetFilter, Reweight, Prune), or "

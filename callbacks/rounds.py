@@ -118,8 +118,7 @@ def curate_and_retrain(
         scores = Scores.load(place / "scores.safetensors")
         _check_scores(scores, method, settings, place)
         decision = rule.decide(dataset.select(at), scores)
-        if rounds > 1:  # after the last one nothing is scored any more
-            check_actions(decision)
+        check_actions(decision, last=rounds == 1)
         decision = on_whole(decision, dataset, at, before)
         _keep(decision, place / "decision.json")
         decisions.append(decision)

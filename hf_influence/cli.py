@@ -96,6 +96,28 @@ def filter(
 
 
 @app.command()
+def relabel(
+    data: Annotated[str, typer.Argument(help="As for filter.")],
+    scores: Annotated[Path, typer.Argument(help="As for filter.")],
+    output: Annotated[Path, typer.Option(help="Folder for the relabelled dataset, the decision and a dataset card.")],
+    how: Annotated[str, typer.Option(help="posterior (class probabilities in place of labels) or flip.")] = "posterior",
+    label: Annotated[str, typer.Option(help="The column of class numbers.")] = "label",
+    suspects: Annotated[str | None, typer.Option(help="Only the rows that filter --drop would leave out.")] = None,
+    split: Annotated[str, typer.Option(help="Of a dataset with several.")] = "train",
+) -> None:
+    """Give the examples of two classes the labels they should have, as far as that is known; all of them stay."""
+    from hf_influence.filter import DatasetFilter, Relabel, save_curated
+    from hf_influence.scores import Scores
+
+    rule = Relabel(suspects=None if suspects is None else DatasetFilter(drop=_amount(suspects)), how=how, label=label)
+    rows = _load(data, split)
+    curated = rule.apply(rows, Scores.load(scores) if scores.is_file() else scores)
+    assert rule.report is not None
+    save_curated(curated, rule.report, output)
+    print(f"{rule.report}\nwritten to {output}; datasets.load_from_disk({str(output)!r}) reads it")
+
+
+@app.command()
 def demo(
     model: Annotated[str | None, typer.Option(help="Folder or hub name of a causal language model.")] = None,
     size: Annotated[int, typer.Option(min=20, help="Number of training prompts.")] = 64,

@@ -397,6 +397,12 @@ AT_START: dict[str, tuple[dict[str, Any], dict[str, Any], Any, type[Exception], 
 }
 
 
+def test_probabilities_that_may_never_be_known_are_refused_at_once(tmp_path: Path) -> None:
+    capture = GradientCapture(tmp_path / "rows", QUERIES, during="epochs")
+    with pytest.raises(BadSetting, match="not known before an epoch"):
+        CurateEachEpoch(capture, Reweight(how="posterior"))
+
+
 @pytest.mark.parametrize("case", AT_START)
 def test_what_cannot_work_is_refused_before_the_first_step(tmp_path: Path, case: str) -> None:
     given, options, rule, error, message = AT_START[case]
@@ -637,6 +643,7 @@ def test_rounds_that_cannot_work_are_refused(tmp_path: Path) -> None:
             Relabel(suspects=DatasetFilter(drop=2), how="flip", label="kind"),
             tmp_path / "c",
             "loss",
+            rounds=2,
         )
     with pytest.raises(BadSetting, match="without queries"):
         curate_and_retrain(Makes(tmp_path), data, Prune(), tmp_path / "d", "ip", query_dataset=QUERIES)

@@ -56,6 +56,12 @@ def test_the_command_line_scores_a_store_and_curates_a_dataset(tmp_path: Path) -
         assert "kept 3 of 4 rows by auto" in done.output
         assert load_from_disk(output)["text"][:] == ["good", "fine", "fair"]
         assert "1" in Decision.load(output / "decision.json").explain(1)
+    rows.add_column("label", [0, 0, 1, 1]).save_to_disk(tmp_path / "classes")
+    output = tmp_path / "relabelled"
+    how = ["--how", "flip", "--suspects", "1"]
+    done = CliRunner().invoke(cli.app, ["relabel", str(tmp_path / "classes"), file, *how, "--output", str(output)])
+    assert done.exit_code == 0, done.output
+    assert load_from_disk(output)["label"][:] == [0, 1, 1, 1]
     for wrong in (["attribute", store, "--set", "k"], ["filter", str(tmp_path / "rows"), store, "--output", "x"]):
         assert isinstance(CliRunner().invoke(cli.app, wrong).exception, BadSetting)
 
