@@ -319,7 +319,7 @@ def check_rule(rule: Any) -> None:
 
 
 def check_actions(decision: Decision, last: bool = False) -> None:
-    """Refuse a decision that does more than drop or weigh; or relabel, if it is the last and nothing is scored after it.
+    """Refuse a decision that does more than drop or weigh, or than relabel if it is the last and no more are scored.
 
     Raises:
         BadSetting: Says what.
