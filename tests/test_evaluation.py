@@ -111,6 +111,15 @@ def test_lowest_scores_are_the_suspects():
     assert mislabel_detection(scores, [not flag for flag in wrong]).auc == 0
 
 
+def test_probabilities_are_compared_with_what_is_wrong():
+    """Twenty examples in bins of two: .2 for a bin with none wrong, .8 for one with one of two."""
+    wrongly = torch.tensor([0.2] * 10 + [0.8] * 10, dtype=torch.float64)
+    scores = Scores(-torch.logit(wrongly)[:, None], list(range(20)), "auto", report={"log_odds": {}})
+    flags = [False] * 10 + [True, False] * 5
+    assert mislabel_detection(scores, flags).calibration_error == pytest.approx((10 * 0.2 + 10 * 0.3) / 20)
+    assert "calibration_error" not in mislabel_detection(one_column([1.0, 2.0]), [True, False])
+
+
 def test_mislabel_detection_gives_the_hand_computed_values():
     # suspicion falls from left to right: right, wrong, right, wrong -> 1 of 4 pairs; precision 1/2 and 2/4
     result = mislabel_detection(one_column([-4.0, -3.0, -2.0, -1.0]), [False, True, False, True])

@@ -11,7 +11,10 @@ from sklearn.utils import Bunch
 
 from hf_influence.errors import BadSetting
 from hf_influence.evaluation.labels import labels_for
-from hf_influence.scores import Scores, mean_ranks
+from hf_influence.scores import LOG_ODDS, Scores, mean_ranks
+
+BINS = 10
+"""In which probabilities are compared with what is wrong."""
 
 
 def mislabel_detection(
@@ -44,7 +47,9 @@ def mislabel_detection(
 
     Returns:
         `auc` (½ = chance) and `average_precision` (share of wrong labels = chance), read as `result["auc"]`
-        or `result.auc`; with `kinds` also `auc_by_kind`, the AUC of each kind alone against all right examples.
+        or `result.auc`; with `kinds` also `auc_by_kind`, the AUC of each kind alone against all right examples. Of
+        scores that are log-odds also `calibration_error`, how far `scores.probability_wrong()` is off on average (0 =
+        best): Σ_b n_b / n |mean p − share that is wrong| over ten bins of p with as many examples each.
 
     Raises:
         BadSetting: Flags or groups that do not fit the scores, flags other than true and false, or all the same.
@@ -72,6 +77,8 @@ def mislabel_detection(
     result = Bunch(
         auc=float(roc_auc_score(wrong, place)), average_precision=float(average_precision_score(wrong, place))
     )
+    if LOG_ODDS in scores.report:
+        result["calibration_error"] = _calibration_error(scores.probability_wrong().numpy(), wrong)
     if kinds is not None:
         kind = np.array(list(map(str, labels_for(scores.ids, kinds, "kinds", scores.id_column))))
         result["auc_by_kind"] = {}
@@ -81,6 +88,11 @@ def mislabel_detection(
             place = suspicion[rows] if own is None else _rank_within(own, suspicion[rows])
             result["auc_by_kind"][str(name)] = float(roc_auc_score(wrong[rows], place))
     return result
+
+
+def _calibration_error(p: np.ndarray, wrong: np.ndarray) -> float:
+    bins = np.array_split(np.argsort(p, kind="stable"), min(BINS, len(p)))
+    return float(sum(len(rows) * abs(p[rows].mean() - wrong[rows].mean()) for rows in bins) / len(p))
 
 
 def _rank_within(groups: list[Hashable], values: np.ndarray) -> np.ndarray:
