@@ -152,3 +152,21 @@ def test_all_clean_rows_may_be_queries(suite, monkeypatch):
     args = SimpleNamespace(data=None, rows=5, share=0.2, queries=5, held_out=0)
     parts = glue.Parts.of("sst2", args, 0)
     assert (len(parts.train), len(parts.query), len(parts.held_out)) == (5, 5, 0)
+
+
+def test_answers_trained_again_are_told_by_loss_and_by_whole_answers(suite):
+    again = suite("retraining_answers")
+    losses = {"drop random": [2.0, 2.1], "clean": [1.0, 1.1], "drop auto": [1.2, 1.3]}
+    whole = {"drop random": [0.1, 0.1], "clean": [0.3, 0.3], "drop auto": [0.2, 0.2]}
+    gains = {
+        "toy": {
+            "loss": retraining_gain(losses, bottom=again.BOTTOM, higher_is_better=False),
+            "whole answers": retraining_gain(whole, bottom=again.BOTTOM),
+        }
+    }
+    run = SimpleNamespace(key={"set": "toy"}, result={way: {"loss": own[0]} for way, own in losses.items()})
+    ((name, _, rows),) = again.columns(gains, run)
+    assert name == "toy"
+    assert rows["drop auto"]["share, loss"] == pytest.approx(0.8)
+    assert rows["drop auto"]["share, whole answers"] == pytest.approx(0.5)
+    assert rows["clean"]["share, loss"] is None

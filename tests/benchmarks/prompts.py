@@ -63,15 +63,17 @@ def _instruction(row: dict[str, str]) -> dict[str, str]:
     return {"prompt": prompt, "answer": row["output"], "task": row["source"], "text": prompt + row["output"]}
 
 
-def fine_tune(rows: Dataset, args: argparse.Namespace, seed: int, *callbacks: TrainerCallback) -> nn.Module:
-    """SmolLM2 with LoRA on q_proj and v_proj, trained on tokens."""
+def fine_tune(
+    rows: Dataset, args: argparse.Namespace, seed: int, *callbacks: TrainerCallback, steps: int = -1
+) -> nn.Module:
+    """SmolLM2 with LoRA on q_proj and v_proj, trained on tokens; the adapter that it begins with depends on `seed`."""
     model, tokenizer = load_language_model()
     set_seed(seed)
     lora = LoraConfig(r=8, lora_alpha=16, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         trainer = Trainer(
             get_peft_model(model, lora),
-            arguments(folder, args, seed),
+            arguments(folder, args, seed, steps),
             train_dataset=rows,
             data_collator=DataCollatorForSeq2Seq(tokenizer),
             callbacks=list(callbacks),
