@@ -34,7 +34,7 @@ from typing import Any
 
 from datasets import Dataset
 from glue import WEIGHT, Parts, fine_tune, options, tokens, trained_how, whole_run
-from series import Given, each, finish_each, runs_of, scored, with_baselines
+from series import Given, by_seed, each, finish_each, runs_of, scored, with_baselines
 from torch import nn
 
 from hf_influence.callbacks import GradientCapture
@@ -119,11 +119,10 @@ def main() -> None:
     args.methods = with_baselines(args.methods, BASELINES)
     runs = runs_of(args, "sets", "seeds")
     each(runs, partial(run, args=args), set=args.sets, seed=args.seeds)
-    accuracies: dict[str, dict[str, list[float]]] = {}  # set -> way -> one a seed
-    for one in runs:
-        for way, found in one.result.items():
-            accuracies.setdefault(one.key["set"], {}).setdefault(way, []).append(found["accuracy"])
-    gains = {name: retraining_gain(own, bottom=BOTTOM, top=TOP) for name, own in accuracies.items()}
+    gains = {
+        name: retraining_gain(accuracies, bottom=BOTTOM, top=TOP)
+        for name, accuracies in by_seed(runs, "accuracy").items()
+    }
     baselines = [BOTTOM, TOP, *(f"drop {method}" for method in BASELINES)]
     beside = ("share", "share ±", "wrong left")
     tables = {

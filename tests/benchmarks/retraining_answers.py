@@ -29,7 +29,7 @@ from typing import Any
 
 import prompts
 from datasets import Dataset
-from series import Given, each, finish_each, runs_of, with_baselines
+from series import Given, by_seed, each, finish_each, runs_of, with_baselines
 from torch import nn
 
 from hf_influence import attribute
@@ -109,19 +109,11 @@ def main() -> None:
     args.methods = with_baselines(args.methods, BASELINES)
     runs = runs_of(args, "sets", "seeds")
     each(runs, partial(run, args=args), set=args.sets, seed=args.seeds)
-    figures: dict[str, dict[str, dict[str, list[float]]]] = {}  # set -> figure -> way -> one a seed
-    for one in runs:
-        for way, found in one.result.items():
-            for figure in JUDGED:
-                own = figures.setdefault(one.key["set"], {}).setdefault(figure, {})
-                own.setdefault(way, []).append(found[figure])
-    gains = {
-        name: {
-            figure: retraining_gain(ways, bottom=BOTTOM, top=TOP, higher_is_better=JUDGED[figure])
-            for figure, ways in own.items()
-        }
-        for name, own in figures.items()
-    }
+    gains: dict[str, dict[str, Any]] = {}
+    for figure, higher in JUDGED.items():
+        for name, ways in by_seed(runs, figure).items():
+            gain = retraining_gain(ways, bottom=BOTTOM, top=TOP, higher_is_better=higher)
+            gains.setdefault(name, {})[figure] = gain
     about = f"{prompts.trained_how(args)} {args.share:.0%} of the answers wrong ({', '.join(args.kinds)})."
     tables = {
         name: Table(

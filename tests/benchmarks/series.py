@@ -161,6 +161,15 @@ def every_method(
     return found
 
 
+def by_seed(runs: Runs, figure: str) -> dict[str, dict[str, list[float]]]:
+    """Set -> way of curating -> the figure of each seed, of runs whose result has figures for each way."""
+    found: dict[str, dict[str, list[float]]] = {}
+    for run in runs:
+        for way, figures in run.result.items():
+            found.setdefault(run.key["set"], {}).setdefault(way, []).append(figures[figure])
+    return found
+
+
 def best(found: Mapping[str, Mapping[str, Any]], metric: str, k: int = 5) -> str:
     """The first methods of a run in a line."""
     order = sorted((row for row in found.items() if metric in row[1]), key=lambda row: -row[1][metric])
