@@ -78,7 +78,9 @@ def filter(
     data: Annotated[str, typer.Argument(help="A parquet, JSON or CSV file, a folder of save_to_disk, or a hub name.")],
     scores: Annotated[Path, typer.Argument(help="A file of scores, or a store, which is then scored by auto.")],
     output: Annotated[Path, typer.Option(help="Folder for the curated dataset, the decision and a dataset card.")],
-    drop: Annotated[str | None, typer.Option(help="A share (0.05), a count (20), otsu, mixture or negative.")] = None,
+    drop: Annotated[
+        str | None, typer.Option(help="A share (0.05), a count (20), doubtful, negative, otsu or mixture.")
+    ] = None,
     keep: Annotated[str | None, typer.Option(help="A share or a count.")] = None,
     within: Annotated[str | None, typer.Option(help="A column; each of its values is cut for itself.")] = None,
     split: Annotated[str, typer.Option(help="Of a dataset with several.")] = "train",

@@ -10,7 +10,7 @@ from stores import make_store
 
 from hf_influence.errors import BadExample, BadSetting
 from hf_influence.filter import DatasetFilter
-from hf_influence.filter.thresholds import mixture, otsu
+from hf_influence.filter.thresholds import doubtful, mixture, otsu
 from hf_influence.scores import Scores
 
 
@@ -205,9 +205,18 @@ def test_a_threshold_chooses_the_number_of_rows():
 @pytest.mark.parametrize("rule", ["otsu", "mixture", otsu, mixture])
 def test_no_gap_is_looked_for_in_places_of_a_ranking(rule):
     scores = Scores(torch.tensor([[-1.0], [0.0], [1.0]]), ids=[0, 1, 2], method="auto")
-    with pytest.raises(BadSetting, match='Use drop="negative"'):
+    with pytest.raises(BadSetting, match='Use drop="doubtful"'):
         DatasetFilter(drop=rule).apply(numbered(3), scores)
     assert DatasetFilter(drop="negative").apply(numbered(3), scores)["row"][:] == [1, 2]
+
+
+def test_doubtful_labels_are_those_that_are_not_twice_as_probably_right_as_wrong():
+    wrong = torch.tensor([[0.2], [0.34], [0.33], [0.9]], dtype=torch.float64)
+    scores = Scores(-torch.logit(wrong), ids=[0, 1, 2, 3], method="auto", report={"log_odds": {}})
+    assert DatasetFilter(drop="doubtful").apply(numbered(4), scores)["row"][:] == [0, 2]
+    for rule in ("doubtful", doubtful):
+        with pytest.raises(BadSetting, match="'ip' rank the examples and are no probabilities"):
+            DatasetFilter(drop=rule).apply(numbered(4), Scores(-wrong, [0, 1, 2, 3], "ip"))
 
 
 def test_a_store_is_scored_by_the_default_method(tmp_path: Path) -> None:

@@ -77,8 +77,8 @@ class Auto(OverTraining, name="auto"):
     score, c such that their mean is π. π is an estimate of the share of wrong labels, from the signs of these scores at
     the end and in the epochs before the model has learnt the labels by heart, whichever says more, and from the
     expectation that about a tenth is wrong, which few examples or queries hardly move. So 0 is even odds:
-    `Relabel(how="posterior")` trains on the probabilities, `DatasetFilter(drop="negative")` drops what is rather wrong
-    than right. Elsewhere no probability is known, and no score is negative.
+    `Relabel(how="posterior")` gives labels for training on the probabilities, `DatasetFilter(drop="doubtful")` drops
+    what is not twice as probably right as wrong. Elsewhere no probability is known, and no score is negative.
 
     The report has the parts with their weights, π, the slope a where the scores are log-odds, and how far the parts
     agree: for each the correlation of its ranks with the mean ranks of the others.

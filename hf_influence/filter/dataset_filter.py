@@ -25,7 +25,7 @@ from hf_influence.filter.rankings import Given, rankings_of
 from hf_influence.filter.replay import carried_out, of_split
 from hf_influence.filter.report import group_sizes
 from hf_influence.filter.streams import StreamRows
-from hf_influence.filter.thresholds import THRESHOLDS, Threshold, check_gaps, name_of
+from hf_influence.filter.thresholds import THRESHOLDS, Threshold, check_scale, name_of
 
 _ADDED = {"influence": Value("float64"), "influence_rank": Value("int64")}
 Data = TypeVar("Data", bound=Any)
@@ -55,9 +55,9 @@ class DatasetFilter:
     """
 
     drop: float | int | str | Threshold | None = None
-    """How many rows to drop: a float in [0, 1) is a fraction, an int a count. "otsu", "mixture", "negative" or a
-    function such as `discovery(0.1)` look at the scores for a place to cut; see `hf_influence.filter.thresholds`. Of
-    scores by "auto" only "negative" does: what is rather wrong than right goes."""
+    """How many rows to drop: a float in [0, 1) is a fraction, an int a count. "doubtful", "negative", "otsu",
+    "mixture" or a function such as `discovery(0.1)` look at the scores for a place to cut; see
+    `hf_influence.filter.thresholds`. "doubtful" is for scores by "auto" of two classes with clean queries."""
     keep: float | int | None = None
     """How many rows to keep, as a fraction or a count."""
     keep_tokens: int | None = None
@@ -115,7 +115,7 @@ class DatasetFilter:
         rankings = rankings_of(scores)
         needed = self._votes(len(rankings))
         for ranking in rankings:
-            check_gaps(self.drop, ranking.method)
+            check_scale(self.drop, ranking)
         values, names = aligned(dataset, rankings)  # each [n, q]
         table = dataset if isinstance(dataset, Dataset) else None
         n = len(names)

@@ -3,6 +3,7 @@
     DatasetFilter(drop="otsu")        # the two groups that differ most
     DatasetFilter(drop="mixture")     # rows that rather belong to the lower of two bell curves
     DatasetFilter(drop="negative")    # rows that are predicted to do harm
+    DatasetFilter(drop="doubtful")    # rows whose label is not at least twice as probably right as wrong
     DatasetFilter(drop=discovery(0.1))  # rows that do harm for sure, at most a tenth of them by chance
 
 A threshold is a function from the scores `[n, q]` to one flag a row, `[n]`: true for rows that go. Higher scores are
@@ -11,6 +12,7 @@ more worth keeping, so the flags are always those of the lowest.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from functools import partial
 
@@ -19,6 +21,7 @@ from sklearn.mixture import GaussianMixture
 from torch import Tensor
 
 from hf_influence.errors import BadSetting
+from hf_influence.scores import Scores
 
 Threshold = Callable[[Tensor], Tensor]
 """Scores `[n, q]` -> which rows go, `[n]`."""
@@ -85,6 +88,17 @@ def negative(values: Tensor) -> Tensor:
     return mean < 0
 
 
+def doubtful(values: Tensor) -> Tensor:
+    """The rows whose label is right with a probability of less than two thirds, of scores that are log-odds.
+
+        score < ln 2
+
+    A wrong label does more harm than a right one does good, so more goes than what is rather wrong than right; of clean
+    data about one row in a hundred.
+    """
+    return values.double().mean(1) < math.log(2)
+
+
 def discovery(rate: float, permutations: int = PERMUTATIONS, seed: int = 0) -> Threshold:
     """Rows that harm the queries beyond chance; of those dropped at most `rate` by mistake, in expectation.
 
@@ -132,20 +146,23 @@ def _discovered(values: Tensor, rate: float, permutations: int, seed: int) -> Te
     return gone
 
 
-THRESHOLDS: dict[str, Threshold] = {"otsu": otsu, "mixture": mixture, "negative": negative}
+THRESHOLDS: dict[str, Threshold] = {"otsu": otsu, "mixture": mixture, "negative": negative, "doubtful": doubtful}
 
 
-def check_gaps(drop: object, method: str) -> None:
-    """Refuse to look for a gap where there is none by construction.
+def check_scale(drop: object, scores: Scores) -> None:
+    """Refuse to look for what scores do not have.
 
     Raises:
-        BadSetting: "otsu" or "mixture" on scores by "auto".
+        BadSetting: "otsu" or "mixture" on scores by "auto", which have no gaps; "doubtful" on scores that are no
+            log-odds.
     """
-    name = next((name for name in ("otsu", "mixture") if drop in (name, THRESHOLDS[name])), None)
-    if name and method == "auto":
+    name = next((name for name, own in THRESHOLDS.items() if drop in (name, own)), None)
+    if name == "doubtful":
+        scores.probability_wrong()
+    if name in ("otsu", "mixture") and scores.method == "auto":
         raise BadSetting(
             f"scores by 'auto' are a ranking on a scale that has no gaps of its own, so drop=\"{name}\" would find one "
-            'where there is none. Use drop="negative", which drops what is rather wrong than right, a share, or '
+            'where there is none. Use drop="doubtful" (two classes, with clean queries), a share, or '
             f"drop=\"{name}\" on other scores: attribute(store, 'loss_mean')."
         )
 

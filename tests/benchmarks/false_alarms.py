@@ -32,6 +32,7 @@ from hf_influence.filter.thresholds import Threshold
 from hf_influence.pretrained import load_classifier
 
 RULES: dict[str, tuple[str, str | Threshold]] = {
+    "auto, doubtful": ("auto", "doubtful"),
     "auto, negative": ("auto", "negative"),
     "loss_mean, mixture": ("loss_mean", "mixture"),
     "loss_mean, otsu": ("loss_mean", "otsu"),
@@ -57,7 +58,7 @@ def run(name: str, seed: int, args: argparse.Namespace) -> dict[str, dict[str, f
                 found["believed wrong"] = {"dropped": scores.report["estimated_share_wrong"]}
             try:
                 decision = DatasetFilter(drop=drop).decide(parts.train, scores)
-            except BadSetting as error:  # it would drop all
+            except BadSetting as error:  # it would drop all, or goes by probabilities that are not known
                 found[rule] = {"left out": str(error)}
                 continue
             gone = torch.tensor([action == "drop" for action in decision.actions])

@@ -9,7 +9,7 @@ head and adapter and for as many steps, on
     clean        the rows whose label was not flipped: perfect cleaning
     drop M       without the lowest scores by method M, as many as were flipped; `drop random` is a random drop
     posterior    with each label as far as it is believed: class probabilities by `auto` (`Relabel(how="posterior")`)
-    negative     without what is rather wrong than right by `auto`
+    doubtful     without what is not twice as probably right as wrong by `auto` (`DatasetFilter(drop="doubtful")`)
     relabel M    with the other label for these rows, by the first of `--methods`
     reweight M   with all rows, weighed by their scores (`WeightedTrainer`), by the first of `--methods`; by `auto` as
                  far as a label is rather right than wrong (`Reweight(how="posterior")`)
@@ -19,7 +19,7 @@ part of the gap between noisy and clean that a way recovers, mean over the seeds
 there is none with one seed or where the gap is within the noise. `wrong left` are wrong labels in the rows trained on,
 of class probabilities what they leave to the wrong class.
 
-`posterior`, `negative` and `reweight auto` go by what is found alone; where the queries tell nothing, there is no
+`posterior`, `doubtful` and `reweight auto` go by what is found alone; where the queries tell nothing, there is no
 `posterior`. Otherwise the share to drop is known here; with data of your own it is not.
 """
 
@@ -57,7 +57,7 @@ def curated(train: Dataset, store: Path, given: Given, args: argparse.Namespace)
         yield f"drop {method}", trim.apply(train, own)
         if LOG_ODDS in own.report:
             yield "posterior", Relabel(how="posterior").apply(train, own)
-            yield "negative", DatasetFilter(drop="negative").apply(train, own)
+            yield "doubtful", DatasetFilter(drop="doubtful").apply(train, own)
     yield f"relabel {first}", Relabel(suspects=trim, how="flip").apply(train, scores[first])
     how = "posterior" if LOG_ODDS in scores[first].report else "softmax"
     yield f"reweight {first}", Reweight(column=WEIGHT, how=how).apply(train, scores[first])
@@ -113,7 +113,7 @@ def gap(gain: Mapping[str, Any]) -> str:
 
 
 def main() -> None:
-    made = options(__doc__)
+    made = options(__doc__, batch_size=8, learning_rate=1e-3)  # enough to learn wrong labels by heart
     made.add_argument("--methods", nargs="+", default=["auto", "loss", "ip", "datainf", "kernel_ridge"])
     args = made.parse_args()
     args.methods = with_baselines(args.methods, BASELINES)
