@@ -22,6 +22,7 @@ from hf_influence.gradients.batches import forward_arguments
 from hf_influence.gradients.collect import Plan, check_collectable, check_folder, collect, collect_planned
 from hf_influence.gradients.compress import Compressor
 from hf_influence.gradients.during_training.stream import StreamPlan, is_stream
+from hf_influence.gradients.mislabelled import SPLIT, mislabelled
 from hf_influence.gradients.own_loss import OwnTask
 from hf_influence.gradients.processes import first_process_first, rank, world
 from hf_influence.gradients.sweep import BatchSize
@@ -59,7 +60,9 @@ class GradientCapture(TrainerCallback):
     Args:
         path: Folder of the store.
         query_dataset: Examples that the training examples are judged by: clean, and like what the model is to do
-            well. Tokenised like the training set (an SFTTrainer does it); stored as the split "query".
+            well. Tokenised like the training set (an SFTTrainer does it); stored as the split "query". Of more than
+            two classes they are collected at the end under wrong labels as well ("query-mislabelled"), by which `auto`
+            tells how probable wrong labels are.
         during: "epochs" for one point an epoch, "steps" for one a step, `None` for the end alone.
         every: Capture every so many epochs or steps, beginning with the first.
         epochs: Capture these epochs only, counted from 1.
@@ -304,6 +307,9 @@ class GradientCapture(TrainerCallback):
         if self.query_dataset is not None:
             has_ids = self.id_column in getattr(self.query_dataset, "column_names", ())
             yield "query", self.query_dataset, {**common, "id_column": self.id_column if has_ids else None}
+            wrong = None if self.settings["task"] else mislabelled(trainer.model, self.query_dataset)
+            if self.at_end and wrong is not None:
+                yield SPLIT.format("query"), wrong, {**common, "id_column": None}
 
 
 @contextmanager

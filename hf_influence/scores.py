@@ -80,12 +80,13 @@ class Scores:
         """The probability that the label is wrong, `[n_train]`: 1 / (1 + exp(score)), of scores that are log-odds.
 
         Raises:
-            BadSetting: They are not; those by "auto" are for two classes and with clean queries.
+            BadSetting: They are not; those by "auto" are, for classes and with clean queries.
         """
         if LOG_ODDS not in self.report:
             raise BadSetting(
-                f"scores by '{self.method}' rank the examples and are no probabilities. For two classes, with clean "
-                "queries in the store that tell right from wrong, those by 'auto' are log-odds: attribute(store)."
+                f"scores by '{self.method}' rank the examples and are no probabilities. Those by 'auto' are log-odds "
+                "for classes, where the store has clean queries that tell right from wrong: attribute(store). Of more "
+                "than two classes these must have been captured at the end (GradientCapture(…, query_dataset=…))."
             )
         return torch.sigmoid(-self.mean().double())
 

@@ -31,11 +31,14 @@ def make_store(
     point: int = 0,
     present: Sequence[int] | None = None,
     query_stats: dict[str, Tensor] | None = None,
+    mislabelled: Blocks | None = None,
     about: PointAbout | None = None,
     rows: bool = True,
     task: dict[str, Any] | None = None,
 ) -> GradientStore:
     """A store of these whole rows, compressed by `compress`, each split in as many shards, the last rows first.
+
+    `mislabelled` are those of the queries under wrong labels.
 
     Another call adds another point. Of the training examples a point may hold only those at the positions `present`.
     With `rows=False` the point holds the statistics alone.
@@ -51,7 +54,8 @@ def make_store(
         dtype=dtype,
     )
     store = GradientStore.create(path, header)
-    for split, blocks, notes, names in (("train", train, stats or {}, ids), ("query", query, query_stats or {}, None)):
+    splits = (("train", train, stats or {}, ids), ("query", query, query_stats or {}, None))
+    for split, blocks, notes, names in (*splits, ("query-mislabelled", mislabelled, {}, None)):
         if blocks is None:
             continue
         n = len(next(iter(blocks.values())))

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 from scipy.integrate import quad
+from scipy.optimize import brentq
 from scipy.stats import beta, norm, rankdata, spearmanr
-from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score
 from stores import Blocks, make_store, make_trained_store
 from torch import Tensor
@@ -19,7 +19,7 @@ from torch import Tensor
 from hf_influence import Scores, attribute
 from hf_influence.attribution import lacking
 from hf_influence.attribution.kernel_ridge import negative
-from hf_influence.attribution.trust import Sighting, estimated_share, log_odds, mirrored_auc, sighting, slope_of
+from hf_influence.attribution.trust import Sighting, auc_of, cautious, estimated_share, log_odds, sighting
 from hf_influence.errors import BadSetting, MissingRows
 from hf_influence.store import GradientStore
 
@@ -73,38 +73,50 @@ def left_out(query: Blocks) -> Tensor:
     return torch.stack(scores)
 
 
-def believed(ranking: Tensor, ridge: Tensor, queries: Tensor, share: float) -> Tensor:
-    """Log-odds in the order of the ranking, by logistic regression of the queries and their mirror images."""
-    m = queries.abs().mean()
-    s = torch.cat(
-        (queries, -queries, torch.stack((m, -m)).repeat_interleave(2))
-    )  # each query once as right, once as wrong
-    y = torch.tensor([1] * len(queries) + [0] * len(queries) + [1, 0, 1, 0])
-    fit = LogisticRegression(C=1e9, fit_intercept=False, tol=1e-10, max_iter=1000).fit(s[:, None].numpy(), y.numpy())
-    evidence = (ridge * fit.coef_[0, 0]).sort().values
-    place = torch.from_numpy(rankdata(ranking.numpy().round(12)) - 1)  # between two of them where places are shared
-    below, above = evidence[place.floor().long()], evidence[place.ceil().long()]
-    values = (below + above) / 2
-    share = max(share, 0.25 / len(values))
-    grid = torch.linspace(-30, 30, 600_001, dtype=torch.float64)
-    mean = torch.stack([torch.sigmoid(-(values[None] + piece[:, None])).mean(1) for piece in [grid]])[0]
-    return values + grid[(mean - share).abs().argmin()]
+def under_wrong_labels(query: Blocks, wrong: Blocks) -> Tensor:
+    """What ridge regression by the other queries makes of each with the gradient of a wrong label, `[m]`."""
+    directions, turned = (torch.nn.functional.normalize(torch.cat(list(g.values()), 1)) for g in (query, wrong))
+    scores = []
+    for q in range(len(directions)):
+        others = [i for i in range(len(directions)) if i != q]
+        kernel = directions[others] @ directions[others].T + torch.eye(len(others), dtype=torch.float64)
+        alpha = torch.linalg.solve(kernel, torch.ones(len(others), dtype=torch.float64))
+        scores.append(turned[q] @ directions[others].T @ alpha)
+    return torch.stack(scores)
+
+
+def told_apart(right: Tensor, wrong: Tensor) -> float:
+    """The AUC, and one query more of which nothing is known."""
+    q = len(right)
+    return (roc_auc_score([1] * q + [0] * len(wrong), torch.cat((right, wrong))) * q + 0.5) / (q + 1)
+
+
+def believed(ranking: Tensor, auc: float, share: float) -> Tensor:
+    """Log-odds at the places of two bell curves, each found by itself."""
+    d, odds = math.sqrt(2) * norm.ppf(auc), math.log((1 - share) / share)
+    places = (rankdata(ranking.numpy().round(12)) - 0.5) / len(ranking)
+
+    def at(place: float) -> float:
+        return brentq(lambda x: (1 - share) * norm.cdf(x, d / 2) + share * norm.cdf(x, -d / 2) - place, -20, 20)
+
+    return torch.tensor([d * at(place) + odds for place in places], dtype=torch.float64)
 
 
 def agree(scores: Scores, ranking: Tensor, path: Path, point: int = 0) -> None:
     """The scores are log-odds where the queries tell, else normal scores of the ranks."""
-    estimate, seen = scores.report["estimated_share_wrong"], torch.zeros(0)
+    estimate, auc = scores.report["estimated_share_wrong"], 0.0
     if estimate is not None:
         rows = GradientStore.open(path).rows("query", point=point)
-        seen = left_out({name: rows.block(name) for name in rows.blocks})
-    if estimate is None or seen.sum() <= 0:
+        kinds = [left_out({name: rows.block(name) for name in rows.blocks})]
+        if "margin" in GradientStore.open(path).rows("train", point=point).stats:
+            kinds.append(rows.stats["margin"])
+        auc = max(told_apart(right, -right) for right in kinds)
+    if auc <= 0.5:
         assert "log_odds" not in scores.report
         torch.testing.assert_close(scores.values[:, 0], scaled(ranking))
         return
-    ridge = attribute(path, "kernel_ridge", point=point).values[:, 0]
-    expected = believed(ranking, ridge, seen, estimate)
-    torch.testing.assert_close(scores.values[:, 0], expected, atol=2e-3, rtol=2e-3)
-    assert scores.probability_wrong().mean() == pytest.approx(estimate, abs=1e-4)
+    assert estimate is not None
+    torch.testing.assert_close(scores.values[:, 0], believed(ranking, auc, estimate), atol=5e-3, rtol=5e-3)
 
 
 ALL = {"points": [0, 1, 2]}
@@ -347,10 +359,24 @@ def test_epochs_before_the_labels_are_learnt_by_heart_tell_how_many_are_wrong(tm
     assert estimate == pytest.approx(expected_share(N / 4, 0, 0), abs=1e-4) != expected_share(0, 0)
 
 
-def test_an_auc_against_the_negatives_is_that_of_scikit_learn() -> None:
-    values = torch.tensor([1.0, -0.5, 0.5, 0.0, 2.0, 1.0])
-    expected = roc_auc_score([1] * 6 + [0] * 6, torch.cat([values, -values]))
-    assert mirrored_auc(values) == pytest.approx(expected, abs=1e-12)
+def test_margins_say_how_many_are_wrong_where_they_tell_better_than_directions(tmp_path: Path) -> None:
+    """In the second epoch four of twelve examples and one of six queries have a negative margin."""
+    queries = torch.tensor([1.0, 2.0, -0.1, 1.5, 2.5, 1.0], dtype=torch.float64)
+    examples = torch.linspace(-3.5, 8, N, dtype=torch.float64)
+    assert int((examples < 0).sum()) == 4
+    for point in (0, 1, 2):
+        about = {"stats": losses(point) | {"margin": examples if point else examples.abs()}, "point": point}
+        about["stats"] |= {"step": torch.arange(N)} if point else {}
+        make_store(tmp_path, blocks(N, point), blocks(M, 50), query_stats={"margin": queries}, task=CLASSES, **about)
+    report = attribute(tmp_path).report
+    assert report["log_odds"]["auc"] == pytest.approx(told_apart(queries, -queries), abs=1e-4)
+    assert report["estimated_share_wrong"] == pytest.approx(expected_share(4, 1, 1), abs=1e-4)
+
+
+def test_an_auc_is_that_of_scikit_learn() -> None:
+    right, wrong = torch.tensor([1.0, -0.5, 0.5, 0.0, 2.0, 1.0]), torch.tensor([0.5, -1.0, 0.0])
+    expected = roc_auc_score([1] * 6 + [0] * 3, torch.cat([right, wrong]))
+    assert auc_of(right, wrong) == pytest.approx(expected, abs=1e-12)
 
 
 def test_probabilities_are_right_as_often_as_they_say() -> None:
@@ -359,26 +385,53 @@ def test_probabilities_are_right_as_often_as_they_say() -> None:
     queries, train = (0.5 + 0.6 * torch.randn(n, generator=generator, dtype=torch.float64) for n in (5000, 40000))
     wrong = torch.rand(len(train), generator=generator) < 0.2
     train[wrong] *= -1
-    slope = slope_of(queries)
-    assert slope == pytest.approx(2 * 0.5 / 0.6**2, rel=0.05)  # ln N(s; μ, σ) − ln N(s; −μ, σ) = 2 μ s / σ²
-    wrongly = torch.sigmoid(-log_odds(train, slope * train, 0.2))
+    wrongly = torch.sigmoid(-log_odds(train, auc_of(queries, -queries), 0.2))
+    assert wrongly.mean() == pytest.approx(0.2, abs=1e-3)
     for low, high in ((0, 0.1), (0.1, 0.3), (0.3, 0.5), (0.5, 0.7), (0.7, 1)):
         at = (wrongly >= low) & (wrongly < high)
         assert wrong[at].double().mean() == pytest.approx(wrongly[at].mean().item(), abs=0.03)
 
 
-@pytest.mark.parametrize("queries", [[], [0.0, 0.0], [-1.0, 0.5], [1.0, 1.0]])
-def test_few_or_useless_queries_make_nothing_certain(queries: list[float]) -> None:
-    slope = slope_of(torch.tensor(queries))
-    assert slope == (pytest.approx(math.log(3)) if queries == [1.0, 1.0] else 0)  # as with three right of four
+def test_few_queries_make_nothing_certain() -> None:
+    assert cautious(1.0, 2) == pytest.approx(5 / 6)
+    assert cautious(0.5, 2) == 0.5
+    assert cautious(0.9, 10_000) == pytest.approx(0.9, abs=1e-4)
 
 
-def test_probabilities_between_those_of_fewer_examples_and_at_the_ends() -> None:
-    values = log_odds(torch.tensor([3.0, 1.0, 2.0, 2.0]), torch.tensor([5.0, -1.0]), 0.3)
-    assert values.argsort().tolist()[0] == 1
-    assert values[2] == values[3]
-    assert (values[0] - values[1]).item() == pytest.approx(6)
-    for share in (0.0, 1.0):
-        certain = log_odds(torch.arange(8.0), torch.arange(8.0), share)
-        assert bool(((certain > 0) == (share == 0)).all())
-    assert len(log_odds(torch.zeros(0), torch.zeros(0), 0.1)) == 0
+@pytest.mark.parametrize("share", [0.0, 0.2, 1.0])
+@pytest.mark.parametrize("auc", [0.5000001, 0.9, 0.99999])
+def test_log_odds_keep_the_order_and_the_share(auc: float, share: float) -> None:
+    ranking = torch.tensor([3.0, 1.0, 2.0, 2.0, *range(4, 400)])
+    values = log_odds(ranking, auc, share)
+    assert values.isfinite().all()
+    assert (rankdata(values) == rankdata(ranking)).all()
+    assert torch.sigmoid(-values).mean() == pytest.approx(min(max(share, 0.000625), 1 - 0.000625), abs=2e-3)
+    if share != 0.2:
+        assert bool(((values > 0) == (share == 0)).all())
+    assert len(log_odds(torch.zeros(0), auc, share)) == 0
+
+
+def test_more_than_two_classes_need_the_queries_under_wrong_labels(tmp_path: Path) -> None:
+    """A third of the examples is wrong, and points as little towards the queries as they do under wrong labels."""
+    many = CLASSES | {"num_labels": 5}
+    mean, m = {name: g[:1] for name, g in blocks(1, 9).items()}, 12
+    query = {name: mean[name] + 0.7 * g for name, g in blocks(m, 50).items()}
+    wrong = {name: 0.3 * mean[name] + 0.7 * g for name, g in blocks(m, 51).items()}
+    train = {name: torch.cat((query[name], wrong[name][:6])) + 0.1 * blocks(18, 52)[name] for name in query}
+    stats = {"loss": torch.rand(18, generator=torch.Generator().manual_seed(1), dtype=torch.float64)}
+    plain = attribute(make_store(tmp_path / "plain", train, query, stats=stats, task=many))
+    assert plain.report["estimated_share_wrong"] is None
+    assert "log_odds" not in plain.report
+    path = make_store(tmp_path / "whole", train, query, stats=stats, mislabelled=wrong, task=many).path
+    scores = attribute(path)
+    assert torch.equal(scores.mean().argsort(), plain.mean().argsort())
+    ridge = attribute(path, "kernel_ridge").values[:, 0]
+    right, turned = left_out(query), under_wrong_labels(query, wrong)
+    e, e_wrong, o = ((right < 0).double().mean(), (turned > 0).double().mean(), (ridge < 0).double().mean())
+    ratio = (e_wrong * m + 0.5) / (e * m + 0.5)
+    seen = sighting(float(o), 18, float(e), m, turned=float(ratio))
+    assert seen is not None
+    assert seen.share == pytest.approx(((o - e) / (1 - e - ratio * e)).item())
+    assert scores.report["estimated_share_wrong"] == pytest.approx(estimated_share([seen]), abs=1e-4)
+    expected = believed(ranked(plain), told_apart(right, turned), scores.report["estimated_share_wrong"])
+    torch.testing.assert_close(scores.values[:, 0], expected, atol=5e-3, rtol=5e-3)

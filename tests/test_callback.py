@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
-from models import all_rows, padding, prompts, stored, tiny
+from models import all_rows, bert, labelled, lora, padding, prompts, roberta, stored, tiny
 from test_collect import layer_norm_too
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
@@ -96,6 +96,35 @@ def test_training_is_bit_identical_with_and_without_the_callback(tmp_path: Path,
     assert len(runs[0][1]) == 4
     assert runs[0][1] == runs[1][1]
     torch.testing.assert_close(runs[0][0], runs[1][0], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("kind", [Dataset.from_list, list])
+def test_queries_of_more_than_two_classes_are_collected_under_wrong_labels_as_well(tmp_path: Path, kind: Any) -> None:
+    train, query = (labelled(lambda i: i % 3, n, seed) for n, seed in ((8, 0), (30, 1)))
+    torch.manual_seed(0)
+    model = lora(roberta(), ["query", "value"])
+    capture = GradientCapture(tmp_path / "rows", kind(query), during="epochs")
+    trainer(model, tmp_path, capture, train=Dataset.from_list(train)).train()
+    store = GradientStore.open(capture.path)
+    assert "query-mislabelled" in store.splits(0)
+    assert "query-mislabelled" not in store.splits(1)
+    wrong = store.rows("query-mislabelled")
+    labels = wrong.stats["label"].tolist()
+    assert all(label != row["labels"] for label, row in zip(labels, query, strict=True))
+    assert set(labels) == {0, 1, 2}
+    by_hand = stored(
+        model, [{**row, "labels": label} for row, label in zip(query, labels, strict=True)], tmp_path / "b"
+    )
+    torch.testing.assert_close(all_rows(wrong), all_rows(by_hand))
+
+
+@pytest.mark.parametrize("label", [lambda i: i % 2, lambda i: float(i)], ids=["two classes", "regression"])
+def test_other_queries_are_collected_once(tmp_path: Path, label: Any) -> None:
+    torch.manual_seed(0)
+    model = lora(bert(num_labels=2 if label(1) == 1 and isinstance(label(1), int) else 1), ["query", "value"])
+    capture = GradientCapture(tmp_path / "rows", Dataset.from_list(labelled(label, 5)))
+    trainer(model, tmp_path, capture, train=Dataset.from_list(labelled(label, 8))).train()
+    assert GradientStore.open(capture.path).splits(0) == ["query", "train"]
 
 
 def taken(path: Path) -> None:

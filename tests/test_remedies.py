@@ -71,6 +71,17 @@ def test_labels_by_how_far_they_are_believed():
     torch.testing.assert_close(torch.tensor(some["label"][:]), torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.9, 0.1]]))
 
 
+def test_what_is_not_believed_goes_to_the_other_classes_as_the_model_sees_them():
+    scores, labels = odds([0.4, 0.1, 0.5, 0.0001]), [0, 2, 1, 1]
+    new = torch.tensor(Relabel(how="posterior").apply(rows(labels), scores, PHI)["label"][:])
+    assert new[range(4), labels].tolist() == pytest.approx([0.6, 0.9, 0.5, 0.9999])
+    assert new.sum(1).tolist() == pytest.approx([1.0] * 4)
+    assert new[0, 1:].tolist() == pytest.approx([0.4 * 0.2 / 0.3, 0.4 * 0.1 / 0.3])
+    certain = torch.tensor([[0.0, 0.0, 1.0]] * 4)  # of the others nothing is known
+    new = torch.tensor(Relabel(how="posterior").apply(rows(labels), scores, certain)["label"][:])
+    assert new[1].tolist() == pytest.approx([0.05, 0.05, 0.9])
+
+
 def test_weights_by_how_far_labels_are_believed():
     weights = Reweight(how="posterior").apply(rows([0, 1, 1]), odds([0.1, 0.3, 0.9]))["weight"][:]
     assert weights == pytest.approx([2.0, 1.0, 0.0])
@@ -83,7 +94,7 @@ def test_weights_by_how_far_labels_are_believed():
     [
         ([0, 1], scores_of([1.0, -1.0]), "'ip' rank the examples and are no probabilities"),
         ([0, 1], [odds([0.1, 0.2])] * 2, "one set of scores, and 2 were given"),
-        ([0, 2], odds([0.1, 0.2]), "for two classes"),
+        ([0, 2], odds([0.1, 0.2]), "is for two classes. Pass those of the model"),
     ],
 )
 def test_labels_that_nobody_can_say_how_far_to_believe_are_refused(labels, scores, message):

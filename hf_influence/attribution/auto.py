@@ -4,25 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from hf_influence.attribution.given import fingerprint, one_for_each
-from hf_influence.attribution.kernel_ridge import KernelRidge, negative
 from hf_influence.attribution.method import Method, class_of, make_method
 from hf_influence.attribution.over_points import OverPoints, OverTraining
 from hf_influence.attribution.selection import Selection
-from hf_influence.attribution.trust import estimated_share, log_odds, normal_scores, sighting, slope_of, trust_of
+from hf_influence.attribution.trust import log_odds, normal_scores
+from hf_influence.attribution.witnesses import Signs, witnesses
 from hf_influence.errors import BadSetting
 from hf_influence.scores import LOG_ODDS, mean_ranks
 
 Parts = Mapping[str, Mapping[str, Any]]
 """Method -> its settings."""
-Signs = Mapping[int, Mapping[str, float]]
-"""Point -> the shares of negative scores of "examples" and "queries", as `kernel_ridge_mean` reports them."""
 
 CLASSES: tuple[Parts, ...] = (
     {"loss_mean": {}, "kernel_ridge_mean": {}, "kernel_ridge": {}},
@@ -48,7 +45,7 @@ AT_REST = 4
 class Auto(OverTraining, name="auto"):
     """The mean rank over the parts that suit what the store holds, so that no one of them has to be right.
 
-        score[i] = ln((1 − P_i) / P_i),   P_i the probability that the label is wrong: two classes, with queries
+        score[i] = ln((1 − P_i) / P_i),   P_i the probability that the label is wrong: classes, with queries
                  = Φ⁻¹((rank of r[i] − ½) / n) − Φ⁻¹(1 / 4n),   Φ the normal distribution function: elsewhere
         r[i] = Σ_p w_p (rank_p(i) − ½) / n_p / Σ_p w_p,   over the parts p that score i, ranks from 1 to n_p
 
@@ -65,22 +62,27 @@ class Auto(OverTraining, name="auto"):
     Over training the loss tells wrong examples before the model has learnt them by heart, clean queries tell them
     later, and the two err in different places. The final rows count as one more point of training.
 
-    For classification the queries say how far each is to be trusted, since a query with another label would have the
-    opposite direction and margin: w = (AUC − ½)⁴ of the scores of the queries, each left out of the regression in turn,
-    against their negatives, less one standard error, which few queries make large; and of their margins for the losses.
-    `kernel_ridge` at the end weighs four times that beside `kernel_ridge_mean`: the rows of training steps carry the
-    dropout of their step, those at the end do not. Where that cannot be known all parts weigh the same.
+    For classification the queries say how far each is to be trusted: w = (AUC − ½)⁴, where the AUC is that at which
+    scores tell the queries from the same queries under wrong labels; by `kernel_ridge` each is left out of the
+    regression in turn, and one standard error comes off, which few queries make large; for losses it is that of the
+    margins. Of two classes a wrong label turns the sign of either. Of more, `GradientCapture` collects the queries
+    under wrong labels as well (the split "query-mislabelled"); without them they are taken to do so. `kernel_ridge` at
+    the end weighs four times that beside `kernel_ridge_mean`: the rows of training steps carry the dropout of their
+    step, those at the end do not. Where nothing is known all parts weigh the same.
 
-    For two classes and with queries the score is the log-odds that the label is right. The k-th in the order of r has
-    the k-th of the probabilities σ(−a s − c), s the scores of `kernel_ridge` at the end: a by logistic regression on
-    the queries, of which each is left out of the ridge regression in turn and a wrong label would have the opposite
-    score, c such that their mean is π. π is an estimate of the share of wrong labels, from the signs of these scores at
-    the end and in the epochs before the model has learnt the labels by heart, whichever says more, and from the
-    expectation that about a tenth is wrong, which few examples or queries hardly move. So 0 is even odds:
-    `Relabel(how="posterior")` gives labels for training on the probabilities, `DatasetFilter(drop="doubtful")` drops
-    what is not twice as probably right as wrong. Elsewhere no probability is known, and no score is negative.
+    Where wrong labels are known the score is the log-odds that the label is right, as if right and wrong labels lay on
+    two bell curves in the order of r, that are told apart with the larger AUC of both kinds:
 
-    The report has the parts with their weights, π, the slope a where the scores are log-odds, and how far the parts
+        ln((1 − p) / p) = d x + ln((1 − π) / π),   d = √2 Φ⁻¹(AUC)
+        (1 − π) Φ(x − d/2) + π Φ(x + d/2) = (rank of r[i] − ½) / n
+
+    π is an estimate of the share of wrong labels, from the signs of the scores that tell better, at the end and in the
+    epochs before the model has learnt the labels by heart, whichever says more, and from the expectation that about a
+    tenth is wrong, which few examples or queries hardly move. So 0 is even odds: `Relabel(how="posterior")` gives
+    labels for training on the probabilities, `DatasetFilter(drop="doubtful")` drops what is not twice as probably right
+    as wrong. Elsewhere no probability is known, and no score is negative.
+
+    The report has the parts with their weights, π, the AUC where the scores are log-odds, and how far the parts
     agree: for each the correlation of its ranks with the mean ranks of the others.
 
     Cost: that of the parts.
@@ -128,7 +130,7 @@ class Auto(OverTraining, name="auto"):
             scores[name] = method.score(own).double().mean(1)
             signs = method.report.get("negative", signs)
             ranks[name][places] = ranks_within(scores[name], [groups[at] for at in places.tolist()])
-        weights, share, slope = self._trust(rows, scores, signs)
+        weights, share, auc = self._trust(rows, scores, signs)
         total = sum(weights.values())
         self.report["parts"] = {name: round(weight / total, 4) for name, weight in weights.items()}
         self.report["estimated_share_wrong"] = None if share is None else round(share, 4)
@@ -136,10 +138,10 @@ class Auto(OverTraining, name="auto"):
         values = torch.stack(list(ranks.values()), 1)  # [n, parts]
         weight = torch.tensor(list(weights.values()), dtype=values.dtype) * ~values.isnan()
         ranking = (values.nan_to_num() * weight).sum(1) / weight.sum(1)
-        if share is None or not slope > 0:
+        if share is None or not auc > 0.5:
             return normal_scores(ranking).to(rows.train.dtype)[:, None]
-        self.report[LOG_ODDS] = {"slope": round(slope, 4)}
-        return log_odds(ranking, slope * scores["kernel_ridge"], share).to(rows.train.dtype)[:, None]
+        self.report[LOG_ODDS] = {"auc": round(auc, 4)}
+        return log_odds(ranking, auc, share).to(rows.train.dtype)[:, None]
 
     def _looked_at(self, rows: Selection, name: str, settings: Mapping[str, Any]) -> tuple[Method, Selection]:
         """A part and what it looks at: the points, its members, or the end."""
@@ -156,33 +158,24 @@ class Auto(OverTraining, name="auto"):
     def _trust(
         self, rows: Selection, scores: Mapping[str, Tensor], signs: Signs
     ) -> tuple[dict[str, float], float | None, float]:
-        """The weight of each part, the share of wrong labels, and the log-odds that a score of `kernel_ridge` is worth.
+        """The weight of each part, the share of wrong labels, and the AUC at which they are told from right ones.
 
-        As far as the queries tell.
+        As far as the queries tell; the share is `None` where they do not.
         """
         equal = dict.fromkeys(scores, 1.0)
         last = rows.at(end(rows))
         if self.parts is not None or not is_classification(rows) or "kernel_ridge" not in scores or len(last.query) < 2:
-            return equal, None, 0.0
-        _, left_out = KernelRidge().fit(last.query)
-        task = last.store.header.task
-        two = task.get("num_labels") == 2 and task.get("problem_type") in (None, "single_label_classification")
-        share = None
-        if two:
-            n, q = len(scores["kernel_ridge"]), len(left_out)
-            epochs = [signs[point] for point in of_training(rows) if point in signs]
-            seen = [sighting(negative(scores["kernel_ridge"]), n, negative(left_out), q)]
-            seen += [
-                sighting(now["examples"], n, now["queries"], q, before["queries"]) for before, now in pairwise(epochs)
-            ]
-            share = estimated_share([one for one in seen if one is not None])
-        if (margins := last.query.stats.get("margin")) is None:
-            return equal, share, slope_of(left_out)
-        by_queries, by_loss = trust_of(left_out, errors=1), trust_of(margins)
+            return equal, None, 0.5
+        found, known = witnesses(rows, last, scores["kernel_ridge"], signs)
+        best = max(found.values(), key=lambda one: (len(one.examples) > 0, one.auc))
+        share = best.share() if known else None
+        if "margin" not in found:
+            return equal, share, best.auc
+        by_queries, by_loss = found["kernel_ridge"].trust(errors=1), found["margin"].trust()
         weights = {name: by_queries if name.startswith("kernel_ridge") else by_loss for name in scores}
         if "kernel_ridge_mean" in weights and end(rows) == 0:
             weights["kernel_ridge"] *= AT_REST
-        return weights, share, slope_of(left_out)
+        return weights, share, best.auc
 
     def resolved(self, rows: Selection) -> Parts:
         """The parts that were asked for, or the first that the rows allow."""

@@ -13,7 +13,7 @@ from hf_influence.attribution.method import Method
 from hf_influence.attribution.over_points import OverTraining
 from hf_influence.attribution.products import cosines
 from hf_influence.attribution.selection import Selection
-from hf_influence.errors import MissingRows
+from hf_influence.errors import MissingRows, StoreMismatch
 from hf_influence.store import Rows
 
 
@@ -59,6 +59,23 @@ class KernelRidge(Method, name="kernel_ridge"):
         inverse = torch.linalg.inv(kernel.double() + self.ridge * torch.eye(len(query), dtype=torch.float64))
         weight = inverse.sum(1)
         return weight, 1 - weight / inverse.diagonal()
+
+    def turned(self, query: Rows, wrong: Rows) -> Tensor:
+        """What the score of each query would be under the label that it has in `wrong`, by the other queries, `[q]`.
+
+        Raises:
+            StoreMismatch: `wrong` does not hold the same queries.
+        """
+        if not torch.equal(query.positions, wrong.positions):
+            raise StoreMismatch(
+                f"{wrong.folder} does not hold the queries of {query.folder}, under other labels. Collect both anew."
+            )
+        kernel, across = cosines(query, query).double(), cosines(wrong, query).double()  # [q, q] each
+        check_finite(across, wrong)
+        inverse = torch.linalg.inv(kernel + self.ridge * torch.eye(len(query), dtype=torch.float64))
+        weight = inverse.sum(1)
+        # α without query q is α − (α_q / inverse_qq) inverse_q
+        return across @ weight - weight / inverse.diagonal() * (across * inverse).sum(1)
 
     def _applied(self, rows: Selection, weight: Tensor) -> Tensor:
         """The scores of the examples, `[n]`."""

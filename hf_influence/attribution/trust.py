@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from scipy.optimize import brentq
+from scipy.special import ndtr, ndtri
 from torch import Tensor
 
 from hf_influence.scores import mean_ranks
@@ -20,19 +20,16 @@ EXPECTED = 0.1
 """Share of wrong labels before anything is seen."""
 
 
-def mirrored_auc(values: Tensor) -> float:
-    """How often one of the values is above the negative of one, `[q]`; ties count half.
-
-    The AUC at which scores tell right labels from wrong ones, if a wrong label turns the sign of a score.
-    """
-    n = len(values)
-    ranks = mean_ranks(torch.cat((values, -values)).double())
-    return float(ranks[:n].sum() - n * (n + 1) / 2) / n**2
+def auc_of(right: Tensor, wrong: Tensor) -> float:
+    """How often a score under a right label `[q]` is above one under a wrong label `[q]`; ties count half."""
+    n, m = len(right), len(wrong)
+    ranks = mean_ranks(torch.cat((right, wrong)).double())
+    return float(ranks[:n].sum() - n * (n + 1) / 2) / (n * m)
 
 
-def trust_of(values: Tensor, errors: float = 0.0) -> float:
-    """(AUC − ½)⁴ of the scores of queries `[q]`, less so many standard errors of an AUC that says nothing."""
-    return max(LEAST, mirrored_auc(values) - 0.5 - errors / math.sqrt(12 * len(values))) ** 4
+def trust_of(right: Tensor, wrong: Tensor, errors: float = 0.0) -> float:
+    """(AUC − ½)⁴ of the scores of queries, less so many standard errors of an AUC that says nothing."""
+    return max(LEAST, auc_of(right, wrong) - 0.5 - errors / math.sqrt(12 * len(right))) ** 4
 
 
 class Sighting(NamedTuple):
@@ -42,30 +39,33 @@ class Sighting(NamedTuple):
     error: float
 
 
-def sighting(examples: float, n: int, queries: float, q: int, before: float | None = None) -> Sighting | None:
+def sighting(
+    examples: float, n: int, queries: float, q: int, before: float | None = None, turned: float = 1.0
+) -> Sighting | None:
     """The share of wrong labels, from the shares of negative scores of `n` examples and of `q` clean queries.
 
-        (o − e) / (1 − 2e),   o of the examples, e of the queries
+        (o − e) / (1 − e − e′),   o of the examples, e of the queries, e′ = turned · e
 
-    For two classes and scores of which a wrong label turns the sign, o = (1 − π) e + π (1 − e). A model that was
-    trained on the examples believes their labels more than those of the queries, so this is on the low side, the more
-    so the longer it was trained.
+    As o = (1 − π) e + π (1 − e′), where e′ is the share of scores above zero under wrong labels: for two classes e,
+    since a wrong label turns the sign. A model that was trained on the examples believes their labels more than those
+    of the queries, so this is on the low side, the more so the longer it was trained.
 
     Args:
         before: For examples that were seen during an epoch: the share of the queries at its beginning, where `queries`
             is that at its end. e is their mean then.
+        turned: e′ / e.
 
     Returns:
-        `None` where the scores tell nothing, e ≥ ½, and where the queries have changed by more than two standard errors
-        in an epoch: the model was learning too fast to say.
+        `None` where the scores tell nothing, e + e′ ≥ 1, and where the queries have changed by more than two standard
+        errors in an epoch: the model was learning too fast to say.
     """
     if not n or not q:
         return None
     e = queries if before is None else (queries + before) / 2
-    seen, error = _variance(examples, n), _variance(e, q)
-    if e >= 0.5 or (before is not None and (queries - before) ** 2 > 4 * error):
+    seen, error, rest = _variance(examples, n), _variance(e, q), 1 - (1 + turned) * e
+    if rest <= 0 or (before is not None and (queries - before) ** 2 > 4 * error):
         return None
-    return Sighting((examples - e) / (1 - 2 * e), math.sqrt(seen + error) / (1 - 2 * e))
+    return Sighting((examples - e) / rest, math.sqrt(seen + error) / rest)
 
 
 def _variance(share: float, n: int) -> float:
@@ -90,47 +90,34 @@ def estimated_share(sightings: Sequence[Sighting]) -> float | None:
     return float((share * density).sum() / density.sum())
 
 
-def slope_of(queries: Tensor) -> float:
-    """How many log-odds of a right label a score of 1 is worth, from the scores of clean queries `[q]`; 0 for nothing.
+def log_odds(ranking: Tensor, auc: float, share: float) -> Tensor:
+    """The ranking `[n]` as ln((1 − p) / p), p the probability that a label is wrong.
 
-        a = argmax_a≥0  Σ_q ln σ(a s_q) + ln σ(a m) + ln σ(−a m),   m the mean of |s_q|
+        ln((1 − p) / p) = d x + ln((1 − π) / π),   d = √2 Φ⁻¹(AUC)
+        (1 − π) Φ(x − d/2) + π Φ(x + d/2) = (rank − ½) / n
 
-    Logistic regression through the origin, as a wrong label would have turned the sign of each, with one more query of
-    either kind, so that a few queries that all are right do not make it certain (Platt 1999).
-    """
-    s = queries.double().numpy()
-    if not len(s) or not s.sum() > 0:
-        return 0.0
-    s = np.concatenate((s, [np.abs(s).mean(), -np.abs(s).mean()]))
+    as if the scores of right and of wrong labels lay on two bell curves of width 1 that are d apart: then they are told
+    apart with that AUC, and a rank is at x. The mean of p is the share π.
 
-    def rising(a: float) -> float:
-        return float((s / (1 + np.exp(np.clip(a * s, -500, 500)))).sum())
-
-    high = 1 / float(np.abs(s).mean())
-    while rising(high) > 0:
-        high *= 2
-    return float(brentq(rising, 0.0, high))
-
-
-def log_odds(ranking: Tensor, evidence: Tensor, share: float) -> Tensor:
-    """The ranking `[n]` as ln((1 − p) / p), p the probability that a label is wrong, with a mean of `share`.
-
-    The k-th in the ranking gets the k-th of the `evidence [m]`, log-odds up to a constant of the same or of fewer
-    examples; between two of them where these are fewer or places are shared. With a share of 0 all are above 0.
+    Args:
+        ranking: Ties are in the middle of their ranks.
+        auc: Above ½; with 1 nothing would be uncertain.
+        share: With 0 no probability is above ½.
     """
     n = len(ranking)
-    if not n or not len(evidence):
+    if not n:
         return ranking
     share = min(max(share, 0.25 / n), 1 - 0.25 / n)
-    known = evidence.double().sort().values.numpy()
     place = (mean_ranks(ranking.round(decimals=12)) - 0.5) / n
-    values = np.interp(place.numpy(), (np.arange(len(known)) + 0.5) / len(known), known)
+    d = math.sqrt(2) * float(ndtri(auc))
+    x = np.linspace(-d / 2 - 8, d / 2 + 8, 20_001)
+    below = (1 - share) * ndtr(x - d / 2) + share * ndtr(x + d / 2)
+    return torch.from_numpy(d * np.interp(place.numpy(), below, x) + math.log((1 - share) / share))
 
-    def excess(constant: float) -> float:
-        return float((1 / (1 + np.exp(np.clip(values + constant, -500, 500)))).mean()) - share
 
-    odds = math.log((1 - share) / share)
-    return torch.from_numpy(values + brentq(excess, odds - values.max(), odds - values.min()))
+def cautious(auc: float, q: int) -> float:
+    """The AUC with one more query of which nothing is known, so that a few that are all told apart are not enough."""
+    return (auc * q + 0.5) / (q + 1)
 
 
 def normal_scores(ranking: Tensor) -> Tensor:

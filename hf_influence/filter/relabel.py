@@ -32,7 +32,8 @@ class Relabel:
         "predicted"   argmax_{k ≠ m} φ_k
         "flip"        1 − m, for two classes; needs no probabilities
         "soft"        ỹ_k = ln(1 − φ_m) / ((K − 1) ln φ_k) for k ≠ m, ỹ_m = 0: a vector in place of the label
-        "posterior"   ỹ_m = 1 − p, ỹ_{1−m} = p: a vector, for two classes; needs no φ, but scores by "auto" with queries
+        "posterior"   ỹ_m = 1 − p, ỹ_k = p φ_k / (1 − φ_m) for k ≠ m: a vector; needs scores by "auto" with queries, and
+                      φ for more than two classes only, where ỹ_{1−m} = p
 
     `Relabel(how="posterior")` is the one to train on: each row counts as far as its label can be believed, no row is
     lost, and what is between right and wrong is not learnt by heart. A plain Trainer takes vectors for several labels
@@ -76,8 +77,9 @@ class Relabel:
         Args:
             dataset: What was scored.
             scores: As for the filter.
-            probabilities: Of the classes, `[n, K]` in dataset order, for "predicted" and "soft". They are the statistic
-                "probabilities" of the training rows: `GradientStore.open(path).rows("train").stats["probabilities"]`.
+            probabilities: Of the classes, `[n, K]` in dataset order, for "predicted" and "soft", and for "posterior" of
+                more than two classes. They are the statistic "probabilities" of the training rows:
+                `GradientStore.open(path).rows("train").stats["probabilities"]`.
 
         Raises:
             BadExample: No column of class numbers.
@@ -131,7 +133,7 @@ class Relabel:
         rows = [i for i, action in enumerate(decision.actions) if action == "drop" or self.suspects is None]
         feature = (dataset.features or {}).get(self.label)
         if self.how == "posterior":
-            new = self._believed(rows, labels, feature, wrong_of(rankings, decision.ids).tolist())
+            new = self._believed(rows, labels, feature, probabilities, wrong_of(rankings, decision.ids))
             kind: Any = ListOf(Value("float64"))
         else:
             new, kind = self._new(rows, labels, feature, probabilities)
@@ -190,15 +192,26 @@ class Relabel:
 
     def _check_two(self, labels: list[int], feature: Any) -> None:
         if max(labels, default=0) > 1 or (isinstance(feature, ClassLabel) and feature.num_classes != 2):
-            raise BadSetting(f"how={self.how!r} is for two classes. Pass probabilities and how='predicted' or 'soft'.")
+            raise BadSetting(
+                f"how={self.how!r} without probabilities is for two classes. Pass those of the model: "
+                "GradientStore.open(path).rows('train').stats['probabilities'], with how='posterior', 'predicted' or "
+                "'soft'."
+            )
 
-    def _believed(self, rows: list[int], labels: list[int], feature: Any, wrong: list[float]) -> list[Any]:
-        """The probabilities of both classes for some rows, one-hot for the others."""
-        self._check_two(labels, feature)
-        new = torch.eye(2, dtype=torch.float64)[labels].tolist()
-        for row in rows:
-            new[row] = [wrong[row], 1 - wrong[row]] if labels[row] else [1 - wrong[row], wrong[row]]
-        return new
+    def _believed(
+        self, rows: list[int], labels: list[int], feature: Any, probabilities: Any, wrong: Tensor
+    ) -> list[Any]:
+        """The probabilities of all classes for some rows, one-hot for the others."""
+        if probabilities is None:
+            self._check_two(labels, feature)
+            phi = torch.full((len(labels), 2), 0.5, dtype=torch.float64)  # all of p goes to the one other class
+        else:
+            phi = self._probabilities(probabilities, labels)
+        own = torch.eye(phi.shape[1], dtype=torch.float64)[labels]  # [n, K]
+        others = phi.clamp(min=torch.finfo(torch.float64).tiny) * (1 - own)
+        believed = own * (1 - wrong)[:, None] + others / others.sum(1, keepdim=True) * wrong[:, None]
+        own[rows] = believed[rows]
+        return own.tolist()
 
     def _probabilities(self, probabilities: Any, labels: list[int]) -> Tensor:
         if probabilities is None:

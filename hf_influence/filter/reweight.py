@@ -29,7 +29,7 @@ class Reweight:
         "clipped"   w = clip(1 + z / (3 · temperature), 0, 2)
         "ranks"     w = place in the ranking, from 0 (worst) to 1 (best), to the power 1 / temperature
         "posterior" w = max(0, 1 − 2 p)^(1 / temperature), p = `scores.probability_wrong()`, by how much a label is
-                    rather right than wrong; for one set of scores by "auto" of two classes with queries
+                    rather right than wrong; for one set of scores by "auto" of classes with queries
 
     Train on them with `hf_influence.callbacks.WeightedTrainer`, which weighs the loss of each example or draws examples
     in proportion.

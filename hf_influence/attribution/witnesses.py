@@ -1,0 +1,105 @@
+"""What clean queries of a classifier bear witness to: how far scores can be trusted, and how many labels are wrong."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from itertools import pairwise
+
+from torch import Tensor
+
+from hf_influence.attribution.kernel_ridge import KernelRidge, negative
+from hf_influence.attribution.selection import Selection
+from hf_influence.attribution.trust import Sighting, auc_of, cautious, estimated_share, sighting, trust_of
+from hf_influence.gradients.mislabelled import SPLIT
+from hf_influence.store import Rows
+
+Signs = Mapping[int, Mapping[str, float]]
+"""Point -> the shares of negative scores of "examples" and "queries"."""
+
+
+@dataclass(frozen=True)
+class Witness:
+    """Scores of one kind: of the queries with their own labels and with wrong ones, and of the examples.
+
+    Attributes:
+        right: Of the queries at the end, `[q]`.
+        wrong: The same under wrong labels, `[q]`.
+        examples: Of the examples at the end, `[n]`; `[0]` where they have none.
+        signs: At the points of training.
+    """
+
+    right: Tensor
+    wrong: Tensor
+    examples: Tensor
+    signs: Signs
+
+    @property
+    def auc(self) -> float:
+        """How well the scores tell right labels from wrong ones, a little less where there are few queries."""
+        return cautious(auc_of(self.right, self.wrong), len(self.right))
+
+    def trust(self, errors: float = 0.0) -> float:
+        """The weight of a part that goes by these scores."""
+        return trust_of(self.right, self.wrong, errors)
+
+    def share(self) -> float | None:
+        """The share of wrong labels, `None` where nothing is seen of it."""
+        n, q, error = len(self.examples), len(self.right), negative(self.right)
+        turned = (negative(-self.wrong) * q + 0.5) / (error * q + 0.5)
+        epochs = [self.signs[point] for point in sorted(self.signs)]
+        seen = [sighting(negative(self.examples), n, error, q, turned=turned)]
+        seen += [
+            sighting(now["examples"], n, now["queries"], q, before["queries"], turned)
+            for before, now in pairwise(epochs)
+        ]
+        return estimated_share([one for one in seen if isinstance(one, Sighting)])
+
+
+def witnesses(rows: Selection, last: Selection, ridge: Tensor, signs: Signs) -> tuple[dict[str, Witness], bool]:
+    """What the queries say of scores by "kernel_ridge" and, where they have margins, by "margin".
+
+    Args:
+        rows: All points.
+        last: The one at the end.
+        ridge: The scores of the examples by kernel ridge regression at the end, `[n]`.
+        signs: The signs of its scores over training.
+
+    Returns:
+        The witnesses, and whether wrong labels are known: if not, they are taken to turn the signs, which they do for
+        two classes.
+    """
+    query, other = last.query, _under_wrong_labels(last)
+    _, left_out = KernelRidge().fit(query)
+    turned = -left_out if other is None else KernelRidge().turned(query, other)
+    found = {"kernel_ridge": Witness(left_out, turned, ridge, signs)}
+    if (margins := query.stats.get("margin")) is not None:
+        wrong = -margins if other is None else other.stats["margin"]
+        examples = last.train.stats.get("margin", margins[:0])
+        found["margin"] = Witness(margins, wrong, examples, _signs_of_margins(rows) if len(examples) else {})
+    return found, other is not None or _two_classes(last)
+
+
+def _two_classes(last: Selection) -> bool:
+    task = last.store.header.task
+    return task.get("num_labels") == 2 and task.get("problem_type") in (None, "single_label_classification")
+
+
+def _under_wrong_labels(last: Selection) -> Rows | None:
+    """The queries under wrong labels, where they were collected."""
+    split = SPLIT.format(last.query_split)
+    if split not in last.store.splits(last.points[0]):
+        return None
+    return replace(last, query_split=split).query
+
+
+def _signs_of_margins(rows: Selection) -> Signs:
+    """At the points of training that have queries."""
+    return {
+        part.points[0]: {
+            "examples": negative(part.train.stats["margin"]),
+            "queries": negative(part.query.stats["margin"]),
+        }
+        for part in rows.parts
+        if part.points[0] and "queries" in part.words()
+    }
