@@ -10,7 +10,7 @@ from torch import Tensor
 
 from hf_influence.attribution.kernel_ridge import KernelRidge, negative
 from hf_influence.attribution.selection import Selection
-from hf_influence.attribution.trust import Sighting, auc_of, cautious, estimated_share, sighting, trust_of
+from hf_influence.attribution.trust import auc_of, cautious, estimated_share, sighting, trust_of
 from hf_influence.gradients.mislabelled import SPLIT
 from hf_influence.store import Rows
 
@@ -26,7 +26,7 @@ class Witness:
         right: Of the queries at the end, `[q]`.
         wrong: The same under wrong labels, `[q]`.
         examples: Of the examples at the end, `[n]`; `[0]` where they have none.
-        signs: At the points of training.
+        signs: At the points; those of training count.
     """
 
     right: Tensor
@@ -47,13 +47,13 @@ class Witness:
         """The share of wrong labels, `None` where nothing is seen of it."""
         n, q, error = len(self.examples), len(self.right), negative(self.right)
         turned = (negative(-self.wrong) * q + 0.5) / (error * q + 0.5)
-        epochs = [self.signs[point] for point in sorted(self.signs)]
+        epochs = [self.signs[point] for point in sorted(self.signs) if point]  # 0 is the end
         seen = [sighting(negative(self.examples), n, error, q, turned=turned)]
         seen += [
             sighting(now["examples"], n, now["queries"], q, before["queries"], turned)
             for before, now in pairwise(epochs)
         ]
-        return estimated_share([one for one in seen if isinstance(one, Sighting)])
+        return estimated_share([one for one in seen if one is not None])
 
 
 def witnesses(rows: Selection, last: Selection, ridge: Tensor, signs: Signs) -> tuple[dict[str, Witness], bool]:

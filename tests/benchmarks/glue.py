@@ -88,7 +88,8 @@ def fine_tune(
     set_seed(seed)
     lora = LoraConfig(r=args.rank, lora_alpha=2 * args.rank, target_modules=["query", "value"], task_type="SEQ_CLS")
     kind = WeightedTrainer if WEIGHT in rows.column_names else Trainer
-    loss = {"compute_loss_func": soft_cross_entropy} if isinstance(rows[0]["labels"], list) else {}
+    vectors = kind is Trainer and isinstance(rows[0]["labels"], list)
+    loss = {"compute_loss_func": soft_cross_entropy} if vectors else {}
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         trainer = kind(
             get_peft_model(model, lora),
