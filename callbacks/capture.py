@@ -164,6 +164,7 @@ class GradientCapture(TrainerCallback):
             }
             need = {split: plan.size for split, plan in self._plans.items() if isinstance(plan, Plan)}
             at_end = sum(need.values()) * int(self.at_end)
+            need.pop(SPLIT.format("query"), None)  # collected at the end alone
             schedule, during = self.schedule, 0
             if schedule is not None:
                 if endless(state):

@@ -118,6 +118,20 @@ def test_queries_of_more_than_two_classes_are_collected_under_wrong_labels_as_we
     torch.testing.assert_close(all_rows(wrong), all_rows(by_hand))
 
 
+def test_queries_under_wrong_labels_take_room_at_the_end_alone(tmp_path: Path) -> None:
+    rows = labelled(lambda i: i % 3, 8)
+    torch.manual_seed(0)
+    model = lora(roberta(), ["query", "value"])
+    size = 8 * sum(weight.numel() for weight in model.parameters() if weight.requires_grad)  # float64
+    splits = 3 + 2 * 3  # at the end, and after three epochs
+    for short in (0, 1):
+        budget = (splits * len(rows) * size - short) / 2**30
+        options: dict[str, Any] = {"during": "epochs", "budget": budget, "overwrite": True}
+        capture = GradientCapture(tmp_path / "rows", Dataset.from_list(rows), **options)
+        trainer(model, tmp_path, capture, train=Dataset.from_list(rows), max_steps=12).train()
+        assert GradientStore.open(capture.path).points() == ([0, 1, 3] if short else [0, 1, 2, 3])
+
+
 @pytest.mark.parametrize("label", [lambda i: i % 2, lambda i: float(i)], ids=["two classes", "regression"])
 def test_other_queries_are_collected_once(tmp_path: Path, label: Any) -> None:
     torch.manual_seed(0)
