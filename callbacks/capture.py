@@ -308,8 +308,7 @@ class GradientCapture(TrainerCallback):
         if self.query_dataset is not None:
             has_ids = self.id_column in getattr(self.query_dataset, "column_names", ())
             yield "query", self.query_dataset, {**common, "id_column": self.id_column if has_ids else None}
-            wrong = None if self.settings["task"] else mislabelled(trainer.model, self.query_dataset)
-            if self.at_end and wrong is not None:
+            if self.at_end and not self.settings["task"] and (wrong := mislabelled(trainer.model, self.query_dataset)):
                 yield SPLIT.format("query"), wrong, {**common, "id_column": None}
 
 

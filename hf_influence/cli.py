@@ -86,15 +86,9 @@ def filter(
     split: Annotated[str, typer.Option(help="Of a dataset with several.")] = "train",
 ) -> None:
     """Leave out the examples least worth keeping: a better dataset, and why each row stays or goes."""
-    from hf_influence.filter import DatasetFilter, save_curated
-    from hf_influence.scores import Scores
+    from hf_influence.filter import DatasetFilter
 
-    trim = DatasetFilter(drop=_amount(drop), keep=_amount(keep), within=within)
-    rows = _load(data, split)
-    curated = trim.apply(rows, Scores.load(scores) if scores.is_file() else scores)
-    assert trim.report is not None
-    save_curated(curated, trim.report, output)
-    print(f"{trim.report}\nwritten to {output}; datasets.load_from_disk({str(output)!r}) reads it")
+    _curate(DatasetFilter(drop=_amount(drop), keep=_amount(keep), within=within), data, split, scores, output)
 
 
 @app.command()
@@ -108,15 +102,10 @@ def relabel(
     split: Annotated[str, typer.Option(help="Of a dataset with several.")] = "train",
 ) -> None:
     """Give the examples of two classes the labels they should have, as far as that is known; all of them stay."""
-    from hf_influence.filter import DatasetFilter, Relabel, save_curated
-    from hf_influence.scores import Scores
+    from hf_influence.filter import DatasetFilter, Relabel
 
-    rule = Relabel(suspects=None if suspects is None else DatasetFilter(drop=_amount(suspects)), how=how, label=label)
-    rows = _load(data, split)
-    curated = rule.apply(rows, Scores.load(scores) if scores.is_file() else scores)
-    assert rule.report is not None
-    save_curated(curated, rule.report, output)
-    print(f"{rule.report}\nwritten to {output}; datasets.load_from_disk({str(output)!r}) reads it")
+    rows = None if suspects is None else DatasetFilter(drop=_amount(suspects))
+    _curate(Relabel(suspects=rows, how=how, label=label), data, split, scores, output)
 
 
 @app.command()
@@ -130,6 +119,17 @@ def demo(
     from hf_influence.demo import Demo
 
     Demo(model=model, size=size, seed=seed, output=output).run(Console())
+
+
+def _curate(rule: Any, data: str, split: str, scores: Path, output: Path) -> None:
+    """Apply a rule of the filter module, and keep what comes of it."""
+    from hf_influence.filter import save_curated
+    from hf_influence.scores import Scores
+
+    rows = _load(data, split)
+    curated = rule.apply(rows, Scores.load(scores) if scores.is_file() else scores)
+    save_curated(curated, rule.report, output)
+    print(f"{rule.report}\nwritten to {output}; datasets.load_from_disk({str(output)!r}) reads it")
 
 
 def _setting(text: str) -> tuple[str, Any]:

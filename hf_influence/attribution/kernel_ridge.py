@@ -52,11 +52,7 @@ class KernelRidge(Method, name="kernel_ridge"):
         Raises:
             MissingRows: There are no queries.
         """
-        if not len(query):
-            raise MissingRows(f"{query.folder} holds no examples, so there is nothing to fit. Collect some queries.")
-        kernel = cosines(query, query)  # [q, q]
-        check_finite(kernel, query)
-        inverse = torch.linalg.inv(kernel.double() + self.ridge * torch.eye(len(query), dtype=torch.float64))
+        inverse = self._inverse(query)
         weight = inverse.sum(1)
         return weight, 1 - weight / inverse.diagonal()
 
@@ -70,12 +66,19 @@ class KernelRidge(Method, name="kernel_ridge"):
             raise StoreMismatch(
                 f"{wrong.folder} does not hold the queries of {query.folder}, under other labels. Collect both anew."
             )
-        kernel, across = cosines(query, query).double(), cosines(wrong, query).double()  # [q, q] each
+        across, inverse = cosines(wrong, query).double(), self._inverse(query)  # [q, q] each
         check_finite(across, wrong)
-        inverse = torch.linalg.inv(kernel + self.ridge * torch.eye(len(query), dtype=torch.float64))
         weight = inverse.sum(1)
         # α without query q is α − (α_q / inverse_qq) inverse_q
         return across @ weight - weight / inverse.diagonal() * (across * inverse).sum(1)
+
+    def _inverse(self, query: Rows) -> Tensor:
+        """(K + λI)⁻¹, `[q, q]` in float64; errors as in `fit`."""
+        if not len(query):
+            raise MissingRows(f"{query.folder} holds no examples, so there is nothing to fit. Collect some queries.")
+        kernel = cosines(query, query)  # [q, q]
+        check_finite(kernel, query)
+        return torch.linalg.inv(kernel.double() + self.ridge * torch.eye(len(query), dtype=torch.float64))
 
     def _applied(self, rows: Selection, weight: Tensor) -> Tensor:
         """The scores of the examples, `[n]`."""

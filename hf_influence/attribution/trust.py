@@ -108,11 +108,10 @@ def log_odds(ranking: Tensor, auc: float, share: float) -> Tensor:
     if not n:
         return ranking
     share = min(max(share, 0.25 / n), 1 - 0.25 / n)
-    place = (mean_ranks(ranking.round(decimals=12)) - 0.5) / n
     d = math.sqrt(2) * float(ndtri(auc))
     x = np.linspace(-d / 2 - 8, d / 2 + 8, 20_001)
     below = (1 - share) * ndtr(x - d / 2) + share * ndtr(x + d / 2)
-    return torch.from_numpy(d * np.interp(place.numpy(), below, x) + math.log((1 - share) / share))
+    return torch.from_numpy(d * np.interp(_places(ranking).numpy(), below, x) + math.log((1 - share) / share))
 
 
 def cautious(auc: float, q: int) -> float:
@@ -125,5 +124,9 @@ def normal_scores(ranking: Tensor) -> Tensor:
     n = len(ranking)
     if not n:
         return ranking
-    place = (mean_ranks(ranking.round(decimals=12)) - 0.5) / n
-    return torch.special.ndtri(place) - torch.special.ndtri(torch.tensor(0.25 / n, dtype=place.dtype))
+    return torch.special.ndtri(_places(ranking)) - float(ndtri(0.25 / n))
+
+
+def _places(ranking: Tensor) -> Tensor:
+    """(rank − ½) / n, `[n]` in float64; what differs by rounding alone shares a place."""
+    return (mean_ranks(ranking.round(decimals=12)) - 0.5) / len(ranking)

@@ -33,8 +33,8 @@ from random import Random
 from typing import Any
 
 from datasets import Dataset, concatenate_datasets
-from glue import TEXTS, clean_rows, fine_tune, load, options, texts, tokens, whole_run
-from series import PLAIN, Given, each, finish, runs_of, scored, with_baselines
+from glue import TEXTS, clean_rows, fine_tune, load, options, texts, tokens
+from series import PLAIN, Given, each, finish, runs_of, scored, whole_run, with_baselines
 from torch import nn
 
 from hf_influence import collect, collect_target, fairness

@@ -52,12 +52,12 @@ def run(name: str, seed: int, args: argparse.Namespace) -> dict[str, dict[str, f
     found: dict[str, dict[str, float]] = {}
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         fine_tune(train, args, seed, GradientCapture(Path(folder), query, during="epochs"))
+        methods = dict.fromkeys(method for method, _ in RULES.values())
+        scores = {method: scored(Path(folder), method, parts.given(name, seed)) for method in methods}
+        found["believed wrong"] = {"dropped": scores["auto"].report["estimated_share_wrong"]}
         for rule, (method, drop) in RULES.items():
-            scores = scored(Path(folder), method, parts.given(name, seed))
-            if method == "auto":
-                found["believed wrong"] = {"dropped": scores.report["estimated_share_wrong"]}
             try:
-                decision = DatasetFilter(drop=drop).decide(parts.train, scores)
+                decision = DatasetFilter(drop=drop).decide(parts.train, scores[method])
             except BadSetting as error:  # it would drop all, or goes by probabilities that are not known
                 found[rule] = {"left out": str(error)}
                 continue

@@ -103,11 +103,6 @@ def fine_tune(
     return trainer.model
 
 
-def whole_run(args: argparse.Namespace) -> int:
-    """Steps of a training on all rows, for trainings on fewer that are to have as many."""
-    return int(args.epochs * -(-args.rows // args.batch_size))
-
-
 def options(description: str | None, **defaults: Any) -> argparse.ArgumentParser:
     """The options of a series on these sets, with other defaults where given."""
     made = parser(description)

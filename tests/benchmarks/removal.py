@@ -25,8 +25,8 @@ from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
-from glue import Parts, fine_tune, options, tokens, trained_how, whole_run
-from series import each, finish, on_the_way, runs_of, scored, with_baselines
+from glue import Parts, fine_tune, options, tokens, trained_how
+from series import each, finish, on_the_way, runs_of, scored, whole_run, with_baselines
 
 from hf_influence.callbacks import GradientCapture
 from hf_influence.evaluation import Run, Runs, Table, removal_curve

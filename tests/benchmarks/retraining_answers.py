@@ -29,7 +29,7 @@ from typing import Any
 
 import prompts
 from datasets import Dataset
-from series import Given, by_seed, each, finish_each, runs_of, with_baselines
+from series import Given, by_seed, each, finish_each, runs_of, whole_run, with_baselines
 from torch import nn
 
 from hf_influence import attribute
@@ -65,7 +65,6 @@ def run(name: str, seed: int, args: argparse.Namespace) -> dict[str, dict[str, f
     train = corrupt_answers(data["train"], args.kinds, args.share, seed)
     clean = [data["test"].select(at) for at in (range(args.queries), range(args.queries, sizes.queries))]
     query, held_out = (tokenize(rows, tokenizer, gradient="answer") for rows in clean)
-    steps = int(args.epochs * -(-len(train) // args.batch_size))
     found: dict[str, dict[str, float]] = {}
 
     def judge(way: str, model: nn.Module, rows: Dataset) -> None:
@@ -85,7 +84,7 @@ def run(name: str, seed: int, args: argparse.Namespace) -> dict[str, dict[str, f
         given = Given(list(train["task"]), list(train["text"]), list(clean[0]["text"]), seed)
         ways = list(curated(train, Path(folder), given, args))
     for way, rows in ways:
-        model = prompts.fine_tune(tokenize(rows, tokenizer, gradient="answer"), args, seed, steps=steps)
+        model = prompts.fine_tune(tokenize(rows, tokenizer, gradient="answer"), args, seed, steps=whole_run(args))
         judge(way, model, rows)
     return found
 

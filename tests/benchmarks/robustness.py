@@ -29,8 +29,8 @@ from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
-from glue import WEIGHT, Parts, fine_tune, options, tokens, trained_how, whole_run
-from series import PLAIN, each, finish, runs_of, scored, with_baselines
+from glue import WEIGHT, Parts, fine_tune, options, tokens, trained_how
+from series import PLAIN, each, finish, runs_of, scored, whole_run, with_baselines
 from torch import nn
 
 from hf_influence import collect, collect_target, robustness

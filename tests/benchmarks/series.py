@@ -103,6 +103,11 @@ def arguments(folder: str | Path, args: argparse.Namespace, seed: int, steps: in
     )
 
 
+def whole_run(args: argparse.Namespace) -> int:
+    """Steps of a training on all rows, for trainings on fewer that are to have as many."""
+    return int(args.epochs * -(-args.rows // args.batch_size))
+
+
 @dataclass(frozen=True)
 class Given:
     """What is passed to the methods that need it, one for each example in dataset order."""
