@@ -16,9 +16,22 @@ from torch.nn.functional import cross_entropy
 from transformers import DataCollatorWithFlattening
 from transformers.trainer_pt_utils import LabelSmoother
 
+from hf_influence.attribution import attribute
 from hf_influence.callbacks import GradientCapture
 from hf_influence.errors import BadSetting, StoreMismatch, UnsupportedModel
-from hf_influence.gradients import collect, label_smoothing, own_loss
+from hf_influence.gradients import (
+    collect,
+    collect_ekfac,
+    collect_hessian,
+    collect_target,
+    example_losses,
+    label_smoothing,
+    own_loss,
+    solve_queries,
+    verify,
+)
+from hf_influence.gradients.second_order.hessian import Hessian
+from hf_influence.gradients.second_order.matching import matching_plan
 from hf_influence.store import GradientStore, Rows
 from hf_influence.task import CausalLM, Classification, Outcome
 
@@ -64,12 +77,17 @@ def alone(model: nn.Module, micro: Micro | None, example: Example, function: Any
         with torch.no_grad():
             for name, value in micro.weights.items():
                 weights[name].copy_(value)
-    logits = model.eval()(torch.tensor([example["input_ids"]])).logits
+    loss = loss_of(model.eval(), example, function)
+    return dict(zip(weights, torch.autograd.grad(loss, list(weights.values())), strict=True))
+
+
+def loss_of(model: nn.Module, example: Example, function: Any) -> Tensor:
+    logits = model(torch.tensor([example["input_ids"]])).logits
     y = torch.tensor([example["labels"]])
     if logits.ndim == 3:
         logits, y = logits[0, :-1][y[0, 1:] != -100], y[0, 1:][y[0, 1:] != -100]
-    loss = function(logits, y.flatten()).mean()
-    return dict(zip(weights, torch.autograd.grad(loss, list(weights.values())), strict=True))
+    loss: Tensor = function(logits, y.flatten()).mean()
+    return loss
 
 
 def assert_rows_of(run: Any, rows: Rows, data: list[Example], epoch: int, function: Any) -> None:
@@ -215,3 +233,67 @@ def test_smoothing_is_that_of_the_trainer() -> None:
     loss = outcome.outcome(z, y).loss
     torch.testing.assert_close(loss, smoothed(z, y))
     torch.testing.assert_close(loss.mean(), LabelSmoother(EPSILON)({"logits": z}, y))
+
+
+OWN: dict[str, tuple[Any, Any, Any]] = {  # kind of labels -> how rows are captured, what the store has to be told, loss
+    "tokens": (own_loss(focal), own_loss(focal), focal),
+    "classes": (label_smoothing(EPSILON), None, smoothed),
+}
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("kind", OWN)
+def test_rows_of_a_loss_of_ones_own_are_verified(tmp_path: Path, kind: str, reduction: Any) -> None:
+    task, told, _ = OWN[kind]
+    model, data = without_dropout(kind)
+    store = collect(model, data, tmp_path, task=task, loss_reduction=reduction)
+    assert verify(model, data, store, task=told) < 1e-5
+    plain = collect(model, data, tmp_path / "plain", loss_reduction=reduction)
+    with pytest.raises(StoreMismatch, match=r"another task \(stored: loss = None"):
+        verify(model, data, plain, task=task)
+
+
+@pytest.mark.parametrize("kind", OWN)
+def test_the_hessian_is_that_of_the_own_loss(tmp_path: Path, kind: str) -> None:
+    task, told, function = OWN[kind]
+    model, data = without_dropout(kind)
+    model.double()
+    store = collect(model, data[:4], tmp_path, task=task)
+    names = list(store.blocks)[:1]
+    weights = [dict(model.named_parameters())[name] for name in names]
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        loss = sum(loss_of(model, example, function) for example in data[:4]) / 4
+        slope = torch.autograd.grad(loss, weights, create_graph=True)[0].flatten()
+        first = torch.autograd.grad(slope[0], weights)[0].flatten()
+    plan = matching_plan(store, model, data[:4], 0, task=told)
+    with Hessian(model, plan, store.header) as hessian:
+        unit = torch.zeros(1, hessian.size, dtype=hessian.dtype)
+        unit[0, 0] = 1
+        product = hessian.split(hessian(unit))[names[0]][0]
+    assert first.norm() > 0
+    torch.testing.assert_close(product, first, rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("kind", OWN)
+def test_what_is_collected_beside_such_rows_knows_the_loss(tmp_path: Path, kind: str) -> None:
+    task, told, _ = OWN[kind]
+    model, data = without_dropout(kind)
+    store = collect(model, data, tmp_path, task=task)
+    collect(model, data[:2], tmp_path, "query", task=task)
+    collect_ekfac(model, data, store.path, task=told)
+    collect_hessian(model, data, store.path, top=2, iterations=8, task=told)
+    solve_queries(model, data, store.path, damping=10.0, task=told)
+    collect_target(model, data, store.path, target=lambda m, b: example_losses(m, b).sum(), split="sum", task=told)
+    for method, split in (("ekfac", "query"), ("arnoldi", "query"), ("ip", "query-cg"), ("ip", "sum")):
+        assert attribute(store, method, query_split=split).values.isfinite().all()
+
+
+def test_a_loss_that_the_store_does_not_keep_has_to_be_given_again(tmp_path: Path) -> None:
+    model, data = without_dropout("tokens")
+    store = collect(model, data, tmp_path / "function", task=own_loss(focal))
+    with pytest.raises(BadSetting, match=r"(?s)loss function 'focal'.*task=own_loss\(focal, …\)"):
+        verify(model, data, store)
+    model, data = without_dropout("classes")
+    store = collect(model, data, tmp_path / "task", task=Margin(None, 3))
+    with pytest.raises(UnsupportedModel, match=r"(?s)Margin is a task of your own.*task=own_loss\(function\)"):
+        verify(model, data, store, task=Margin(None, 3))

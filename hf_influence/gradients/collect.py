@@ -17,7 +17,7 @@ from hf_influence.gradients.capture import RowCatcher
 from hf_influence.gradients.compress import Compressor, compressor_of
 from hf_influence.gradients.fixed import FixedWeights
 from hf_influence.gradients.identity import adapter_identity, model_identity
-from hf_influence.gradients.own_loss import OwnTask, task_of
+from hf_influence.gradients.own_loss import OwnTask, kept_task, task_of
 from hf_influence.gradients.processes import first_process_first, rank, wait_for_all, world
 from hf_influence.gradients.sweep import BatchSize, check_batch_size, sweep
 from hf_influence.gradients.taps import Modules, Tap, find_taps
@@ -218,8 +218,12 @@ class Plan:
         data_collator: Collator | None,
         id_column: str | None,
         remove_unused_columns: bool,
+        task: OwnTask | None = None,
     ) -> Plan:
-        """How rows like those of a store are collected from this model and dataset; StoreMismatch if they cannot be."""
+        """How rows like those of a store are collected from this model and dataset; StoreMismatch if they cannot be.
+
+        The task is that of the store, where it keeps it, or the one that was given.
+        """
         header = store.header
         left_out = [name for name, w in model.named_parameters() if w.requires_grad and name not in header.blocks]
         plan = cls.of(
@@ -232,6 +236,7 @@ class Plan:
             left_out,
             id_column,
             remove_unused_columns,
+            kept_task(header.task) if task is None else task,
         )
         header.check(plan.header, store.path)
         return plan

@@ -6,7 +6,7 @@ GradientCapture("runs/sst2", during="epochs", task=own_loss(focal))           # 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -93,12 +93,28 @@ def task_of(model: nn.Module, loss_reduction: Reduction = "mean", task: OwnTask 
     return chosen
 
 
+def kept_task(settings: Mapping[str, Any]) -> OwnTask | None:
+    """The task of rows that a store describes so, where it is one of this library; `None` for the model's own.
+
+    Raises:
+        BadSetting: It is a function, which a store does not keep.
+    """
+    if (name := settings.get("loss")) is None:
+        return None
+    if name == smoothed_cross_entropy.__name__ and "label_smoothing" in settings:
+        return label_smoothing(settings["label_smoothing"])
+    raise BadSetting(
+        f"the rows are gradients of the loss function {name!r}, of which the store knows the name alone. Pass it: "
+        f"task=own_loss({name}, …), as when they were captured."
+    )
+
+
 def smoothed_cross_entropy(logits: Tensor, labels: Tensor, label_smoothing: float) -> Tensor:
     return F.cross_entropy(logits, labels, reduction="none", label_smoothing=label_smoothing)
 
 
 @dataclass(frozen=True, kw_only=True)
-class _OwnLoss(Task):
+class OwnLoss(Task):
     """A task as it is, but for the loss; the statistics beside it stay those of the predictions."""
 
     loss: Loss = F.cross_entropy
@@ -138,17 +154,17 @@ class _OwnLoss(Task):
 
 
 @dataclass(frozen=True)
-class _Classification(_OwnLoss, Classification):
+class _Classification(OwnLoss, Classification):
     pass
 
 
 @dataclass(frozen=True)
-class _CausalLM(_OwnLoss, CausalLM):
+class _CausalLM(OwnLoss, CausalLM):
     pass
 
 
 @dataclass(frozen=True)
-class _Seq2SeqLM(_OwnLoss, Seq2SeqLM):
+class _Seq2SeqLM(OwnLoss, Seq2SeqLM):
     pass
 
 

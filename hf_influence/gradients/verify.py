@@ -15,8 +15,10 @@ from hf_influence.gradients.collect import Plan
 from hf_influence.gradients.compress import compressor_of
 from hf_influence.gradients.identity import adapter_identity
 from hf_influence.gradients.modes import evaluating
+from hf_influence.gradients.objective import has_own_loss, own_losses
+from hf_influence.gradients.own_loss import OwnTask
 from hf_influence.store import GradientStore, Rows
-from hf_influence.task import IGNORED, LABELS, CausalLM, LanguageModel
+from hf_influence.task import IGNORED, LABELS, CausalLM, LanguageModel, Task
 
 TOLERANCE = 1e-3
 TOLERANCE_HALF = 5e-2
@@ -33,6 +35,7 @@ def verify(
     tolerance: float | None = None,
     data_collator: Collator | None = None,
     remove_unused_columns: bool = True,
+    task: OwnTask | None = None,
     point: int = 0,
 ) -> float:
     """Compute `k` random rows of a store once more and compare: `torch.autograd.grad(model(**example).loss)`.
@@ -52,19 +55,21 @@ def verify(
             more), or 5e-2 where the model has parameters in half precision.
         data_collator: The one of `collect`.
         remove_unused_columns: That of `collect`.
+        task: That of `collect`; label smoothing is known from the store.
         point: The parameter point.
 
     Returns:
         The largest relative error.
 
     Raises:
+        BadSetting: The rows are of a loss function of your own, and it was not given.
         StoreMismatch: The model, its adapter or the dataset is not what the rows were collected from.
         StoreError: A row is further off than `tolerance`; the message names the example.
         MissingRows: The split is not there, or not complete.
     """
     store = store if isinstance(store, GradientStore) else GradientStore.open(store)
     rows = store.rows(split, point)
-    plan = _plan(store, model, dataset, rows, point, data_collator, remove_unused_columns)
+    plan = _plan(store, model, dataset, rows, point, data_collator, remove_unused_columns, task)
     if tolerance is None:
         half = any(weight.dtype in (torch.float16, torch.bfloat16) for weight in model.parameters())
         tolerance = TOLERANCE_HALF if half else TOLERANCE
@@ -99,9 +104,10 @@ def _plan(
     point: int,
     data_collator: Collator | None,
     remove_unused_columns: bool,
+    task: OwnTask | None,
 ) -> Plan:
     """How the rows of the store would be collected from this model and dataset; refuses others."""
-    plan = Plan.again(store, model, dataset, data_collator, rows.id_column, remove_unused_columns)
+    plan = Plan.again(store, model, dataset, data_collator, rows.id_column, remove_unused_columns, task)
     for what, was, now in (
         ("values of the adapter", store.adapter(point), adapter_identity(model)),
         ("tokenised dataset", rows.dataset, plan.examples.survey()[0]),
@@ -140,10 +146,17 @@ def _gradient(model: nn.Module, plan: Plan, position: int, names: list[str]) -> 
             return {name: torch.zeros_like(weights[name]) for name in names}
         factor = n_tokens if plan.task.reduction == "sum" else 1
     with torch.enable_grad():
-        loss = model(**batch).loss * factor
+        loss = _own_loss(model, plan.task, batch) if has_own_loss(plan.task) else model(**batch).loss * factor
         return dict(
             zip(names, torch.autograd.grad(loss, [weights[n] for n in names], materialize_grads=True), strict=True)
         )
+
+
+def _own_loss(model: nn.Module, task: Task, batch: dict[str, Any]) -> Tensor:
+    """Of a batch of one, where the model computes another."""
+    labels = batch["labels"]
+    logits = model(**{name: value for name, value in batch.items() if name != "labels"}).logits
+    return own_losses(task, logits, task.targets(labels, None) if isinstance(task, LanguageModel) else labels).sum()
 
 
 def _unpadded(batch: dict[str, Any], labels_too: bool) -> dict[str, Any]:

@@ -29,11 +29,9 @@ from typing import Any
 
 import prompts
 from datasets import Dataset
-from series import Given, by_seed, each, finish_each, runs_of, whole_run, with_baselines
+from series import Given, by_seed, each, finish_each, runs_of, scored, whole_run, with_baselines
 from torch import nn
 
-from hf_influence import attribute
-from hf_influence.attribution import methods
 from hf_influence.callbacks import GradientCapture
 from hf_influence.evaluation import Run, Table, corrupt_answers, retraining_gain
 from hf_influence.evaluation.benchmarks import tokenize
@@ -52,9 +50,7 @@ def curated(train: Dataset, store: Path, given: Given, args: argparse.Namespace)
     """The name of each way of curating, and the training rows that it leaves."""
     yield TOP, train.select([i for i, wrong in enumerate(train["is_wrong"]) if not wrong])
     for method in args.methods:
-        own = {"groups": given.labels} if "groups" in methods()[method].settings else {}
-        scores = attribute(store, method, **given.settings(method), **own)
-        yield f"drop {method}", DatasetFilter(drop=sum(train["is_wrong"])).apply(train, scores)
+        yield f"drop {method}", DatasetFilter(drop=sum(train["is_wrong"])).apply(train, scored(store, method, given))
 
 
 def run(name: str, seed: int, args: argparse.Namespace) -> dict[str, dict[str, float]]:
@@ -81,7 +77,8 @@ def run(name: str, seed: int, args: argparse.Namespace) -> dict[str, dict[str, f
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         capture = GradientCapture(Path(folder), query, during="epochs")
         judge("all", prompts.fine_tune(tokenize(train, tokenizer, gradient="answer"), args, seed, capture), train)
-        given = Given(list(train["task"]), list(train["text"]), list(clean[0]["text"]), seed)
+        tasks = list(train["task"])
+        given = Given(tasks, list(train["text"]), list(clean[0]["text"]), seed, groups=tasks)
         ways = list(curated(train, Path(folder), given, args))
     for way, rows in ways:
         model = prompts.fine_tune(tokenize(rows, tokenizer, gradient="answer"), args, seed, steps=whole_run(args))

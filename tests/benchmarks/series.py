@@ -119,12 +119,15 @@ class Given:
     queries: str = "each"
     """"mean" asks the methods with that setting for their mean over the queries alone. For figures that see nothing
     else it is the same, as these methods are linear in the queries, and a solve costs what one query costs."""
+    groups: Sequence[Any] | None = None
+    """Task or source, within which methods with that setting rank."""
 
     def settings(self, method: str) -> dict[str, Any]:
         """Those of one method."""
         about = methods()[method]
         settings: dict[str, Any] = {"seed": self.seed} if method == "random" else {}
         settings |= {"queries": self.queries} if "queries" in about.settings else {}
+        settings |= {"groups": self.groups} if self.groups and "groups" in about.settings else {}
         settings |= {"labels": self.labels} if "labels" in about.needs else {}
         return settings | ({"texts": self.texts, "query_texts": self.query_texts} if "texts" in about.needs else {})
 

@@ -16,7 +16,8 @@ run, so read it over several seeds. But what the model learns of one kind may de
 once for each kind, which then is the whole fifth. A kind that too few rows of a set allow is named and left out there.
 
 `within` is the AUC of the ranks within each task or source: without what is found only because one task is harder than
-another. Time is that of `attribute` alone, from rows on the disk.
+another. `auto` is told the tasks (`groups`), and ranks within them from the first. Time is that of `attribute` alone,
+from rows on the disk.
 """
 
 from __future__ import annotations
@@ -67,7 +68,8 @@ def run(name: str, kinds: tuple[str, ...], seed: int, args: argparse.Namespace) 
         query = tokenize(data["test"], tokenizer, gradient="answer")
         rows = tokenize(train, tokenizer, gradient="answer")
         prompts.fine_tune(rows, args, seed, GradientCapture(store, query, during="epochs"))
-        given = Given(list(train["task"]), list(train["text"]), list(data["test"]["text"]), seed)
+        tasks = list(train["task"])
+        given = Given(tasks, list(train["text"]), list(data["test"]["text"]), seed, groups=tasks)
         found = every_method(store, given, partial(figures, train), args.without)
     print(f"{name}, {', '.join(kinds)}, seed {seed}: {best(found, 'auc')}", flush=True)
     return {"methods": found}

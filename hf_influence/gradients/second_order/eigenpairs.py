@@ -11,6 +11,7 @@ from torch import nn
 from hf_influence.errors import BadExample, BadSetting
 from hf_influence.gradients.batches import Collator
 from hf_influence.gradients.identity import adapter_identity
+from hf_influence.gradients.own_loss import OwnTask
 from hf_influence.gradients.second_order.hessian import Hessian, whole_rows
 from hf_influence.gradients.second_order.lanczos import lanczos
 from hf_influence.gradients.second_order.matching import matching_plan
@@ -34,6 +35,7 @@ def collect_hessian(
     data_collator: Collator | None = None,
     batch_size: BatchSize = "auto",
     remove_unused_columns: bool = True,
+    task: OwnTask | None = None,
     point: int = 0,
 ) -> GradientStore:
     """The eigenpairs of the Hessian of the mean loss with the largest absolute values, for the method `arnoldi`.
@@ -55,12 +57,14 @@ def collect_hessian(
         data_collator: The one of `collect`.
         batch_size: As in `collect`.
         remove_unused_columns: That of `collect`.
+        task: That of `collect`; label smoothing is known from the store.
         point: The parameter point.
 
     Returns:
         The store.
 
     Raises:
+        BadSetting: The rows are of a loss function of your own, and it was not given.
         StoreMismatch: Another model or adapter than that of the rows, or compressed rows.
         UnsupportedModel: An operation of the model has no second derivative.
         BadExample: The loss has no curvature, or one that is not finite.
@@ -72,7 +76,7 @@ def collect_hessian(
         )
     store = GradientStore.open(path)
     whole_rows(store, "an eigenvector of the Hessian")
-    plan = matching_plan(store, model, dataset, point, data_collator, remove_unused_columns)
+    plan = matching_plan(store, model, dataset, point, data_collator, remove_unused_columns, task)
     with Hessian(model, plan, store.header, examples=examples, seed=seed, batch_size=batch_size) as hessian:
         pairs = lanczos(hessian, hessian.size, iterations, seed=seed, dtype=hessian.dtype, title="Hessian products")
     values, vectors, residuals = (part[:top] for part in pairs)

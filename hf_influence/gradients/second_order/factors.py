@@ -12,6 +12,7 @@ from hf_influence.gradients.batches import Collator
 from hf_influence.gradients.capture import RowCatcher
 from hf_influence.gradients.fixed import FixedWeights
 from hf_influence.gradients.identity import adapter_identity
+from hf_influence.gradients.own_loss import OwnTask
 from hf_influence.gradients.second_order.hessian import whole_rows
 from hf_influence.gradients.second_order.matching import matching_plan
 from hf_influence.gradients.sweep import BatchSize, check_batch_size, sweep
@@ -28,6 +29,7 @@ def collect_ekfac(
     data_collator: Collator | None = None,
     batch_size: BatchSize = "auto",
     remove_unused_columns: bool = True,
+    task: OwnTask | None = None,
     point: int = 0,
 ) -> GradientStore:
     """The Kronecker eigenbasis of each block, for the methods `ekfac` and `self_ekfac`; one pass over the dataset.
@@ -49,18 +51,20 @@ def collect_ekfac(
         data_collator: The one of `collect`.
         batch_size: As in `collect`.
         remove_unused_columns: That of `collect`.
+        task: That of `collect`; label smoothing is known from the store.
         point: The parameter point.
 
     Returns:
         The store.
 
     Raises:
+        BadSetting: The rows are of a loss function of your own, and it was not given.
         StoreMismatch: Another model or adapter than that of the rows, or compressed rows.
     """
     check_batch_size(batch_size)
     store = GradientStore.open(path)
     whole_rows(store, "EK-FAC")
-    plan = matching_plan(store, model, dataset, point, data_collator, remove_unused_columns)
+    plan = matching_plan(store, model, dataset, point, data_collator, remove_unused_columns, task)
     catcher = FactorCatcher(plan.taps)
     lengths = plan.examples.survey()[1]
     with FixedWeights(model, plan.task, catcher) as resting:

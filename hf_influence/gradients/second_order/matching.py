@@ -10,6 +10,7 @@ from hf_influence.errors import StoreMismatch
 from hf_influence.gradients.batches import Collator
 from hf_influence.gradients.collect import Plan
 from hf_influence.gradients.identity import adapter_identity
+from hf_influence.gradients.own_loss import OwnTask
 from hf_influence.store import GradientStore
 
 
@@ -20,6 +21,7 @@ def matching_plan(
     point: int,
     data_collator: Collator | None = None,
     remove_unused_columns: bool = True,
+    task: OwnTask | None = None,
 ) -> Plan:
     """How the rows of a point would be collected from this model and dataset.
 
@@ -28,7 +30,7 @@ def matching_plan(
     Raises:
         StoreMismatch: The model, its adapter or its task is not that of the rows.
     """
-    plan = Plan.again(store, model, dataset, data_collator, None, remove_unused_columns)
+    plan = Plan.again(store, model, dataset, data_collator, None, remove_unused_columns, task)
     was, now = store.adapter(point), adapter_identity(model)
     if was not in (None, now):
         raise StoreMismatch(

@@ -13,6 +13,7 @@ from torch import nn
 from hf_influence.errors import BadSetting, MissingRows
 from hf_influence.gradients.batches import Collator
 from hf_influence.gradients.identity import adapter_identity
+from hf_influence.gradients.own_loss import OwnTask
 from hf_influence.gradients.second_order.hessian import Hessian, whole_rows
 from hf_influence.gradients.second_order.matching import matching_plan
 from hf_influence.gradients.second_order.solvers import conjugate_gradients, lissa
@@ -40,6 +41,7 @@ def solve_queries(
     data_collator: Collator | None = None,
     batch_size: BatchSize = "auto",
     remove_unused_columns: bool = True,
+    task: OwnTask | None = None,
     point: int = 0,
 ) -> GradientStore:
     """Influence with the true Hessian: `x = (H + λI)⁻¹ v` of each query, as rows of the split `query-cg`.
@@ -69,6 +71,7 @@ def solve_queries(
         data_collator: The one of `collect`.
         batch_size: As in `collect`.
         remove_unused_columns: That of `collect`.
+        task: That of `collect`; label smoothing is known from the store.
         point: The parameter point.
 
     Returns:
@@ -76,6 +79,7 @@ def solve_queries(
 
     Raises:
         NotConverged: The iteration diverged, or did not reach the tolerance; the message says which damping would do.
+        BadSetting: The rows are of a loss function of your own, and it was not given.
         StoreMismatch: Another model or adapter than that of the rows, or compressed rows.
         MissingRows: There are no queries.
         UnsupportedModel: An operation of the model has no second derivative.
@@ -93,7 +97,7 @@ def solve_queries(
     rows = store.rows(query_split, point)
     if not len(rows):
         raise MissingRows(f"{rows.folder} holds no queries, so there is nothing to solve for.")
-    plan = matching_plan(store, model, dataset, point, data_collator, remove_unused_columns)
+    plan = matching_plan(store, model, dataset, point, data_collator, remove_unused_columns, task)
     with Hessian(model, plan, store.header, examples=examples, seed=seed, batch_size=batch_size) as hessian:
         right = hessian.joined({name: rows.block(name) for name in rows.blocks})  # [q, D]
         right = right.mean(0, keepdim=True) if queries == "mean" else right

@@ -17,6 +17,7 @@ from hf_influence.gradients.collect import Plan
 from hf_influence.gradients.compress import compressor_of
 from hf_influence.gradients.identity import adapter_identity
 from hf_influence.gradients.modes import evaluating
+from hf_influence.gradients.own_loss import OwnTask
 from hf_influence.gradients.processes import first_process_first, rank
 from hf_influence.gradients.sweep import BatchSize, check_batch_size, sweep
 from hf_influence.store import GradientStore
@@ -36,6 +37,7 @@ def collect_target(
     data_collator: Collator | None = None,
     batch_size: BatchSize = "auto",
     remove_unused_columns: bool = True,
+    task: OwnTask | None = None,
     point: int = 0,
     overwrite: bool = False,
 ) -> GradientStore:
@@ -69,6 +71,7 @@ def collect_target(
         data_collator: As in `collect`, like the two that follow.
         batch_size: See there.
         remove_unused_columns: See there.
+        task: See there; label smoothing is known from the store.
         point: The parameter point of the rows to compare with.
         overwrite: Compute the row again if the split is there.
 
@@ -84,7 +87,7 @@ def collect_target(
     check_batch_size(batch_size)
     store = GradientStore.open(path)
     adapter = adapter_identity(model)
-    plan = Plan.again(store, model, dataset, data_collator, None, remove_unused_columns)
+    plan = Plan.again(store, model, dataset, data_collator, None, remove_unused_columns, task)
     _check_place(store, split, point, adapter, overwrite)
     fingerprint, lengths = plan.examples.survey()
     carried = {name: _column(dataset, name) for name in getattr(target, "columns", ())}
