@@ -83,6 +83,8 @@ class GradientCapture(TrainerCallback):
             (`remove_unused_columns=False`, and a collator that keeps it), it says which example a row is of, instead of
             the example's contents; the model does not see it.
         features: As in `collect`; rows from training steps have none.
+        other_prompts: As in `collect`, at the end; by default two, for a language model whose labels leave the prompts
+            out. With queries `auto` then tells how probable it is that an answer does not belong to its prompt.
         overwrite: Replace rows of an earlier training run in the same folder.
 
     Attributes:
@@ -108,6 +110,7 @@ class GradientCapture(TrainerCallback):
         skip: Sequence[str] = (),
         id_column: str | None = None,
         features: bool = False,
+        other_prompts: int | None = None,
         overwrite: bool = False,
     ):
         self.path = Path(path)
@@ -120,6 +123,11 @@ class GradientCapture(TrainerCallback):
             raise BadSetting(
                 "GradientCapture(during=None, at_end=False) captures nothing: choose at least one of both."
             )
+        if other_prompts and not at_end:
+            raise BadSetting(
+                f"other_prompts={other_prompts} with at_end=False: answers are read after other prompts at the end of "
+                "training. Leave one of both out."
+            )
         self.settings: dict[str, Any] = {
             "loss_reduction": loss_reduction,
             "task": task,
@@ -130,6 +138,7 @@ class GradientCapture(TrainerCallback):
         self.batch_size = batch_size
         self.id_column = id_column
         self.features = features
+        self.other_prompts = other_prompts
         self.overwrite = overwrite
 
         self._during: DuringTraining | None = None
@@ -304,10 +313,11 @@ class GradientCapture(TrainerCallback):
             taken = left <= {*forward_arguments(trainer.model), *LABELS}
             if self.id_column in (getattr(whole, "column_names", None) or ()) and self.id_column not in left and taken:
                 train, own = whole, {}
-        yield "train", train, {**common, **own, "id_column": self.id_column}
+        others = {"other_prompts": self.other_prompts} if self.at_end else {}
+        yield "train", train, {**common, **own, **others, "id_column": self.id_column}
         if self.query_dataset is not None:
             has_ids = self.id_column in getattr(self.query_dataset, "column_names", ())
-            yield "query", self.query_dataset, {**common, "id_column": self.id_column if has_ids else None}
+            yield "query", self.query_dataset, {**common, **others, "id_column": self.id_column if has_ids else None}
             if self.at_end and not self.settings["task"] and (wrong := mislabelled(trainer.model, self.query_dataset)):
                 yield SPLIT.format("query"), wrong, {**common, "id_column": None}
 

@@ -36,6 +36,7 @@ NOT_WHILE_TRAINING = {
     "ekfac": "passes over the model that are made after training",
     "adam": "the optimizer's state, which is kept after training",
     "features": "what collect(features=True) stores after training",
+    "other_prompt_loss": "losses after other prompts, which are collected after training",
     "texts": "texts alone, and its scores are the same before training: give them to the rule before you train",
 }
 

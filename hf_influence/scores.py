@@ -77,16 +77,17 @@ class Scores:
         return [self.ids[i] for i in order]
 
     def probability_wrong(self) -> Tensor:
-        """The probability that the label is wrong, `[n_train]`: 1 / (1 + exp(score)), of scores that are log-odds.
+        """Of wrong labels or answers the probability, `[n_train]`: 1 / (1 + exp(score)), of scores that are log-odds.
 
         Raises:
-            BadSetting: They are not; those by "auto" are, for classes and with clean queries.
+            BadSetting: They are not; those by "auto" are, with clean queries that tell right from wrong.
         """
         if LOG_ODDS not in self.report:
             raise BadSetting(
                 f"scores by '{self.method}' rank the examples and are no probabilities. Those by 'auto' are log-odds "
-                "for classes, where the store has clean queries that tell right from wrong: attribute(store). Of more "
-                "than two classes these must have been captured at the end (GradientCapture(…, query_dataset=…))."
+                "where the store has clean queries that tell right from wrong: attribute(store). Of more than two "
+                "classes, and of prompts and answers, they must have been captured at the end of training "
+                "(GradientCapture(…, query_dataset=…))."
             )
         return torch.sigmoid(-self.mean().double())
 

@@ -37,10 +37,19 @@ def losses(seed: int) -> dict[str, Tensor]:
     return {"loss": torch.rand(N, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)}
 
 
-def store(path: Path, task: dict[str, Any], *, training: bool, queries: bool = True, final: bool = True) -> Path:
+def store(
+    path: Path,
+    task: dict[str, Any],
+    *,
+    training: bool,
+    queries: bool = True,
+    final: bool = True,
+    prompts: bool = False,
+) -> Path:
     query = blocks(M, 50) if queries else None
     if final:
-        make_store(path, blocks(N, 0), query, stats=losses(0), task=task)
+        others = {"other_prompt_loss": 2 * losses(9)["loss"][:, None]} if prompts else {}
+        make_store(path, blocks(N, 0), query, stats=losses(0) | others, task=task)
     for point in (1, 2) if training else ():
         stats = losses(point) | {"step": torch.arange(N)}
         query = blocks(M, 50 + point) if queries else None
@@ -148,6 +157,54 @@ def test_it_is_the_mean_rank_over_what_the_store_allows(
     agree(scores, ranking, path)
     assert scores.report["parts"] == {name: pytest.approx(1 / len(parts), abs=1e-4) for name, _ in parts}
     assert lacking(path)["auto"] == ()
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("queries", [True, False])
+def test_where_answers_were_read_after_other_prompts_that_counts_as_well(
+    tmp_path: Path, training: bool, queries: bool
+) -> None:
+    plain = attribute(store(tmp_path / "plain", TEXTS, training=training, queries=queries))
+    path = store(tmp_path / "prompts", TEXTS, training=training, queries=queries, prompts=True)
+    scores, parts = attribute(path), [*plain.report["parts"], "prompt_gain"]
+    assert list(scores.report["parts"]) == parts
+    rankings = [ranked(attribute(path, name, **(ALL if "_mean" in name else {}))) for name in parts]
+    agree(scores, torch.stack(rankings).mean(0), path)
+    classes = attribute(store(tmp_path / "classes", CLASSES, training=training, queries=queries, prompts=True))
+    assert "prompt_gain" not in classes.report["parts"]
+
+
+def test_queries_after_other_prompts_make_the_scores_of_answers_log_odds(tmp_path: Path) -> None:
+    draw = torch.Generator().manual_seed(4)
+
+    def read(n: int, wrong: int) -> dict[str, Tensor]:
+        """Losses after the own prompt and after two others; the first answers are no likelier after their own."""
+        others = 2 + 0.4 * torch.rand(n, 2, generator=draw, dtype=torch.float64)
+        own = torch.where(torch.arange(n) < wrong, 2.0, 1.5) + 0.4 * torch.rand(n, generator=draw, dtype=torch.float64)
+        return {"loss": own, "other_prompt_loss": others}
+
+    train, query = read(N, 4), read(M, 0)
+    make_store(tmp_path, blocks(N, 0), blocks(M, 50), stats=train, query_stats=query, task=TEXTS)
+    scores = attribute(tmp_path)
+    gains = 1 - train["loss"] / train["other_prompt_loss"].mean(1)
+    right = 1 - query["loss"] / query["other_prompt_loss"].mean(1)
+    wrong = 1 - query["other_prompt_loss"][:, 0] / query["other_prompt_loss"][:, 1]
+    error = negative(right)
+    turned = (negative(-wrong) * M + 0.5) / (error * M + 0.5)
+    seen = sighting(negative(gains), N, error, M, turned=turned)
+    assert seen is not None
+    share = estimated_share([seen])
+    assert share is not None
+    assert scores.report["estimated_share_wrong"] == pytest.approx(share, abs=1e-4)
+    parts = [attribute(tmp_path, name) for name in ("loss", "vote", "prompt_gain")]
+    want = believed(torch.stack([ranked(part) for part in parts]).mean(0), told_apart(right, wrong), share)
+    torch.testing.assert_close(scores.values[:, 0], want, atol=5e-3, rtol=5e-3)
+    torch.testing.assert_close(scores.probability_wrong(), torch.sigmoid(-scores.values[:, 0]))
+
+    one = {**query, "other_prompt_loss": query["other_prompt_loss"][:, :1]}
+    make_store(tmp_path / "one", blocks(N, 0), blocks(M, 50), stats=train, query_stats=one, task=TEXTS)
+    with pytest.raises(BadSetting, match=r"prompts and answers"):
+        attribute(tmp_path / "one").probability_wrong()
 
 
 def test_for_classes_the_parts_weigh_what_the_queries_say(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from hf_influence.attribution.method import Method, class_of, make_method
 from hf_influence.attribution.over_points import OverPoints, OverTraining
 from hf_influence.attribution.selection import Selection
 from hf_influence.attribution.trust import log_odds, normal_scores
-from hf_influence.attribution.witnesses import Signs, witnesses
+from hf_influence.attribution.witnesses import Signs, of_prompts, witnesses
 from hf_influence.errors import BadSetting
 from hf_influence.scores import LOG_ODDS, mean_ranks
 
@@ -37,6 +37,9 @@ TEXTS: tuple[Parts, ...] = (
 )
 """For classification and for language models: the first line whose methods all find what they need."""
 
+OF_PROMPTS = "prompt_gain"
+"""Beside these, for language models whose answers were also read after other prompts."""
+
 AT_REST = 4
 """How much more the regression at the end counts than its mean over training, whose rows carry dropout."""
 
@@ -45,7 +48,7 @@ AT_REST = 4
 class Auto(OverTraining, name="auto"):
     """The mean rank over the parts that suit what the store holds, so that no one of them has to be right.
 
-        score[i] = ln((1 − P_i) / P_i),   P_i the probability that the label is wrong: classes, with queries
+        score[i] = ln((1 − P_i) / P_i),   P_i the probability that the label is wrong: where queries tell it
                  = Φ⁻¹((rank of r[i] − ½) / n) − Φ⁻¹(1 / 4n),   Φ the normal distribution function: elsewhere
         r[i] = Σ_p w_p (rank_p(i) − ½) / n_p / Σ_p w_p,   over the parts p that score i, ranks from 1 to n_p
 
@@ -58,6 +61,10 @@ class Auto(OverTraining, name="auto"):
     | the end and queries  | `loss`, `kernel_ridge`                           | `loss`, `vote`           |
     | training             | `loss_mean`                                      | `loss_mean`              |
     | the end              | `loss`                                           | `loss`                   |
+
+    and for language models `prompt_gain` beside them, where answers were read after other prompts as well
+    (`GradientCapture` does so where the labels leave the prompts out): what tells an answer that does not belong to its
+    prompt.
 
     Over training the loss tells wrong examples before the model has learnt them by heart, clean queries tell them
     later, and the two err in different places. The final rows count as one more point of training.
@@ -84,6 +91,10 @@ class Auto(OverTraining, name="auto"):
 
     The report has the parts with their weights, π, the AUC where the scores are log-odds, and how far the parts
     agree: for each the correlation of its ranks with the mean ranks of the others.
+
+    For language models the same holds where the answers of the queries were read after two other prompts as well: a
+    wrong answer then is one after a prompt that is not its own, AUC and π are by `prompt_gain`, and all parts weigh the
+    same. Mistakes of other kinds, such as an answer that breaks off, are ranked, but do not count in π.
 
     Cost: that of the parts.
     Use when: always, unless you know better; with rows captured during training and clean queries it has most to go by.
@@ -164,8 +175,12 @@ class Auto(OverTraining, name="auto"):
         """
         equal = dict.fromkeys(scores, 1.0)
         last = rows.at(end(rows))
-        if self.parts is not None or not is_classification(rows) or "kernel_ridge" not in scores or len(last.query) < 2:
+        asks = "kernel_ridge" if is_classification(rows) else OF_PROMPTS
+        if self.parts is not None or asks not in scores or "queries" not in last.words() or len(last.query) < 2:
             return equal, None, 0.5
+        if asks == OF_PROMPTS:
+            witness = of_prompts(last, scores[OF_PROMPTS])
+            return (equal, None, 0.5) if witness is None else (equal, witness.share(), witness.auc)
         found, known = witnesses(rows, last, scores["kernel_ridge"], signs)
         best = max(found.values(), key=lambda one: (len(one.examples) > 0, one.auc))
         share = best.share() if known else None
@@ -190,7 +205,8 @@ class Auto(OverTraining, name="auto"):
             return bool(of_training(rows)) and all(needs - {"points"} <= own for own in words.values())
 
         lines = CLASSES if is_classification(rows) else TEXTS
-        return next((parts for parts in lines if all(map(allowed, parts))), lines[-1])
+        parts = next((parts for parts in lines if all(map(allowed, parts))), lines[-1])
+        return {**parts, OF_PROMPTS: {}} if lines is TEXTS and allowed(OF_PROMPTS) else parts
 
     def record(self, rows: Selection) -> dict[str, Any]:
         recorded = super(Auto, replace(self, groups=None)).record(rows)

@@ -10,12 +10,13 @@ from hf_influence.store import Rows
 
 _HOW = {
     "features": "Collect with features=True.",
+    "other_prompt_loss": "Collect with other_prompts=1, examples whose labels leave the prompt out (-100).",
     "probabilities": "It is collected where every example has one label of several classes; collect again if it has.",
 }
 
 
 def statistic(rows: Rows, name: str, method: str) -> Tensor:
-    """One number of each example in dataset order, `[n]`; of `probabilities` and `features` several, `[n, c]`.
+    """One number of each example in dataset order, `[n]`; several, `[n, c]`, of what has several in `Rows.stats`.
 
     Raises:
         MissingRows: It was not collected.

@@ -1,4 +1,4 @@
-"""What clean queries of a classifier bear witness to: how far scores can be trusted, and how many labels are wrong."""
+"""What clean queries bear witness to: how far scores can be trusted, and how many labels or answers are wrong."""
 
 from __future__ import annotations
 
@@ -9,9 +9,11 @@ from itertools import pairwise
 from torch import Tensor
 
 from hf_influence.attribution.kernel_ridge import KernelRidge, negative
+from hf_influence.attribution.prompt_gain import gain
 from hf_influence.attribution.selection import Selection
 from hf_influence.attribution.trust import auc_of, cautious, estimated_share, sighting, trust_of
 from hf_influence.gradients.mislabelled import SPLIT
+from hf_influence.gradients.other_prompts import STATISTIC
 from hf_influence.store import Rows
 
 Signs = Mapping[int, Mapping[str, float]]
@@ -78,6 +80,23 @@ def witnesses(rows: Selection, last: Selection, ridge: Tensor, signs: Signs) -> 
         examples = last.train.stats.get("margin", margins[:0])
         found["margin"] = Witness(margins, wrong, examples, _signs_of_margins(rows) if len(examples) else {})
     return found, other is not None or _two_classes(last)
+
+
+def of_prompts(last: Selection, scores: Tensor) -> Witness | None:
+    """What the queries say of scores by "prompt_gain"; `None` where they were not read after two other prompts.
+
+    Under a wrong label an answer stands after a prompt that is not its own: after the first other prompt, compared with
+    the rest of them.
+
+    Args:
+        last: The end.
+        scores: Of the examples, `[n]`.
+    """
+    query = last.query.stats
+    if STATISTIC not in query or query[STATISTIC].ndim != 2 or query[STATISTIC].shape[1] < 2:
+        return None
+    loss, others = query["loss"].double(), query[STATISTIC].double()
+    return Witness(gain(loss, others), gain(others[:, 0], others[:, 1:]), scores, {})
 
 
 def _two_classes(last: Selection) -> bool:

@@ -57,7 +57,7 @@ class DatasetFilter:
     drop: float | int | str | Threshold | None = None
     """How many rows to drop: a float in [0, 1) is a fraction, an int a count. "doubtful", "negative", "otsu",
     "mixture" or a function such as `discovery(0.1)` look at the scores for a place to cut; see
-    `hf_influence.filter.thresholds`. "doubtful" is for scores by "auto" of classes with clean queries."""
+    `hf_influence.filter.thresholds`. "doubtful" is for scores by "auto" with clean queries."""
     keep: float | int | None = None
     """How many rows to keep, as a fraction or a count."""
     keep_tokens: int | None = None

@@ -162,7 +162,7 @@ def check_scale(drop: object, scores: Scores) -> None:
     if name in ("otsu", "mixture") and scores.method == "auto":
         raise BadSetting(
             f"scores by 'auto' are a ranking on a scale that has no gaps of its own, so drop=\"{name}\" would find one "
-            'where there is none. Use drop="doubtful" (classes, with clean queries), a share, or '
+            'where there is none. Use drop="doubtful" (with clean queries), a share, or '
             f"drop=\"{name}\" on other scores: attribute(store, 'loss_mean')."
         )
 

@@ -69,8 +69,8 @@ class Examples:
             self._columns = None
         self._dataset = dataset
         pad_token_id = getattr(getattr(model, "config", None), "pad_token_id", None)
-        self._pad = padding_with(pad_token_id if isinstance(pad_token_id, int) else 0)
-        self._collate = collate or self._pad
+        self.pad = padding_with(pad_token_id if isinstance(pad_token_id, int) else 0)
+        self._collate = collate or self.pad
         self._surveyed: tuple[str, list[int]] | None = None
 
     def __len__(self) -> int:
@@ -105,7 +105,7 @@ class Examples:
                     "collator that pads."
                 )
             _unpacked(one)
-        return self._pad([{name: one[name][0] for name in one if name not in PACKED} for one in alone])
+        return self.pad([{name: one[name][0] for name in one if name not in PACKED} for one in alone])
 
     def collated(self, positions: Sequence[int]) -> dict[str, Any]:
         """What the collator makes of some examples, be it a row each or not."""

@@ -17,6 +17,7 @@ from hf_influence.gradients.capture import RowCatcher
 from hf_influence.gradients.compress import Compressor, compressor_of
 from hf_influence.gradients.fixed import FixedWeights
 from hf_influence.gradients.identity import adapter_identity, model_identity
+from hf_influence.gradients.other_prompts import STATISTIC, OtherPrompts, other_prompt_losses
 from hf_influence.gradients.own_loss import OwnTask, kept_task, task_of
 from hf_influence.gradients.processes import first_process_first, rank, wait_for_all, world
 from hf_influence.gradients.sweep import BatchSize, check_batch_size, sweep
@@ -44,6 +45,7 @@ def collect(
     about: PointAbout | None = None,
     rows: bool = True,
     features: bool = False,
+    other_prompts: int | None = 0,
     overwrite: bool = False,
 ) -> GradientStore:
     """The gradient of every example's own loss, taken at the model's present weights and kept on disk.
@@ -78,6 +80,9 @@ def collect(
             methods that compare losses, such as `gex`.
         features: Keep the input of the last layer as well, as the statistic "features" `[n, h]`; of a language model
             its mean over the positions that predict the labels.
+        other_prompts: Of a language model: keep the loss of each answer after so many prompts of other examples that
+            are like its own, as the statistic "other_prompt_loss" `[n, k]`, for `prompt_gain`; a forward pass for each.
+            A prompt is what comes before the first label that is not -100. `None`: two where all examples have prompts.
         overwrite: Replace rows of another model, adapter or dataset instead of refusing.
 
     Returns:
@@ -85,8 +90,10 @@ def collect(
 
     Raises:
         UnsupportedModel: No LoRA, or trainable parameters without a rule (named).
-        BadExample: An empty dataset, missing labels, or an example whose loss or gradient is not finite (named).
-        StoreMismatch: The folder holds rows of another model, adapter, dataset or compressor, or without features.
+        BadExample: An empty dataset, missing labels, or an example whose loss or gradient is not finite (named); other
+            prompts are wanted where there are none.
+        StoreMismatch: The folder holds rows of another model, adapter, dataset or compressor, or without features or
+            other prompts.
     """
     check_batch_size(batch_size)
     plan = Plan.of(
@@ -102,6 +109,7 @@ def collect(
         about=about,
         rows=rows,
         features=features,
+        other_prompts=other_prompts,
         overwrite=overwrite,
     )
 
@@ -117,6 +125,7 @@ def collect_planned(
     about: PointAbout | None = None,
     rows: bool = True,
     features: bool = False,
+    other_prompts: int | None = 0,
     overwrite: bool = False,
 ) -> GradientStore:
     """What `collect` does once all is decided; the same plan serves again at other weights."""
@@ -137,7 +146,7 @@ def collect_planned(
             rank=rank,
             about=about,
             blocks=rows,
-            statistics=("features",) if features else (),
+            statistics=[*(["features"] if features else []), *([STATISTIC] if other_prompts else [])],
             overwrite=overwrite,
         )
 
@@ -151,10 +160,13 @@ def collect_planned(
         resting = FixedWeights(model, plan.task, RowCatcher(plan.taps if rows else [], plan.compress), features)
         run = resting.run if rows else lambda batch: ({}, resting.judge(batch))
         title = f"{'gradients' if rows else 'losses'} of {split}"
+        k = 0 if other_prompts is None and writer.lacks(STATISTIC) else other_prompts
+        others = None if k == 0 else other_prompt_losses(model, plan.task, examples, todo, k, batch_size, split)
         with writer, resting:
             batches = sweep(run, examples, todo, lengths, batch_size, resting.device, title)
             for positions, (gradients, stats) in batches:
                 _check_finite(gradients, stats, positions, examples.ids)
+                stats = stats if others is None else {**stats, STATISTIC: others[positions]}
                 writer.append(positions, gradients, stats)
     wait_for_all()
     if rank() == 0:
@@ -256,6 +268,7 @@ def check_collectable(
     skip: Sequence[str] = (),
     id_column: str | None = None,
     remove_unused_columns: bool = True,
+    other_prompts: int | None = 0,
     overwrite: bool = False,
     resumed: bool = False,
 ) -> Plan:
@@ -273,6 +286,8 @@ def check_collectable(
         model, dataset, data_collator, loss_reduction, compress, modules, skip, id_column, remove_unused_columns, task
     )
     plan.examples.batch(range(min(2, len(plan.examples))))
+    if other_prompts:
+        OtherPrompts(plan.examples, plan.task, other_prompts, todo=[0])
     check_folder(path, plan.header, overwrite=overwrite, resumed=resumed)
     return plan
 

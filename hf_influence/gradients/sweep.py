@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, Protocol, TypeVar
 
 import torch
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from tqdm.auto import tqdm
 
 from hf_influence.errors import BadExample, BadSetting
-from hf_influence.gradients.batches import Examples
 
 logger = logging.getLogger(__name__)
 
@@ -23,9 +22,17 @@ AUTO_TOKENS = 1024
 AUTO_TOKENS_ACCELERATOR = 16384
 
 
+class Batches(Protocol):
+    """Examples by their positions: `Examples`, or what changes them."""
+
+    def __len__(self) -> int: ...
+
+    def batch(self, positions: Sequence[int]) -> dict[str, Any]: ...
+
+
 def sweep(
     run: Callable[[dict[str, Any]], Result],
-    examples: Examples,
+    examples: Batches,
     todo: Sequence[int],
     lengths: Sequence[int],
     batch_size: BatchSize,

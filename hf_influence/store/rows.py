@@ -114,7 +114,7 @@ class Rows:
     def stats(self) -> dict[str, Tensor]:
         """Per-example numbers in dataset order, each `[n]`: loss, n_tokens, margin, correct, el2n, hash and others.
 
-        Of `probabilities` and `features` each example has several, `[n, c]`.
+        Of `probabilities`, `features` and `other_prompt_loss` each example has several, `[n, c]`.
         """
         names = [key for key in self._shards[0].keys() if key.startswith("stats.")] if self._shards else []  # noqa: SIM118  (not a dict: it cannot be iterated)
         return {name.removeprefix("stats."): self._gather(name) for name in names}

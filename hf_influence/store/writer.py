@@ -138,11 +138,15 @@ class RowWriter:
         Raises:
             StoreMismatch: Names it.
         """
-        if missing := sorted(set(names) - self._statistics(default=names)):
+        if missing := sorted(name for name in names if self.lacks(name)):
             raise StoreMismatch(
                 f"{self.folder} holds rows without the statistic {missing[0]!r}, which cannot be added to them. Pass "
                 "overwrite=True to collect them again, or collect into another folder or split."
             )
+
+    def lacks(self, statistic: str) -> bool:
+        """Whether there are rows without it, to which none with it can be added."""
+        return statistic not in self._statistics(default=[statistic])
 
     def name(self, ids: list[Any]) -> None:
         """Give the examples of a stream their ids; the list may grow, and what is in it is listed with each shard."""

@@ -1,0 +1,165 @@
+"""Answers after the prompts of other examples: what the model makes of an answer that its prompt does not help with."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from sklearn.feature_extraction.text import TfidfVectorizer
+from torch import Tensor, nn
+
+from hf_influence.errors import BadExample, BadSetting
+from hf_influence.gradients.batches import Examples, padding_to_the_right
+from hf_influence.gradients.capture import RowCatcher
+from hf_influence.gradients.fixed import FixedWeights
+from hf_influence.gradients.sweep import BatchSize, sweep
+from hf_influence.task import IGNORED, CausalLM, LanguageModel, Task, labels_of
+
+STATISTIC = "other_prompt_loss"
+DEFAULT = 2
+"""Prompts for each answer: a comparison of two of them shows what an answer owes to a prompt that is not its own."""
+
+POOL = 2048
+AT_ONCE = 256
+
+
+class Parts(NamedTuple):
+    """Tokens of an example: those before its first label, and from there on with their labels."""
+
+    prompt: list[int]
+    answer: list[int]
+    labels: list[int]
+
+
+class OtherPrompts:
+    """Examples as they are but for the prompt, which is that of another one.
+
+    The prompt is all before the first labelled token, or the input of an encoder. An example gets the prompts that are
+    most like its own, by the cosine of the tf-idf of their tokens, among those of at most 2,048 examples evenly spaced
+    in the dataset; prompts and answers that are equal to its own do not count. A prompt with which the example would be
+    longer than the longest of the dataset loses its first tokens.
+
+    Args:
+        examples: The dataset.
+        task: Of a language model.
+        k: How many prompts for each; the same once more where there are not so many.
+        todo: Positions of the examples that they are wanted for; by default all.
+
+    Raises:
+        BadSetting: The task is not that of a language model, or k is no number.
+        BadExample: An example has no prompt, or there is no other one.
+    """
+
+    def __init__(self, examples: Examples, task: Task, k: int, todo: Sequence[int] | None = None):
+        if not isinstance(task, LanguageModel) or not isinstance(k, int) or k < 1:
+            raise BadSetting(
+                f"other_prompts={k!r} for the task {task.name}: it is a number of prompts, at least 1, and examples "
+                "have prompts and answers where the model is a language model. Leave it out elsewhere."
+            )
+        self._examples, self._causal = examples, isinstance(task, CausalLM)
+        self._longest = max(examples.survey()[1])
+        looked_at = range(0, len(examples), -(-len(examples) // POOL))
+        self._pool = list(self._parts(looked_at))
+        _check_prompts(looked_at, self._pool)
+        self._others: dict[int, list[int]] = {}  # position -> places in the pool
+        self.k, self.turn = k, 0
+        tfidf = TfidfVectorizer(analyzer=list).fit([parts.prompt for parts in self._pool])
+        pool = tfidf.transform([parts.prompt for parts in self._pool])  # [p, v]
+        todo = range(len(examples)) if todo is None else todo
+        for start in range(0, len(todo), AT_ONCE):
+            positions = list(todo[start : start + AT_ONCE])
+            own = list(self._parts(positions))
+            _check_prompts(positions, own)
+            likeness = torch.from_numpy((tfidf.transform([parts.prompt for parts in own]) @ pool.T).toarray())  # [b, p]
+            for position, parts, order in zip(
+                positions, own, likeness.argsort(dim=1, descending=True, stable=True).tolist(), strict=True
+            ):
+                self._others[position] = self._chosen(position, parts, order, k)
+
+    def __len__(self) -> int:
+        return len(self._examples)
+
+    def batch(self, positions: Sequence[int]) -> dict[str, Any]:
+        """The collated batch of some examples, each with its prompt number `turn`."""
+        rows = []
+        for position, parts in zip(positions, self._parts(positions), strict=True):
+            prompt = self._pool[self._others[position][self.turn]].prompt
+            if self._causal:
+                prompt = prompt[-max(1, self._longest - len(parts.answer)) :]
+                ids, labels = prompt + parts.answer, [IGNORED] * len(prompt) + parts.labels
+            else:
+                ids, labels = prompt, parts.labels
+            rows.append({"input_ids": ids, "labels": labels})
+        return self._examples.pad(rows)
+
+    def _chosen(self, position: int, own: Parts, order: Sequence[int], k: int) -> list[int]:
+        found: list[int] = []
+        for place in order:
+            other = self._pool[place]
+            if other.prompt != own.prompt and other.labels != own.labels:
+                found.append(place)
+            if len(found) == k:
+                return found
+        if not found:
+            raise BadExample(
+                f"example {position} has no other prompt to be compared with: all {len(self._pool)} that were looked "
+                "at have the same tokens or the same answer. Leave other_prompts out."
+            )
+        return [found[at % len(found)] for at in range(k)]
+
+    def _parts(self, positions: Sequence[int]) -> Iterator[Parts]:
+        for start in range(0, len(positions), AT_ONCE):
+            batch = self._examples.batch(positions[start : start + AT_ONCE])
+            batch = padding_to_the_right(batch) if self._causal else batch
+            ids, labels, mask = batch["input_ids"], labels_of(batch), batch.get("attention_mask")
+            mask = torch.ones_like(ids) if mask is None else mask
+            for own, real, target in zip(ids, mask != 0, labels, strict=True):
+                if not self._causal:
+                    yield Parts(own[real].tolist(), [], target[target != IGNORED].tolist())
+                    continue
+                own, target = own[real], target[real]
+                at = int((target != IGNORED).to(torch.uint8).argmax()) if (target != IGNORED).any() else len(own)
+                yield Parts(own[:at].tolist(), own[at:].tolist(), target[at:].tolist())
+
+
+def _check_prompts(positions: Sequence[int], parts: Sequence[Parts]) -> None:
+    if bare := [position for position, own in zip(positions, parts, strict=True) if not own.prompt]:
+        raise BadExample(
+            f"the labels of example {bare[0]} begin with its first token, so it is not known what its prompt is. Mask "
+            "the prompts (labels of -100), or leave other_prompts out."
+        )
+
+
+def other_prompt_losses(
+    model: nn.Module,
+    task: Task,
+    examples: Examples,
+    todo: Sequence[int],
+    k: int | None,
+    batch_size: BatchSize,
+    split: str,
+) -> Tensor | None:
+    """The loss of each answer after `k` prompts of other examples, in evaluation mode, by forward passes alone.
+
+    Returns:
+        `[n, k]`, NaN for examples that are not in `todo`. With `k=None` two prompts, and `None` where not all examples
+        have one.
+
+    Raises:
+        BadSetting, BadExample: See `OtherPrompts`.
+    """
+    try:
+        others = OtherPrompts(examples, task, DEFAULT if k is None else k)
+    except (BadSetting, BadExample):
+        if k is None:
+            return None
+        raise
+    lengths, found = examples.survey()[1], torch.full((len(examples), others.k), torch.nan)
+    title = f"losses of {split} after other prompts"
+    with FixedWeights(model, task, RowCatcher([])) as resting:
+        for turn in range(others.k):
+            others.turn = turn
+            for at, stats in sweep(resting.judge, others, todo, lengths, batch_size, resting.device, title):
+                found[at, turn] = stats["loss"].to("cpu", found.dtype)
+    return found

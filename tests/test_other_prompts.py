@@ -1,0 +1,160 @@
+"""Answers after the prompts of other examples, against sequences put together by hand, and what reads them."""
+
+from __future__ import annotations
+
+import sys
+from collections import Counter
+from math import log, sqrt
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from datasets import Dataset
+from models import Example, bert, gpt2, labelled, lora, padding, tiny
+from test_callback import trainer
+from torch import nn
+from transformers import T5Config, T5ForConditionalGeneration
+
+from hf_influence import attribute, collect
+from hf_influence.callbacks import GradientCapture
+from hf_influence.errors import BadExample, BadSetting, MissingRows, StoreMismatch
+from hf_influence.store import GradientStore
+
+KEY = "other_prompt_loss"
+PROMPTS = [[5, 6, 7], [5, 6, 8, 9], [20, 21], [20, 21, 22], [30, 6], [5, 6, 7]]
+ANSWERS = [[11, 12], [13], [14, 15, 16], [11, 17], [18, 19, 10], [12, 13]]
+
+
+def example(prompt: list[int], answer: list[int]) -> Example:
+    return {"input_ids": prompt + answer, "labels": [-100] * len(prompt) + answer}
+
+
+DATA = [example(prompt, answer) for prompt, answer in zip(PROMPTS, ANSWERS, strict=True)]
+
+
+def likeness(one: list[int], other: list[int]) -> float:
+    """Cosine of tf-idf, as scikit-learn defines it."""
+    idf = {token: log((1 + 6) / (1 + sum(token in prompt for prompt in PROMPTS))) + 1 for token in {*one, *other}}
+    a, b = ({token: n * idf[token] for token, n in Counter(ids).items()} for ids in (one, other))
+    dot = sum(a[token] * b.get(token, 0.0) for token in a)
+    return dot / sqrt(sum(x * x for x in a.values()) * sum(x * x for x in b.values()))
+
+
+def others_of(i: int, k: int) -> list[list[int]]:
+    """The prompts most like that of example i, the first in the dataset where they are equally like it."""
+    allowed = [j for j in range(6) if PROMPTS[j] != PROMPTS[i] and ANSWERS[j] != ANSWERS[i]]
+    return [PROMPTS[j] for j in sorted(allowed, key=lambda j: -round(likeness(PROMPTS[i], PROMPTS[j]), 9))[:k]]
+
+
+def loss_of(model: nn.Module, prompt: list[int], answer: list[int]) -> float:
+    row = {name: torch.tensor([ids]) for name, ids in example(prompt, answer).items()}
+    with torch.no_grad():
+        return float(model.eval()(**row).loss)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_losses_are_those_of_answers_after_the_prompts_that_are_most_alike(
+    tmp_path: Path, kind: str, side: Any
+) -> None:
+    model = tiny(torch.float32) if kind == "llama" else lora(gpt2(), ["c_attn"], fan_in_fan_out=True)
+    store = collect(model, DATA, tmp_path, data_collator=padding(side), batch_size=4, other_prompts=2)
+    found = store.rows().stats[KEY]
+    longest = max(len(row["input_ids"]) for row in DATA)
+    for i, answer in enumerate(ANSWERS):
+        want = [loss_of(model, prompt[-(longest - len(answer)) :], answer) for prompt in others_of(i, 2)]
+        torch.testing.assert_close(found[i], torch.tensor(want), rtol=1e-5, atol=1e-5)
+    own = store.rows().stats["loss"]
+    gain = attribute(store, "prompt_gain").values[:, 0]
+    torch.testing.assert_close(gain, (1 - own / found.mean(1)).to(gain.dtype))
+
+
+def test_encoder_decoders_get_another_input(tmp_path: Path) -> None:
+    config = T5Config(vocab_size=48, d_model=16, d_kv=8, d_ff=24, num_layers=1, num_heads=2, decoder_start_token_id=0)
+    model = lora(T5ForConditionalGeneration(config), ["q", "v"])
+    data = [{"input_ids": prompt, "labels": answer} for prompt, answer in zip(PROMPTS, ANSWERS, strict=True)]
+    found = collect(model, data, tmp_path, other_prompts=1).rows().stats[KEY]
+    for i, answer in enumerate(ANSWERS):
+        row = {"input_ids": torch.tensor(others_of(i, 1)), "labels": torch.tensor([answer])}
+        with torch.no_grad():
+            assert float(found[i, 0]) == pytest.approx(float(model.eval()(**row).loss), rel=1e-5)
+
+
+def test_where_there_are_few_other_prompts_they_count_again(tmp_path: Path) -> None:
+    found = collect(tiny(), DATA[:2], tmp_path, other_prompts=3).rows().stats[KEY]
+    assert found.shape == (2, 3)
+    assert bool((found == found[:, :1]).all())
+
+
+def test_a_collection_that_was_cut_short_goes_on_with_the_same_losses(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny(torch.float32)
+    want = collect(model, DATA, tmp_path / "whole", other_prompts=2).rows().stats
+    calls: list[Any] = []
+
+    def breaking(*args: Any) -> None:
+        calls.append(args)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(sys.modules["hf_influence.gradients.collect"], "_check_finite", breaking)
+    with pytest.raises(KeyboardInterrupt):
+        collect(model, DATA, tmp_path / "cut", batch_size=2, other_prompts=2)
+    monkeypatch.undo()
+    found = collect(model, DATA, tmp_path / "cut", batch_size=2, other_prompts=None).rows().stats
+    torch.testing.assert_close(found[KEY], want[KEY], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(found["loss"], want["loss"], rtol=1e-5, atol=1e-6)
+
+
+def test_rows_without_these_losses_stay_without(tmp_path: Path) -> None:
+    model = tiny()
+    collect(model, DATA, tmp_path)
+    assert KEY not in collect(model, DATA, tmp_path, other_prompts=None).rows().stats
+    with pytest.raises(StoreMismatch, match=f"without the statistic '{KEY}'"):
+        collect(model, DATA, tmp_path, other_prompts=1)
+    with pytest.raises(MissingRows, match=rf"(?s){KEY}.*prompt_gain.*other_prompts=1"):
+        attribute(tmp_path, "prompt_gain")
+
+
+WHOLE = [{"input_ids": row["input_ids"], "labels": row["input_ids"]} for row in DATA]
+NOTHING: dict[str, tuple[Any, Any, Any, str]] = {
+    "no prompts": (tiny, WHOLE, BadExample, r"labels of example 0 begin with its first token"),
+    "one prompt": (tiny, [example([5, 6], [7 + i]) for i in range(3)], BadExample, r"example 0 has no other prompt"),
+    "one answer": (tiny, [example([5, 6 + i], [4]) for i in range(3)], BadExample, r"example 0 has no other prompt"),
+    "classes": (lambda: lora(bert(), ["query"], task_type="SEQ_CLS"), labelled(lambda i: i % 2), BadSetting, "task"),
+}
+
+
+@pytest.mark.parametrize("kind", NOTHING)
+def test_without_prompts_there_is_nothing_or_an_error(tmp_path: Path, kind: str) -> None:
+    make, data, error, match = NOTHING[kind]
+    model = make()
+    assert KEY not in collect(model, data, tmp_path / "default", other_prompts=None).rows().stats
+    with pytest.raises(error, match=match):
+        collect(model, data, tmp_path / "asked", other_prompts=1)
+    with pytest.raises(error, match=match):
+        trainer(
+            model, tmp_path, GradientCapture(tmp_path / "capture", other_prompts=1), train=Dataset.from_list(data)
+        ).train()
+
+
+def test_a_number_that_is_none_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(BadSetting, match=r"other_prompts=-1"):
+        collect(tiny(), DATA, tmp_path, other_prompts=-1)
+    with pytest.raises(BadSetting, match=r"other_prompts=1 with at_end=False"):
+        GradientCapture(tmp_path, during="epochs", at_end=False, other_prompts=1)
+
+
+@pytest.mark.parametrize("during", [None, "epochs"])
+def test_the_capture_keeps_them_at_the_end(tmp_path: Path, during: Any) -> None:
+    capture = GradientCapture(tmp_path / "rows", DATA[:2], during=during)
+    run = trainer(tiny(torch.float32), tmp_path, capture, train=Dataset.from_list(DATA))
+    run.train()
+    store = GradientStore.open(capture.path)
+    again = collect(run.model, DATA, tmp_path / "again", other_prompts=2)
+    torch.testing.assert_close(store.rows().stats[KEY], again.rows().stats[KEY])
+    assert store.rows("query").stats[KEY].shape == (2, 2)
+    assert store.points() == ([0] if during is None else [0, 1, 2])
+    assert not any(KEY in store.rows("train", point).stats for point in store.points()[1:])
