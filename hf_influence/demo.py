@@ -43,6 +43,9 @@ from hf_influence.scores import Scores
 ITERATIVE = ("cg", "lissa", "self_cg", "self_lissa")
 """They come close to what `fisher` solves exactly; on few rows of many columns at up to a hundred times its cost."""
 
+WITHIN = "auto, groups=task"
+"""The default for data of several tasks: without it what goes is, rather, the task that is the hardest."""
+
 Rows = dict[str, dict[str, float]]
 """The rows of a table by their names, each with its columns."""
 
@@ -99,7 +102,7 @@ class Demo:
 
         trim = DatasetFilter(drop=self.wrong)
         remedies = {
-            "the data curated by default": trim.apply(train, scores["auto"]),
+            "the data curated by default, within tasks": trim.apply(train, scores[WITHIN]),
             "a random drop of the same size": trim.apply(train, attribute(capture.path, "random", seed=self.seed)),
             "the truly clean data": train.select([i for i, wrong in enumerate(train["is_wrong"]) if not wrong]),
         }
@@ -177,7 +180,7 @@ class Demo:
     def _scores(self, store: Path, train: Dataset) -> dict[str, Scores]:
         """The scores of the training examples by every method."""
         scores = {name: attribute(store, name) for name in self._methods(store)}
-        return scores | {"auto, groups=task": attribute(store, groups=train["task"])}
+        return scores | {WITHIN: attribute(store, groups=train["task"])}
 
     @contextmanager
     def _stage(self, console: Console, name: str) -> Iterator[None]:

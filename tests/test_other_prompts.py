@@ -41,10 +41,10 @@ def likeness(one: list[int], other: list[int]) -> float:
     return dot / sqrt(sum(x * x for x in a.values()) * sum(x * x for x in b.values()))
 
 
-def others_of(i: int, k: int) -> list[list[int]]:
-    """The prompts most like that of example i, the first in the dataset where they are equally like it."""
+def others_of(i: int) -> list[list[int]]:
+    """Other prompts in the order of their likeness, the first in the dataset first where they are equally like it."""
     allowed = [j for j in range(6) if PROMPTS[j] != PROMPTS[i] and ANSWERS[j] != ANSWERS[i]]
-    return [PROMPTS[j] for j in sorted(allowed, key=lambda j: -round(likeness(PROMPTS[i], PROMPTS[j]), 9))[:k]]
+    return [PROMPTS[j] for j in sorted(allowed, key=lambda j: -round(likeness(PROMPTS[i], PROMPTS[j]), 9))]
 
 
 def loss_of(model: nn.Module, prompt: list[int], answer: list[int]) -> float:
@@ -55,16 +55,19 @@ def loss_of(model: nn.Module, prompt: list[int], answer: list[int]) -> float:
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
 @pytest.mark.parametrize("side", ["left", "right"])
-def test_losses_are_those_of_answers_after_the_prompts_that_are_most_alike(
+def test_losses_are_those_of_answers_after_the_prompt_that_is_most_alike_and_any_other(
     tmp_path: Path, kind: str, side: Any
 ) -> None:
     model = tiny(torch.float32) if kind == "llama" else lora(gpt2(), ["c_attn"], fan_in_fan_out=True)
     store = collect(model, DATA, tmp_path, data_collator=padding(side), batch_size=4, other_prompts=2)
     found = store.rows().stats[KEY]
-    longest = max(len(row["input_ids"]) for row in DATA)
+    longest, drawn = max(len(row["input_ids"]) for row in DATA), []
     for i, answer in enumerate(ANSWERS):
-        want = [loss_of(model, prompt[-(longest - len(answer)) :], answer) for prompt in others_of(i, 2)]
-        torch.testing.assert_close(found[i], torch.tensor(want), rtol=1e-5, atol=1e-5)
+        first, *rest = (loss_of(model, prompt[-(longest - len(answer)) :], answer) for prompt in others_of(i))
+        assert float(found[i, 0]) == pytest.approx(first, rel=1e-5)
+        drawn.append(min(range(len(rest)), key=lambda at: abs(rest[at] - float(found[i, 1]))))
+        assert float(found[i, 1]) == pytest.approx(rest[drawn[-1]], rel=1e-5)
+    assert len(set(drawn)) > 1
     own = store.rows().stats["loss"]
     gain = attribute(store, "prompt_gain").values[:, 0]
     torch.testing.assert_close(gain, (1 - own / found.mean(1)).to(gain.dtype))
@@ -76,7 +79,7 @@ def test_encoder_decoders_get_another_input(tmp_path: Path) -> None:
     data = [{"input_ids": prompt, "labels": answer} for prompt, answer in zip(PROMPTS, ANSWERS, strict=True)]
     found = collect(model, data, tmp_path, other_prompts=1).rows().stats[KEY]
     for i, answer in enumerate(ANSWERS):
-        row = {"input_ids": torch.tensor(others_of(i, 1)), "labels": torch.tensor([answer])}
+        row = {"input_ids": torch.tensor(others_of(i)[:1]), "labels": torch.tensor([answer])}
         with torch.no_grad():
             assert float(found[i, 0]) == pytest.approx(float(model.eval()(**row).loss), rel=1e-5)
 
@@ -119,8 +122,10 @@ def test_rows_without_these_losses_stay_without(tmp_path: Path) -> None:
 
 
 WHOLE = [{"input_ids": row["input_ids"], "labels": row["input_ids"]} for row in DATA]
+FIRST = [{**row, "labels": [-100, *row["input_ids"][1:]]} for row in DATA]
 NOTHING: dict[str, tuple[Any, Any, Any, str]] = {
-    "no prompts": (tiny, WHOLE, BadExample, r"labels of example 0 begin with its first token"),
+    "no prompts": (tiny, WHOLE, BadExample, r"labels of example 0 begin with its first or second token"),
+    "the first token": (tiny, FIRST, BadExample, r"labels of example 0 begin with its first or second token"),
     "one prompt": (tiny, [example([5, 6], [7 + i]) for i in range(3)], BadExample, r"example 0 has no other prompt"),
     "one answer": (tiny, [example([5, 6 + i], [4]) for i in range(3)], BadExample, r"example 0 has no other prompt"),
     "classes": (lambda: lora(bert(), ["query"], task_type="SEQ_CLS"), labelled(lambda i: i % 2), BadSetting, "task"),

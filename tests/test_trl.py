@@ -171,6 +171,7 @@ def test_every_row_equals_autograd(tmp_path: Path, name: str) -> None:
         assert worst_error(rows, expected(run, rows, examples)) <= 1e-5
     end = store.rows("train", 0)
     assert worst_error(end, [autograd_row(run.model, examples[i]) for i in end.positions.tolist()]) <= 1e-5
+    assert ("other_prompt_loss" in end.stats) == all(row["labels"][1] == -100 for row in examples)
 
 
 @pytest.mark.parametrize("options", [{}, {"padding_free": True}, packing("bfd", 16)], ids=["padded", "flat", "packed"])

@@ -64,7 +64,7 @@ class Auto(OverTraining, name="auto"):
 
     and for language models `prompt_gain` beside them, where answers were read after other prompts as well
     (`GradientCapture` does so where the labels leave the prompts out): what tells an answer that does not belong to its
-    prompt.
+    prompt. It weighs as much as all others together.
 
     Over training the loss tells wrong examples before the model has learnt them by heart, clean queries tell them
     later, and the two err in different places. The final rows count as one more point of training.
@@ -93,8 +93,8 @@ class Auto(OverTraining, name="auto"):
     agree: for each the correlation of its ranks with the mean ranks of the others.
 
     For language models the same holds where the answers of the queries were read after two other prompts as well: a
-    wrong answer then is one after a prompt that is not its own, AUC and π are by `prompt_gain`, and all parts weigh the
-    same. Mistakes of other kinds, such as an answer that breaks off, are ranked, but do not count in π.
+    wrong answer then is one after a prompt that is not its own, AUC and π are by `prompt_gain`. Mistakes of other
+    kinds, such as an answer that breaks off, are ranked, but do not count in π.
 
     Cost: that of the parts.
     Use when: always, unless you know better; with rows captured during training and clean queries it has most to go by.
@@ -174,6 +174,8 @@ class Auto(OverTraining, name="auto"):
         As far as the queries tell; the share is `None` where they do not.
         """
         equal = dict.fromkeys(scores, 1.0)
+        if OF_PROMPTS in scores and self.parts is None:
+            equal[OF_PROMPTS] = max(1.0, len(scores) - 1.0)
         last = rows.at(end(rows))
         asks = "kernel_ridge" if is_classification(rows) else OF_PROMPTS
         if self.parts is not None or asks not in scores or "queries" not in last.words() or len(last.query) < 2:

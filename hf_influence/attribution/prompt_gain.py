@@ -14,9 +14,9 @@ from hf_influence.attribution.statistic import statistic
 
 @dataclass(kw_only=True)
 class PromptGain(Method, name="prompt_gain"):
-    """By how much an answer is likelier after its own prompt than after others like it; 0 where the prompt is no help.
+    """By how much an answer is likelier after its own prompt than after those of others; 0 where its own is no help.
 
-        score[i] = 1 − ℓ(a_i | x_i) / (1/k Σ_{j ∈ N_i} ℓ(a_i | x_j)),   N_i k examples whose prompts are like that of i
+        score[i] = 1 − ℓ(a_i | x_i) / (1/k Σ_{j ∈ N_i} ℓ(a_i | x_j)),   N_i k others: like x_i, and at random, in turn
 
     The loss after other prompts is what the answer costs by itself, so that long, rare or badly written answers do not
     come lowest for that, as they do by `loss`; answers to another question, refusals and stock phrases do.

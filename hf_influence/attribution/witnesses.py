@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
+import torch
 from torch import Tensor
 
 from hf_influence.attribution.kernel_ridge import KernelRidge, negative
@@ -26,7 +27,7 @@ class Witness:
 
     Attributes:
         right: Of the queries at the end, `[q]`.
-        wrong: The same under wrong labels, `[q]`.
+        wrong: The same under wrong labels, `[q]` or several times as many.
         examples: Of the examples at the end, `[n]`; `[0]` where they have none.
         signs: At the points; those of training count.
     """
@@ -85,8 +86,8 @@ def witnesses(rows: Selection, last: Selection, ridge: Tensor, signs: Signs) -> 
 def of_prompts(last: Selection, scores: Tensor) -> Witness | None:
     """What the queries say of scores by "prompt_gain"; `None` where they were not read after two other prompts.
 
-    Under a wrong label an answer stands after a prompt that is not its own: after the first other prompt, compared with
-    the rest of them.
+    Under a wrong label an answer stands after a prompt that is not its own: after each of the other prompts, compared
+    with the rest of them.
 
     Args:
         last: The end.
@@ -96,7 +97,10 @@ def of_prompts(last: Selection, scores: Tensor) -> Witness | None:
     if STATISTIC not in query or query[STATISTIC].ndim != 2 or query[STATISTIC].shape[1] < 2:
         return None
     loss, others = query["loss"].double(), query[STATISTIC].double()
-    return Witness(gain(loss, others), gain(others[:, 0], others[:, 1:]), scores, {})
+    wrong = [
+        gain(others[:, at], others[:, [*range(at), *range(at + 1, others.shape[1])]]) for at in range(others.shape[1])
+    ]
+    return Witness(gain(loss, others), torch.cat(wrong), scores, {})
 
 
 def _two_classes(last: Selection) -> bool:

@@ -80,9 +80,10 @@ def collect(
             methods that compare losses, such as `gex`.
         features: Keep the input of the last layer as well, as the statistic "features" `[n, h]`; of a language model
             its mean over the positions that predict the labels.
-        other_prompts: Of a language model: keep the loss of each answer after so many prompts of other examples that
-            are like its own, as the statistic "other_prompt_loss" `[n, k]`, for `prompt_gain`; a forward pass for each.
-            A prompt is what comes before the first label that is not -100. `None`: two where all examples have prompts.
+        other_prompts: Of a language model: keep the loss of each answer after so many prompts of other examples, in
+            turn like its own and at random, as the statistic "other_prompt_loss" `[n, k]`, for `prompt_gain`; a forward
+            pass for each. A prompt is what comes before the first label that is not -100. `None`: two where all
+            examples have prompts.
         overwrite: Replace rows of another model, adapter or dataset instead of refusing.
 
     Returns:

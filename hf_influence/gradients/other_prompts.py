@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from random import Random
 from typing import Any, NamedTuple
 
 import torch
@@ -18,7 +19,7 @@ from hf_influence.task import IGNORED, CausalLM, LanguageModel, Task, labels_of
 
 STATISTIC = "other_prompt_loss"
 DEFAULT = 2
-"""Prompts for each answer: a comparison of two of them shows what an answer owes to a prompt that is not its own."""
+"""Prompts for each answer: one that is like its own and one at random."""
 
 POOL = 2048
 AT_ONCE = 256
@@ -35,10 +36,11 @@ class Parts(NamedTuple):
 class OtherPrompts:
     """Examples as they are but for the prompt, which is that of another one.
 
-    The prompt is all before the first labelled token, or the input of an encoder. An example gets the prompts that are
-    most like its own, by the cosine of the tf-idf of their tokens, among those of at most 2,048 examples evenly spaced
-    in the dataset; prompts and answers that are equal to its own do not count. A prompt with which the example would be
-    longer than the longest of the dataset loses its first tokens.
+    The prompt is all before the first labelled token, two tokens at least, or the input of an encoder. An example gets
+    prompts of at most 2,048 examples evenly spaced in the dataset, in turn the one that is most like its own, by the
+    cosine of the tf-idf of their tokens, and one at random: what is alike shows an answer to another prompt of the same
+    task, what is not shows an answer that any prompt would do for. Prompts and answers equal to its own do not count. A
+    prompt with which the example would be longer than the longest of the dataset loses its first tokens.
 
     Args:
         examples: The dataset.
@@ -94,19 +96,19 @@ class OtherPrompts:
         return self._examples.pad(rows)
 
     def _chosen(self, position: int, own: Parts, order: Sequence[int], k: int) -> list[int]:
-        found: list[int] = []
-        for place in order:
-            other = self._pool[place]
-            if other.prompt != own.prompt and other.labels != own.labels:
-                found.append(place)
-            if len(found) == k:
-                return found
-        if not found:
+        pool = self._pool
+        others = [at for at in order if pool[at].prompt != own.prompt and pool[at].labels != own.labels]
+        if not others:
             raise BadExample(
                 f"example {position} has no other prompt to be compared with: all {len(self._pool)} that were looked "
                 "at have the same tokens or the same answer. Leave other_prompts out."
             )
-        return [found[at % len(found)] for at in range(k)]
+        draw = Random(position)
+        found: list[int] = []
+        while len(found) < k:
+            left = [at for at in others if at not in found] or others
+            found.append(draw.choice(left) if len(found) % 2 else left[0])
+        return found
 
     def _parts(self, positions: Sequence[int]) -> Iterator[Parts]:
         for start in range(0, len(positions), AT_ONCE):
@@ -120,14 +122,15 @@ class OtherPrompts:
                     continue
                 own, target = own[real], target[real]
                 at = int((target != IGNORED).to(torch.uint8).argmax()) if (target != IGNORED).any() else len(own)
+                at = 0 if at == 1 else at  # some collators mask the first token, which nothing predicts
                 yield Parts(own[:at].tolist(), own[at:].tolist(), target[at:].tolist())
 
 
 def _check_prompts(positions: Sequence[int], parts: Sequence[Parts]) -> None:
     if bare := [position for position, own in zip(positions, parts, strict=True) if not own.prompt]:
         raise BadExample(
-            f"the labels of example {bare[0]} begin with its first token, so it is not known what its prompt is. Mask "
-            "the prompts (labels of -100), or leave other_prompts out."
+            f"the labels of example {bare[0]} begin with its first or second token, so it is not known what its prompt "
+            "is. Mask the prompts (labels of -100), or leave other_prompts out."
         )
 
 
