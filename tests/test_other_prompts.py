@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
-from models import Example, bert, gpt2, labelled, lora, padding, tiny
+from models import Example, bert, gpt2, labelled, llama, lora, padding, tiny
 from test_callback import trainer
 from torch import nn
-from transformers import T5Config, T5ForConditionalGeneration
+from transformers import LlamaForCausalLM, T5Config, T5ForConditionalGeneration
 
 from hf_influence import attribute, collect
 from hf_influence.callbacks import GradientCapture
@@ -122,10 +122,25 @@ def test_rows_without_these_losses_stay_without(tmp_path: Path) -> None:
 
 
 WHOLE = [{"input_ids": row["input_ids"], "labels": row["input_ids"]} for row in DATA]
+
+
+class SeeingForCausalLM(LlamaForCausalLM):  # type: ignore[misc]
+    """A language model that is given pictures as well."""
+
+    def forward(self, *args: Any, pixel_values: Any = None, **inputs: Any) -> Any:
+        return super().forward(*args, **inputs)
+
+
+def seeing() -> nn.Module:
+    return lora(SeeingForCausalLM(llama().config), ["q_proj"])
+
+
+SEEN = [{**row, "pixel_values": [0.0]} for row in DATA]
 FIRST = [{**row, "labels": [-100, *row["input_ids"][1:]]} for row in DATA]
 NOTHING: dict[str, tuple[Any, Any, Any, str]] = {
     "no prompts": (tiny, WHOLE, BadExample, r"labels of example 0 begin with its first or second token"),
     "the first token": (tiny, FIRST, BadExample, r"labels of example 0 begin with its first or second token"),
+    "more than text": (seeing, SEEN, BadExample, r"the model takes pixel_values, and only text"),
     "one prompt": (tiny, [example([5, 6], [7 + i]) for i in range(3)], BadExample, r"example 0 has no other prompt"),
     "one answer": (tiny, [example([5, 6 + i], [4]) for i in range(3)], BadExample, r"example 0 has no other prompt"),
     "classes": (lambda: lora(bert(), ["query"], task_type="SEQ_CLS"), labelled(lambda i: i % 2), BadSetting, "task"),

@@ -288,7 +288,7 @@ def check_collectable(
     )
     plan.examples.batch(range(min(2, len(plan.examples))))
     if other_prompts:
-        OtherPrompts(plan.examples, plan.task, other_prompts, todo=[0])
+        OtherPrompts(model, plan.task, plan.examples, other_prompts, todo=[0])
     check_folder(path, plan.header, overwrite=overwrite, resumed=resumed)
     return plan
 

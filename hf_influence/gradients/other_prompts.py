@@ -11,15 +11,22 @@ from sklearn.feature_extraction.text import TfidfVectorizer
 from torch import Tensor, nn
 
 from hf_influence.errors import BadExample, BadSetting
-from hf_influence.gradients.batches import Examples, padding_to_the_right
+from hf_influence.gradients.batches import PACKED, Examples, forward_arguments, padding_to_the_right
 from hf_influence.gradients.capture import RowCatcher
 from hf_influence.gradients.fixed import FixedWeights
 from hf_influence.gradients.sweep import BatchSize, sweep
-from hf_influence.task import IGNORED, CausalLM, LanguageModel, Task, labels_of
+from hf_influence.task import IGNORED, LABELS, CausalLM, LanguageModel, Task, labels_of
 
 STATISTIC = "other_prompt_loss"
 DEFAULT = 2
 """Prompts for each answer: one that is like its own and one at random."""
+
+OF_TEXT = {
+    *("input_ids", "attention_mask", "token_type_ids", "position_ids"),
+    *("decoder_input_ids", "decoder_attention_mask"),
+    *(*LABELS, *PACKED),
+}
+"""What a model may take of an example that is text and no more."""
 
 POOL = 2048
 AT_ONCE = 256
@@ -43,24 +50,25 @@ class OtherPrompts:
     prompt with which the example would be longer than the longest of the dataset loses its first tokens.
 
     Args:
+        model: The language model.
+        task: Its task.
         examples: The dataset.
-        task: Of a language model.
         k: How many prompts for each; the same once more where there are not so many.
         todo: Positions of the examples that they are wanted for; by default all.
 
     Raises:
         BadSetting: The task is not that of a language model, or k is no number.
-        BadExample: An example has no prompt, or there is no other one.
+        BadExample: An example has no prompt or is more than text, or there is no other prompt.
     """
 
-    def __init__(self, examples: Examples, task: Task, k: int, todo: Sequence[int] | None = None):
+    def __init__(self, model: nn.Module, task: Task, examples: Examples, k: int, todo: Sequence[int] | None = None):
         if not isinstance(task, LanguageModel) or not isinstance(k, int) or k < 1:
             raise BadSetting(
                 f"other_prompts={k!r} for the task {task.name}: it is a number of prompts, at least 1, and examples "
                 "have prompts and answers where the model is a language model. Leave it out elsewhere."
             )
         self._examples, self._causal = examples, isinstance(task, CausalLM)
-        self._longest = max(examples.survey()[1])
+        self._longest, self._taken = max(examples.survey()[1]), set(forward_arguments(model))
         looked_at = range(0, len(examples), -(-len(examples) // POOL))
         self._pool = list(self._parts(looked_at))
         _check_prompts(looked_at, self._pool)
@@ -113,6 +121,12 @@ class OtherPrompts:
     def _parts(self, positions: Sequence[int]) -> Iterator[Parts]:
         for start in range(0, len(positions), AT_ONCE):
             batch = self._examples.batch(positions[start : start + AT_ONCE])
+            foreign = sorted(name for name in batch if name in self._taken - OF_TEXT)
+            if foreign or "input_ids" not in batch:
+                raise BadExample(
+                    f"the model takes {foreign[0] if foreign else 'something other than input_ids'}, and only text can "
+                    "be given another prompt. Leave other_prompts out."
+                )
             batch = padding_to_the_right(batch) if self._causal else batch
             ids, labels, mask = batch["input_ids"], labels_of(batch), batch.get("attention_mask")
             mask = torch.ones_like(ids) if mask is None else mask
@@ -153,7 +167,7 @@ def other_prompt_losses(
         BadSetting, BadExample: See `OtherPrompts`.
     """
     try:
-        others = OtherPrompts(examples, task, DEFAULT if k is None else k)
+        others = OtherPrompts(model, task, examples, DEFAULT if k is None else k)
     except (BadSetting, BadExample):
         if k is None:
             return None
