@@ -19,6 +19,7 @@ from transformers import LlamaForCausalLM, T5Config, T5ForConditionalGeneration
 from hf_influence import attribute, collect
 from hf_influence.callbacks import GradientCapture
 from hf_influence.errors import BadExample, BadSetting, MissingRows, StoreMismatch
+from hf_influence.gradients.batches import padding_with
 from hf_influence.store import GradientStore
 
 KEY = "other_prompt_loss"
@@ -127,8 +128,15 @@ WHOLE = [{"input_ids": row["input_ids"], "labels": row["input_ids"]} for row in 
 class SeeingForCausalLM(LlamaForCausalLM):  # type: ignore[misc]
     """A language model that is given pictures as well."""
 
-    def forward(self, *args: Any, pixel_values: Any = None, **inputs: Any) -> Any:
-        return super().forward(*args, **inputs)
+    def forward(
+        self,
+        input_ids: Any = None,
+        attention_mask: Any = None,
+        labels: Any = None,
+        pixel_values: Any = None,
+        **inputs: Any,
+    ) -> Any:
+        return super().forward(input_ids, attention_mask, labels=labels, **inputs)
 
 
 def seeing() -> nn.Module:
@@ -154,10 +162,10 @@ def test_without_prompts_there_is_nothing_or_an_error(tmp_path: Path, kind: str)
     assert KEY not in collect(model, data, tmp_path / "default", other_prompts=None).rows().stats
     with pytest.raises(error, match=match):
         collect(model, data, tmp_path / "asked", other_prompts=1)
+    capture = GradientCapture(tmp_path / "capture", other_prompts=1)
+    run = trainer(model, tmp_path, capture, train=Dataset.from_list(data), collate=padding_with(0))
     with pytest.raises(error, match=match):
-        trainer(
-            model, tmp_path, GradientCapture(tmp_path / "capture", other_prompts=1), train=Dataset.from_list(data)
-        ).train()
+        run.train()
 
 
 def test_a_number_that_is_none_is_refused(tmp_path: Path) -> None:
