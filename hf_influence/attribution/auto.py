@@ -173,21 +173,21 @@ class Auto(OverTraining, name="auto"):
 
         As far as the queries tell; the share is `None` where they do not.
         """
-        equal = dict.fromkeys(scores, 1.0)
+        plain = dict.fromkeys(scores, 1.0)
         if OF_PROMPTS in scores and self.parts is None:
-            equal[OF_PROMPTS] = max(1.0, len(scores) - 1.0)
+            plain[OF_PROMPTS] = max(1.0, len(scores) - 1.0)
         last = rows.at(end(rows))
         asks = "kernel_ridge" if is_classification(rows) else OF_PROMPTS
         if self.parts is not None or asks not in scores or "queries" not in last.words() or len(last.query) < 2:
-            return equal, None, 0.5
+            return plain, None, 0.5
         if asks == OF_PROMPTS:
             witness = of_prompts(last, scores[OF_PROMPTS])
-            return (equal, None, 0.5) if witness is None else (equal, witness.share(), witness.auc)
+            return (plain, None, 0.5) if witness is None else (plain, witness.share(), witness.auc)
         found, known = witnesses(rows, last, scores["kernel_ridge"], signs)
         best = max(found.values(), key=lambda one: (len(one.examples) > 0, one.auc))
         share = best.share() if known else None
         if "margin" not in found:
-            return equal, share, best.auc
+            return plain, share, best.auc
         by_queries, by_loss = found["kernel_ridge"].trust(errors=1), found["margin"].trust()
         weights = {name: by_queries if name.startswith("kernel_ridge") else by_loss for name in scores}
         if "kernel_ridge_mean" in weights and end(rows) == 0:
