@@ -33,7 +33,7 @@ class PromptGain(Method, name="prompt_gain"):
         """Scores `[n, 1]`; MissingRows if the losses after other prompts were not collected."""
         train = rows.train
         own = statistic(train, "loss", self.name)  # [n]
-        others = statistic(train, "other_prompt_loss", self.name).reshape(len(own), -1)  # [n, k]
+        others = statistic(train, "other_prompt_loss", self.name)  # [n, k]
         return gain(own, others).to(train.dtype)[:, None]
 
 
@@ -42,7 +42,7 @@ def gain(loss: Tensor, others: Tensor) -> Tensor:
 
     Args:
         loss: Of answers after a prompt, `[n]`.
-        others: After other prompts, `[n, k]`.
+        others: After other prompts, `[n, k]`, or `[n]` after one.
     """
-    mean = others.mean(1)
+    mean = others.mean(1) if others.ndim == 2 else others
     return torch.where(mean > 0, 1 - loss / mean, 0.0)
