@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 import torch
-from models import Example, labelled, prompts, tiny, worst_error
+from models import Example, labelled, lora, prompts, tiny, worst_error
 from test_during import EXAMPLES, Micro, Recording, classifier, key, packed_llama, train
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
-from transformers import DataCollatorWithFlattening
+from transformers import DataCollatorWithFlattening, T5Config, T5ForConditionalGeneration
 from transformers.trainer_pt_utils import LabelSmoother
 
 from hf_influence.attribution import attribute
@@ -286,6 +286,14 @@ def test_what_is_collected_beside_such_rows_knows_the_loss(tmp_path: Path, kind:
     collect_target(model, data, store.path, target=lambda m, b: example_losses(m, b).sum(), split="sum", task=told)
     for method, split in (("ekfac", "query"), ("arnoldi", "query"), ("ip", "query-cg"), ("ip", "sum")):
         assert attribute(store, method, query_split=split).values.isfinite().all()
+
+
+def test_rows_of_an_encoder_decoder_under_label_smoothing_are_verified(tmp_path: Path) -> None:
+    config = T5Config(vocab_size=48, d_model=16, d_kv=8, d_ff=24, num_layers=1, num_heads=2, decoder_start_token_id=0)
+    model = lora(T5ForConditionalGeneration(config), ["q", "v"])
+    data = [{"input_ids": [5, 6, 7], "labels": [8, 9]}, {"input_ids": [4, 9], "labels": [7, 6, 5, 4]}]
+    store = collect(model, data, tmp_path, task=label_smoothing(EPSILON))
+    assert verify(model, data, store) < 1e-5
 
 
 def test_a_loss_that_the_store_does_not_keep_has_to_be_given_again(tmp_path: Path) -> None:

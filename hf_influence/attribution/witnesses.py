@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
-import torch
 from torch import Tensor
 
 from hf_influence.attribution.kernel_ridge import KernelRidge, negative
@@ -97,10 +96,8 @@ def of_prompts(last: Selection, scores: Tensor) -> Witness | None:
     if STATISTIC not in query or query[STATISTIC].ndim != 2 or query[STATISTIC].shape[1] < 2:
         return None
     loss, others = query["loss"].double(), query[STATISTIC].double()
-    wrong = [
-        gain(others[:, at], others[:, [*range(at), *range(at + 1, others.shape[1])]]) for at in range(others.shape[1])
-    ]
-    return Witness(gain(loss, others), torch.cat(wrong), scores, {})
+    rest = (others.sum(1, keepdim=True) - others) / (others.shape[1] - 1)  # [q, k], the mean of the others of each
+    return Witness(gain(loss, others), gain(others.flatten(), rest.flatten()), scores, {})
 
 
 def _two_classes(last: Selection) -> bool:

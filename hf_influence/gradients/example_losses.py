@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from hf_influence.gradients.batches import inputs_of
 from hf_influence.gradients.objective import own_losses
-from hf_influence.task import Classification, LanguageModel, Reduction, task_of
+from hf_influence.task import Classification, LanguageModel, Reduction, Task, task_of
 
 
 def example_losses(model: nn.Module, batch: dict[str, Any], loss_reduction: Reduction = "mean") -> Tensor:
@@ -22,7 +22,11 @@ def example_losses(model: nn.Module, batch: dict[str, Any], loss_reduction: Redu
     Returns:
         `[b]`, in float32 at least. The sum of their gradients is that of the rows of `collect`.
     """
-    task = task_of(model, loss_reduction)
+    return losses_by(task_of(model, loss_reduction), model, batch)
+
+
+def losses_by(task: Task, model: nn.Module, batch: dict[str, Any]) -> Tensor:
+    """The same by a task that may have another loss than the model; errors as in `own_losses`."""
     inputs, labels, mask = inputs_of(model, batch, task)
     logits = model(**inputs).logits
     if isinstance(task, LanguageModel):

@@ -13,12 +13,13 @@ from hf_influence.errors import StoreError, StoreMismatch
 from hf_influence.gradients.batches import Collator, by_token
 from hf_influence.gradients.collect import Plan
 from hf_influence.gradients.compress import compressor_of
+from hf_influence.gradients.example_losses import losses_by
 from hf_influence.gradients.identity import adapter_identity
 from hf_influence.gradients.modes import evaluating
-from hf_influence.gradients.objective import has_own_loss, own_losses
+from hf_influence.gradients.objective import has_own_loss
 from hf_influence.gradients.own_loss import OwnTask
 from hf_influence.store import GradientStore, Rows
-from hf_influence.task import IGNORED, LABELS, CausalLM, LanguageModel, Task
+from hf_influence.task import IGNORED, LABELS, CausalLM, LanguageModel
 
 TOLERANCE = 1e-3
 TOLERANCE_HALF = 5e-2
@@ -146,17 +147,11 @@ def _gradient(model: nn.Module, plan: Plan, position: int, names: list[str]) -> 
             return {name: torch.zeros_like(weights[name]) for name in names}
         factor = n_tokens if plan.task.reduction == "sum" else 1
     with torch.enable_grad():
-        loss = _own_loss(model, plan.task, batch) if has_own_loss(plan.task) else model(**batch).loss * factor
+        own = has_own_loss(plan.task)
+        loss = losses_by(plan.task, model, batch).sum() if own else model(**batch).loss * factor
         return dict(
             zip(names, torch.autograd.grad(loss, [weights[n] for n in names], materialize_grads=True), strict=True)
         )
-
-
-def _own_loss(model: nn.Module, task: Task, batch: dict[str, Any]) -> Tensor:
-    """Of a batch of one, where the model computes another."""
-    labels = batch["labels"]
-    logits = model(**{name: value for name, value in batch.items() if name != "labels"}).logits
-    return own_losses(task, logits, task.targets(labels, None) if isinstance(task, LanguageModel) else labels).sum()
 
 
 def _unpadded(batch: dict[str, Any], labels_too: bool) -> dict[str, Any]:
