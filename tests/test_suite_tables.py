@@ -9,6 +9,7 @@ import pytest
 import torch
 from datasets import Dataset
 
+from hf_influence.errors import BadSetting
 from hf_influence.evaluation import Runs, Table, retraining_gain
 from hf_influence.scores import Scores
 
@@ -152,6 +153,11 @@ def test_all_clean_rows_may_be_queries(suite, monkeypatch):
     args = SimpleNamespace(data=None, rows=5, share=0.2, queries=5, held_out=0)
     parts = glue.Parts.of("sst2", args, 0)
     assert (len(parts.train), len(parts.query), len(parts.held_out)) == (5, 5, 0)
+    args.queries, args.held_out = 2, 9
+    assert len(glue.Parts.of("sst2", args, 0).held_out) == 3, "as many as the queries leave"
+    args.queries = 5
+    with pytest.raises(BadSetting, match="leave no held-out row"):
+        glue.Parts.of("sst2", args, 0)
 
 
 def test_answers_trained_again_are_told_by_loss_and_by_whole_answers(suite):
@@ -170,3 +176,29 @@ def test_answers_trained_again_are_told_by_loss_and_by_whole_answers(suite):
     assert rows["drop auto"]["share, loss"] == pytest.approx(0.8)
     assert rows["drop auto"]["share, whole answers"] == pytest.approx(0.5)
     assert rows["clean"]["share, loss"] is None
+
+
+def test_retrainings_that_were_interrupted_go_on(suite, tmp_path):
+    series = suite("series")
+    rows = Dataset.from_dict({"label": [0, 1, 1]})
+    trained, stop = [], ["soft"]
+
+    def first(store):
+        trained.append("first")
+        return "all", {"accuracy": 0.5}, iter([("clean", rows.select([0])), ("soft", rows)])
+
+    def again(way, curated):
+        trained.append(way)
+        if way in stop:
+            stop.clear()
+            raise KeyboardInterrupt
+        return {"accuracy": len(curated) / 10}
+
+    with pytest.raises(KeyboardInterrupt):
+        series.train_again(tmp_path, first, again)
+    found = series.train_again(tmp_path, first, again)
+    assert found == {"all": {"accuracy": 0.5}, "clean": {"accuracy": 0.1}, "soft": {"accuracy": 0.3}}
+    assert trained == ["first", "clean", "soft", "soft"], "what was finished is not trained again"
+    trained.clear()
+    assert series.train_again(None, first, again)["all"] == {"accuracy": 0.5}
+    assert trained == ["first", "clean", "soft"]

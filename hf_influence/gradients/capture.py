@@ -32,15 +32,16 @@ class RowCatcher:
     The rows of a call are formed from the input and the gradient of that very call; so a module that is used twice, or
     run again by gradient checkpointing, comes out right. Nothing of the model's computation changes.
 
-    While the passes run, hooks only note both: their work is done when the rows are taken, at one go, since between the
-    products of a backward pass a line of Python finds its code and data out of the caches, and other threads asleep.
-    What is noted is alive anyway when memory is at its peak, as the backward pass begins. Under gradient checkpointing
-    it is not, and the rows are formed there and then.
+    While the passes run, hooks only note what the rows need of both; these are formed when they are taken, at one go,
+    since between the products of a backward pass a line of Python finds its code and data out of the caches, and other
+    threads asleep. Of a few columns only those are noted, as they are at hand in the caches just then. What is noted
+    whole is alive anyway when memory is at its peak, as the backward pass begins. Under gradient checkpointing it is
+    not, and the rows are formed there and then.
 
     Attributes:
         rows_in_batch: Examples of the batch, to check by; `None` if not known.
         packing: Of a batch whose rows are not its examples.
-        recomputed: The model uses gradient checkpointing, so what is remembered of an input is not to be kept, either.
+        recomputed: The model uses gradient checkpointing, so what is noted of an input is not to be kept, either.
     """
 
     def __init__(self, taps: Sequence[Tap], compress: Compressor | None = None):
@@ -49,7 +50,7 @@ class RowCatcher:
         self.packing: Packing | None = None
         self.recomputed = False
         self._rows: dict[str, Tensor] = {}
-        self._calls: list[tuple[nn.Module, Tensor, list[Tensor]]] = []
+        self._noted: list[tuple[Tap, Tensor, Tensor]] = []
         self._later: list[tuple[str, tuple[Tensor, Tensor, Entries]]] = []
         self._handles: list[Any] = []
         self._by_module: dict[int, list[Tap]] = {}
@@ -98,16 +99,15 @@ class RowCatcher:
         return rows
 
     def _go_through(self) -> None:
-        """Add what was noted during the backward pass."""
-        for module, x, arrived in self._calls:
-            for g in arrived:
-                self.watch(module, x.detach())(g)
-        self._calls.clear()
+        """Add what was noted during the passes."""
+        for call in self._noted:
+            self._paired(*call)
+        self._noted.clear()
 
     def clear(self) -> None:
         """Forget the rows of a batch that failed."""
         self._rows.clear()
-        self._calls.clear()
+        self._noted.clear()
         self._later.clear()
 
     def _watch(self, module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -115,35 +115,35 @@ class RowCatcher:
             return
         if not output.requires_grad:
             output.requires_grad_()
-        if self.recomputed:
-            output.register_hook(self.watch(module, inputs[0].detach()))
-            return
-        arrived: list[Tensor] = []
-        output.register_hook(arrived.append)
-        self._calls.append((module, inputs[0], arrived))
+        output.register_hook(self.watch(module, inputs[0], at_once=self.recomputed))
 
-    def watch(self, module: nn.Module, x: Tensor) -> Callable[[Tensor], None]:
+    def watch(self, module: nn.Module, x: Tensor, at_once: bool = True) -> Callable[[Tensor], None]:
         """Note one call of a module.
 
         Args:
             module: The module; nothing happens if no tap is on it.
             x: Its input, `[b, t, i]` (or `[b, i]`), or token ids `[b, t]`.
+            at_once: Form the rows when the gradient arrives, not when they are taken.
 
         Returns:
             To be called with the gradient at its output, `[b, t, o]`: adds the rows of this call.
         """
         taps = self._by_module.get(id(module), ())
+        x = x.detach()
         tokens = self._tokens(x) if x.is_floating_point() else self._tokens(x[..., None])[..., 0]
-        noted = [tap.rule.remember(tokens, self._kept_of(tap.parameter, x.device)) for tap in taps]
+        noted = [tap.rule.of_input(tokens, self._kept_of(tap.parameter, x.device)) for tap in taps]
         kept: Any = _saved(noted) if self.recomputed else noted
+        then = self._paired if at_once else self._note
 
         def back(g: Tensor) -> None:
             g = self._tokens(g.detach() if g.requires_grad else g)
             for tap, seen in zip(taps, kept if isinstance(kept, list) else kept.saved_tensors, strict=True):
-                self._check_apart(tap, g)
-                self._add(tap, *tap.rule.factors(seen, g, self._kept_of(tap.parameter, g.device)))
+                then(tap, seen, tap.rule.of_gradient(g, self._kept_of(tap.parameter, g.device)))
 
         return back
+
+    def _note(self, tap: Tap, seen: Tensor, arrived: Tensor) -> None:
+        self._noted.append((tap, seen, arrived))
 
     def _tokens(self, values: Tensor) -> Tensor:
         """`[b, d] -> [b, 1, d]`, `[b, …, d] -> [b, t, d]`; all that is seen with one example belongs to it."""
@@ -166,6 +166,10 @@ class RowCatcher:
                 "example at a time (batch_size=1; per_device_train_batch_size=1 in training), or leave it out with "
                 f"skip=[{tap.parameter!r}, …]."
             )
+
+    def _paired(self, tap: Tap, seen: Tensor, arrived: Tensor) -> None:
+        self._check_apart(tap, arrived)
+        self._add(tap, *((seen, arrived) if tap.rule.input_left else (arrived, seen)))
 
     def _add(self, tap: Tap, left: Tensor, right: Tensor) -> None:
         left, right = _exact(left), _exact(right)

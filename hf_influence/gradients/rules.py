@@ -5,12 +5,12 @@ A parameter `W [m, n]` that is used linearly has the per-example gradient
     ∂ℓ_b/∂W = Σ_t left[b, t] ⊗ right[b, t]        left: [b, t, m], right: [b, t, n]
 
 where one factor comes from the layer's input and the other from the gradient at its output. A `Rule` says which: what
-to remember of the input when the forward pass goes by, and how to form the row when the gradient comes back.
+to note of the input when the forward pass goes by and of the gradient when that comes back, and how the two form a row.
 
 Entries instead of the whole: `left[..., i] * right[..., j]` summed over tokens gives the entries `(i, j)` alone. Only
-those columns of the input are remembered, and the full gradient never exists. A factor as slim as a LoRA rank is left
-whole: multiplying all of it is faster than picking its columns. Likewise for projections of both sides: each factor is
-projected on its own before they are multiplied.
+those columns of the input and of the gradient are noted, and the full product never exists. A factor as slim as a LoRA
+rank is left whole: multiplying all of it is faster than picking its columns. Likewise for projections of both sides:
+each factor is projected on its own before they are multiplied.
 """
 
 from __future__ import annotations
@@ -91,14 +91,16 @@ Keep: TypeAlias = Entries | Projections
 class Rule(NamedTuple):
     """How the rows of one parameter come about.
 
-    remember: `(x [b, t, i] or token ids [b, t], keep) -> [b, t, …]`, at the forward pass.
-    factors: `(what was remembered, g [b, t, o], keep) -> left, right`, at the backward pass, each `[b, t, …]`.
-    row: `(left, right, keep) -> [b, d]`.
+    of_input: `(x [b, t, i] or token ids [b, t], keep) -> [b, t, …]`, noted at the forward pass.
+    of_gradient: `(g [b, t, o], keep) -> [b, t, …]`, noted at the backward pass.
+    row: `(left, right, keep) -> [b, d]`, of the two.
+    input_left: Which of them is the left factor.
     """
 
-    remember: Callable[[Tensor, Keep | None], Tensor]
-    factors: Callable[[Tensor, Tensor, Keep | None], tuple[Tensor, Tensor]]
+    of_input: Callable[[Tensor, Keep | None], Tensor]
+    of_gradient: Callable[[Tensor, Keep | None], Tensor]
     row: Callable[[Tensor, Tensor, Keep | None], Tensor]
+    input_left: bool = False
 
 
 def outer(left: Tensor, right: Tensor, keep: Keep | None) -> Tensor:
@@ -129,52 +131,48 @@ def outer_of_many(factors: Sequence[tuple[Tensor, Tensor, Entries]]) -> list[Ten
 
 def linear() -> Rule:
     """A weight `[o, i]`: `y = x Wᵀ`."""
-    return Rule(_on_the_right, lambda x, g, keep: (_on_the_left(g, keep), x), outer)
+    return Rule(_on_the_right, _on_the_left, outer)
 
 
 def transposed() -> Rule:
     """A weight `[i, o]`: `y = x W`."""
-    return Rule(_on_the_left, lambda x, g, keep: (x, _on_the_right(g, keep)), outer)
+    return Rule(_on_the_left, _on_the_right, outer, input_left=True)
 
 
 def bias() -> Rule:
     """A bias `[o]`; the input does not matter."""
-    return Rule(
-        lambda x, keep: x.new_empty(*x.shape[:2], 0),
-        lambda nothing, g, keep: (_on_the_left(g, keep), nothing),
-        lambda g, _, keep: g.sum(1),
-    )
+    return Rule(lambda x, keep: x.new_empty(*x.shape[:2], 0), _on_the_left, lambda g, nothing, keep: g.sum(1))
 
 
 def one_hot(left: Callable[[Tensor], Tensor], size: int) -> Rule:
     """A weight `[m, size]` whose columns are chosen by token ids; `left(g)` is `[b, t, m]`."""
 
-    def remember(ids: Tensor, keep: Keep | None) -> Tensor:
-        return ids[..., None] == keep.j if isinstance(keep, Entries) else ids
-
-    def factors(ids: Tensor, g: Tensor, keep: Keep | None) -> tuple[Tensor, Tensor]:
-        a = left(g)
+    def of_input(ids: Tensor, keep: Keep | None) -> Tensor:
         if isinstance(keep, Entries):
-            return _picked(a, keep.i), ids
+            return ids[..., None] == keep.j
         if isinstance(keep, Projections) and keep.right is not None:
-            return keep.on_the_left(a), keep.right[ids].to(a)  # a token picks its row of the projection, [b, t, n']
-        return _on_the_left(a, keep), ids
+            return keep.right[ids]  # a token picks its row of the projection, [b, t, n']
+        return ids
+
+    def of_gradient(g: Tensor, keep: Keep | None) -> Tensor:
+        a = left(g)
+        return _picked(a, keep.i) if isinstance(keep, Entries) else _on_the_left(a, keep)
 
     def row(a: Tensor, ids: Tensor, keep: Keep | None) -> Tensor:
         if isinstance(keep, Entries):
             return (a * ids).sum(1)  # [b, t, k] both; ids say which of the entries a token is
         if isinstance(keep, Projections) and keep.right is not None:
-            return outer(a, ids, keep)
+            return outer(a, ids.to(a), keep)
         rows = a.new_zeros(len(ids), a.shape[2], size)
         return rows.scatter_add_(2, ids[:, None, :].expand(-1, a.shape[2], -1), a.transpose(1, 2)).flatten(1)
 
-    return Rule(remember, factors, row)
+    return Rule(of_input, of_gradient, row)
 
 
 def looked_up(table: Callable[[], Tensor]) -> Rule:
     """A weight `[m, n]` behind a frozen look-up table `[size, n]`: its input is `table[ids]`."""
     after = linear()
-    return after._replace(remember=lambda ids, keep: after.remember(table()[ids], keep))
+    return after._replace(of_input=lambda ids, keep: after.of_input(table()[ids], keep))
 
 
 def _on_the_left(values: Tensor, keep: Keep | None) -> Tensor:

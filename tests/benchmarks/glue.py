@@ -42,14 +42,17 @@ def tokens(rows: Dataset, name: str, tokenizer: Any) -> Dataset:
 
 
 def clean_rows(name: str, args: argparse.Namespace, seed: int) -> Dataset:
-    """Random rows of the split that the set keeps for evaluation, the queries before the held-out rows."""
+    """Random rows of the split that the set keeps for evaluation, the queries before the held-out rows.
+
+    Of these there are as many as are asked for, or what the queries leave.
+    """
     clean = load(name, HELD_OUT[name], args.data).shuffle(seed=seed)
-    if args.queries + args.held_out > len(clean):
+    if args.queries + min(args.held_out, 1) > len(clean):
         raise BadSetting(
-            f"--queries {args.queries} and --held-out {args.held_out} are more than the {len(clean)} rows that {name} "
-            "keeps for evaluation, and a row must not be both. Lower one of them."
+            f"--queries {args.queries} leave no held-out row of the {len(clean)} that {name} keeps for evaluation, and "
+            "a row must not be both. Lower them."
         )
-    return clean.select(range(args.queries + args.held_out))
+    return clean.select(range(min(args.queries + args.held_out, len(clean))))
 
 
 class Parts(NamedTuple):
@@ -111,7 +114,7 @@ def options(description: str | None, **defaults: Any) -> argparse.ArgumentParser
     made.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     made.add_argument("--rows", type=int, default=1500, help="to train on")
     made.add_argument("--queries", type=int, default=200, help="clean rows to compare with")
-    made.add_argument("--held-out", type=int, default=600, help="clean rows to judge retrained models by")
+    made.add_argument("--held-out", type=int, default=600, help="clean rows to judge retrained models by, at most")
     made.add_argument("--share", type=float, default=0.2, help="of the labels that are flipped")
     made.add_argument("--rank", type=int, default=8)
     made.add_argument("--epochs", type=int, default=8)

@@ -11,7 +11,7 @@ from typing import Any
 
 from datasets import Dataset, DatasetDict
 from peft import LoraConfig, get_peft_model
-from series import add_sampling, add_without, arguments, parser
+from series import add_sampling, arguments, parser
 from torch import nn
 from transformers import DataCollatorForSeq2Seq, Trainer, TrainerCallback, set_seed
 
@@ -91,7 +91,6 @@ def options(description: str | None) -> argparse.ArgumentParser:
     made.add_argument("--rows", type=int, default=200, help="to train on")
     made.add_argument("--queries", type=int, default=50, help="clean rows to compare with")
     made.add_argument("--max-tokens", type=int, default=256, help="longer rows of the folder are not drawn")
-    add_without(made)
     made.add_argument("--epochs", type=int, default=3)
     add_sampling(made)
     made.add_argument("--batch-size", type=int, default=8)

@@ -21,12 +21,13 @@ of class probabilities what they leave to the wrong class.
 
 `posterior`, `doubtful` and `reweight auto` go by what is found alone; where the queries tell nothing, there is no
 `posterior`. Otherwise the share to drop is known here; with data of your own it is not.
+
+Every training is kept in `--results` as soon as it is finished.
 """
 
 from __future__ import annotations
 
 import argparse
-import tempfile
 from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
@@ -34,11 +35,22 @@ from typing import Any
 
 from datasets import Dataset
 from glue import WEIGHT, Parts, fine_tune, options, tokens, trained_how
-from series import Given, by_seed, each, finish_each, runs_of, scored, whole_run, with_baselines
+from series import (
+    Given,
+    by_seed,
+    each,
+    finish_each,
+    on_the_way,
+    runs_of,
+    scored,
+    train_again,
+    whole_run,
+    with_baselines,
+)
 from torch import nn
 
 from hf_influence.callbacks import GradientCapture
-from hf_influence.evaluation import Run, Table, retraining_gain
+from hf_influence.evaluation import Run, Runs, Table, retraining_gain
 from hf_influence.evaluation.table import BASELINES
 from hf_influence.filter import DatasetFilter, Relabel, Reweight
 from hf_influence.gradients import losses
@@ -72,25 +84,27 @@ def wrong_left(rows: Dataset) -> float:
     return 1 - sum(believed) / len(rows)
 
 
-def run(name: str, seed: int, args: argparse.Namespace) -> dict[str, dict[str, float]]:
+def run(name: str, seed: int, args: argparse.Namespace, runs: Runs) -> dict[str, dict[str, float]]:
     """Way of curating -> accuracy and wrong labels left."""
     parts = Parts.of(name, args, seed)
     _, tokenizer = load_classifier()
     held_out = tokens(parts.held_out, name, tokenizer)
-    found: dict[str, dict[str, float]] = {}
 
-    def judge(way: str, model: nn.Module, rows: Dataset) -> None:
+    def judged(way: str, model: nn.Module, rows: Dataset) -> dict[str, float]:
         accuracy, left = float(losses(model, held_out)["correct"].mean()), wrong_left(rows)
-        found[way] = {"accuracy": accuracy, "wrong left": left}
         print(f"{name} seed {seed}, {way}: accuracy {accuracy:.3f}, {left:.3f} of {len(rows)} wrong", flush=True)
+        return {"accuracy": accuracy, "wrong left": left}
 
-    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
-        capture = GradientCapture(Path(folder), tokens(parts.query, name, tokenizer), during="epochs")
-        judge(BOTTOM, fine_tune(tokens(parts.train, name, tokenizer), args, seed, capture), parts.train)
-        ways = list(curated(parts.train, Path(folder), parts.given(name, seed), args))
-    for way, rows in ways:
-        judge(way, fine_tune(tokens(rows, name, tokenizer), args, seed, steps=whole_run(args)), rows)
-    return found
+    def first(store: Path) -> tuple[str, dict[str, float], Iterator[tuple[str, Dataset]]]:
+        capture = GradientCapture(store, tokens(parts.query, name, tokenizer), during="epochs")
+        model = fine_tune(tokens(parts.train, name, tokenizer), args, seed, capture)
+        ways = curated(parts.train, store, parts.given(name, seed), args)
+        return BOTTOM, judged(BOTTOM, model, parts.train), ways
+
+    def again(way: str, rows: Dataset) -> dict[str, float]:
+        return judged(way, fine_tune(tokens(rows, name, tokenizer), args, seed, steps=whole_run(args)), rows)
+
+    return train_again(on_the_way(runs, set=name, seed=seed), first, again)
 
 
 def columns(gains: dict[str, Any], run: Run) -> Iterator[tuple[str, str, Any]]:
@@ -118,7 +132,7 @@ def main() -> None:
     args = made.parse_args()
     args.methods = with_baselines(args.methods, BASELINES)
     runs = runs_of(args, "sets", "seeds")
-    each(runs, partial(run, args=args), set=args.sets, seed=args.seeds)
+    each(runs, partial(run, args=args, runs=runs), set=args.sets, seed=args.seeds)
     gains = {
         name: retraining_gain(accuracies, bottom=BOTTOM, top=TOP)
         for name, accuracies in by_seed(runs, "accuracy").items()
@@ -127,7 +141,7 @@ def main() -> None:
     beside = ("share", "share ±", "wrong left")
     tables = {
         name: Table(
-            title=f"{trained_how(args)} {gap(gain)}",
+            title=f"{trained_how(args)} At most {args.held_out} held-out rows. {gap(gain)}",
             metrics=("accuracy",),
             beside=beside,
             baselines=baselines,

@@ -10,18 +10,19 @@ it is trained again, from the same adapter and for as many steps, on
     clean      the rows whose answer is right: perfect cleaning
     drop M     without the lowest scores by method M, as many as are wrong; by `auto` in ranks within task or source
 
-and judged on clean held-out prompts, none of them a query: by the mean loss of the answers, by the share of tokens that
-are the likeliest, and by the share of answers that are so in all their tokens, which greedy decoding would then write.
-`all` is the first training. `share` is the part of the gap between a random drop and clean that a way recovers, by the
-loss and by whole answers, mean over the seeds; there is none with one seed or where the gap is within the noise.
+and judged on other rows of the training part, clean and none of them a query: by the mean loss of the answers, by the
+share of tokens that are the likeliest, and by the share of answers that are so in all their tokens, which greedy
+decoding would then write. `all` is the first training. `share` is the part of the gap between a random drop and clean
+that a way recovers, by the loss and by whole answers, mean over the seeds; there is none with one seed or where the gap
+is within the noise.
 
-The share to drop is known here; with data of your own it is not.
+The share to drop is known here; with data of your own it is not. Every training is kept in `--results` as soon as it is
+finished.
 """
 
 from __future__ import annotations
 
 import argparse
-import tempfile
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -29,11 +30,22 @@ from typing import Any
 
 import prompts
 from datasets import Dataset
-from series import Given, by_seed, each, finish_each, runs_of, scored, whole_run, with_baselines
+from series import (
+    Given,
+    by_seed,
+    each,
+    finish_each,
+    on_the_way,
+    runs_of,
+    scored,
+    train_again,
+    whole_run,
+    with_baselines,
+)
 from torch import nn
 
 from hf_influence.callbacks import GradientCapture
-from hf_influence.evaluation import Run, Table, corrupt_answers, retraining_gain
+from hf_influence.evaluation import Run, Runs, Table, corrupt_answers, retraining_gain
 from hf_influence.evaluation.benchmarks import tokenize
 from hf_influence.evaluation.corruption_kinds import KINDS
 from hf_influence.evaluation.table import BASELINES
@@ -53,37 +65,38 @@ def curated(train: Dataset, store: Path, given: Given, args: argparse.Namespace)
         yield f"drop {method}", DatasetFilter(drop=sum(train["is_wrong"])).apply(train, scored(store, method, given))
 
 
-def run(name: str, seed: int, args: argparse.Namespace) -> dict[str, dict[str, float]]:
+def run(name: str, seed: int, args: argparse.Namespace, runs: Runs) -> dict[str, dict[str, float]]:
     """Way of curating -> what the model has learnt, and the wrong answers left."""
     _, tokenizer = load_language_model()
-    sizes = argparse.Namespace(**{**vars(args), "queries": args.queries + args.held_out})
-    data = prompts.load(name, sizes, tokenizer, seed)
-    train = corrupt_answers(data["train"], args.kinds, args.share, seed)
-    clean = [data["test"].select(at) for at in (range(args.queries), range(args.queries, sizes.queries))]
-    query, held_out = (tokenize(rows, tokenizer, gradient="answer") for rows in clean)
-    found: dict[str, dict[str, float]] = {}
+    more = argparse.Namespace(**{**vars(args), "rows": args.rows + args.held_out})
+    data = prompts.load(name, more, tokenizer, seed)
+    train = corrupt_answers(data["train"].select(range(args.rows)), args.kinds, args.share, seed)
+    held_out = tokenize(data["train"].select(range(args.rows, more.rows)), tokenizer, gradient="answer")
 
-    def judge(way: str, model: nn.Module, rows: Dataset) -> None:
+    def judged(way: str, model: nn.Module, rows: Dataset) -> dict[str, float]:
         told = losses(model, held_out)
-        found[way] = {
+        found = {
             "loss": float(told["loss"].mean()),
             "right tokens": float(told["correct"].mean()),
             "whole answers": float((told["correct"] == 1).double().mean()),
             "wrong left": sum(rows["is_wrong"]) / len(rows),
         }
-        figures = ", ".join(f"{figure} {value:.3f}" for figure, value in found[way].items())
+        figures = ", ".join(f"{figure} {value:.3f}" for figure, value in found.items())
         print(f"{name} seed {seed}, {way}: {figures}", flush=True)
+        return found
 
-    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
-        capture = GradientCapture(Path(folder), query, during="epochs")
-        judge("all", prompts.fine_tune(tokenize(train, tokenizer, gradient="answer"), args, seed, capture), train)
+    def first(store: Path) -> tuple[str, dict[str, float], Iterator[tuple[str, Dataset]]]:
+        capture = GradientCapture(store, tokenize(data["test"], tokenizer, gradient="answer"), during="epochs")
+        model = prompts.fine_tune(tokenize(train, tokenizer, gradient="answer"), args, seed, capture)
         tasks = list(train["task"])
-        given = Given(tasks, list(train["text"]), list(clean[0]["text"]), seed, groups=tasks)
-        ways = list(curated(train, Path(folder), given, args))
-    for way, rows in ways:
-        model = prompts.fine_tune(tokenize(rows, tokenizer, gradient="answer"), args, seed, steps=whole_run(args))
-        judge(way, model, rows)
-    return found
+        given = Given(tasks, list(train["text"]), list(data["test"]["text"]), seed, groups=tasks)
+        return "all", judged("all", model, train), curated(train, store, given, args)
+
+    def again(way: str, rows: Dataset) -> dict[str, float]:
+        tokens = tokenize(rows, tokenizer, gradient="answer")
+        return judged(way, prompts.fine_tune(tokens, args, seed, steps=whole_run(args)), rows)
+
+    return train_again(on_the_way(runs, set=name, seed=seed), first, again)
 
 
 def columns(gains: dict[str, dict[str, Any]], run: Run) -> Iterator[tuple[str, str, Any]]:
@@ -104,7 +117,7 @@ def main() -> None:
     args = prompts.parsed(made)
     args.methods = with_baselines(args.methods, BASELINES)
     runs = runs_of(args, "sets", "seeds")
-    each(runs, partial(run, args=args), set=args.sets, seed=args.seeds)
+    each(runs, partial(run, args=args, runs=runs), set=args.sets, seed=args.seeds)
     gains: dict[str, dict[str, Any]] = {}
     for figure, higher in JUDGED.items():
         for name, ways in by_seed(runs, figure).items():

@@ -29,7 +29,7 @@ from typing import Any, get_args
 import prompts
 from class_detection import figures as of_the_same_class
 from datasets import Dataset
-from series import PLAIN, Given, best, each, every_method, finish_each, runs_of
+from series import PLAIN, Given, add_without, best, each, every_method, finish_each, runs_of
 from sklearn.metrics import adjusted_rand_score
 
 from hf_influence import collect
@@ -79,6 +79,7 @@ def columns(run: Run) -> Iterator[tuple[str, str, Any]]:
 
 def main() -> None:
     made = prompts.options(__doc__)
+    add_without(made)
     made.add_argument("--part", choices=get_args(Part), default="text", help="where the gradient is taken")
     args = prompts.parsed(made)
     runs = runs_of(args, "sets", "seeds")

@@ -5,14 +5,16 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
 
+from datasets import Dataset
 from transformers import TrainingArguments
 
 from hf_influence.attribution import attribute, lacking, methods
@@ -106,6 +108,41 @@ def arguments(folder: str | Path, args: argparse.Namespace, seed: int, steps: in
 def whole_run(args: argparse.Namespace) -> int:
     """Steps of a training on all rows, for trainings on fewer that are to have as many."""
     return int(args.epochs * -(-args.rows // args.batch_size))
+
+
+def train_again(
+    folder: Path | None,
+    first: Callable[[Path], tuple[str, Mapping[str, float], Iterable[tuple[str, Dataset]]]],
+    again: Callable[[str, Dataset], Mapping[str, float]],
+) -> dict[str, dict[str, float]]:
+    """A training, what curating makes of its rows, and a training on each of these.
+
+    Args:
+        folder: Where each training is kept as soon as it is finished, with the curated rows; nothing is without.
+        first: Trains in a folder for its store; gives a name for all rows, figures, and the curated rows by way.
+        again: Trains on curated rows, named by the way; gives figures.
+
+    Returns:
+        Way of curating -> figures, the first training before the others.
+    """
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as spare:
+        kept = folder or Path(spare) / "kept"
+        runs = Runs(kept)
+
+        def begin() -> dict[str, Any]:
+            all_rows, figures, curated = first(Path(spare) / "store")
+            ways = []
+            for way, rows in curated:
+                rows.save_to_disk(kept / str(len(ways)))
+                ways.append(way)
+            return {"rows": all_rows, "figures": figures, "ways": ways}
+
+        begun = runs.do({"training": "first"}, begin)
+        found = {begun["rows"]: begun["figures"]}
+        for number, way in enumerate(begun["ways"]):
+            rows = Dataset.load_from_disk(kept / str(number))
+            found[way] = runs.do({"training": way}, partial(again, way, rows))
+    return found
 
 
 @dataclass(frozen=True)

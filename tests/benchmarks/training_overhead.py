@@ -10,19 +10,20 @@ rounds of the ratio within a round, and the mean time of all steps is compared a
 
 Memory is the peak of a process that trains in one of the three ways, over that of plain training.
 
-Measured on two CPU cores (AVX-512) with torch 2.13, batch 8, float32, 130 rounds for MiniLM and 26 for SmolLM2; medians
-still move by two percent from run to run, and the memory was measured before hooks only noted what goes by:
+Measured with torch 2.13, batch 8, float32: time on two CPU cores with AVX-512, 130 rounds for MiniLM and 26 for
+SmolLM2, memory on two with AVX2 (`--memory --rounds 8`):
 
     model     rows             step (limits 1.03, 1.01)    mean             peak memory (limit 1.1)
-    MiniLM    whole            1.02 to 1.04                1.01 to 1.06     1.08
-    MiniLM    dropout r=16     1.02 to 1.03                1.03 to 1.04     1.10
-    SmolLM2   whole            1.00                        1.01             not measured
-    SmolLM2   dropout r=16     1.03                        1.02             not measured
+    MiniLM    whole            1.02 to 1.04                1.01 to 1.06     1.07
+    MiniLM    dropout r=16     1.02 to 1.03                1.03 to 1.04     1.05
+    SmolLM2   whole            1.00                        1.01             1.07
+    SmolLM2   dropout r=16     1.03                        1.02             1.04
 
-The dropout rows miss their limit. By one thread's CPU time a step of MiniLM, 219 ms, takes 3.8 ms more with dropout
-rows and 6.9 with whole ones (6.4 and 8.5 when each hook formed its row at once): 1 ms in 50 hooks between products of
-matrices, which find code and data out of the caches, 1.7 (dropout) for the rows after the backward pass, 1 for hash,
-scale and writer. Of a step of SmolLM2, 1,900 ms, the passes over the gradient at 49,152 logits are the largest part.
+The dropout rows miss their limit, though medians move by two percent from run to run: on the AVX2 machine the same code
+gave 1.01, 1.02 and 1.04 for MiniLM, one thread or two, and 1.03 to 1.06 for SmolLM2. By one thread's time a step of
+MiniLM of 300 ms takes 5 to 8 ms more, half of them in 50 hooks between products of matrices, which find code and data
+out of the caches. Of a step of SmolLM2 of 2,200 ms, 18 ms are passes over the gradient at 49,152 logits and 20 ms rows
+and hooks: less than 2 % in all.
 No GPU was at hand.
 """
 

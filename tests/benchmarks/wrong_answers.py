@@ -31,7 +31,7 @@ from typing import Any
 
 import prompts
 from datasets import Dataset
-from series import Given, best, every_method, finish_each, runs_of
+from series import Given, add_without, best, every_method, finish_each, runs_of
 
 from hf_influence.callbacks import GradientCapture
 from hf_influence.errors import BadSetting
@@ -90,6 +90,7 @@ def columns(run: Run) -> Iterator[tuple[str, str, Any]]:
 
 def main() -> None:
     made = prompts.options(__doc__)
+    add_without(made)
     made.add_argument("--kinds", nargs="+", default=list(KINDS), choices=list(KINDS))
     made.add_argument("--apart", action="store_true", help="a training for each kind, which is all of the share")
     made.add_argument("--share", type=float, default=0.2, help="of the answers that are wrong")
