@@ -19,7 +19,7 @@ from torch import Tensor
 from hf_influence import Scores, attribute
 from hf_influence.attribution import lacking
 from hf_influence.attribution.kernel_ridge import negative
-from hf_influence.attribution.trust import Sighting, auc_of, cautious, estimated_share, log_odds, sighting
+from hf_influence.attribution.trust import Sighting, auc_of, cautious, estimated_share, freshness, log_odds, sighting
 from hf_influence.errors import BadSetting, MissingRows
 from hf_influence.store import GradientStore
 
@@ -242,6 +242,39 @@ def test_rows_at_the_end_count_more_as_they_carry_no_dropout(tmp_path: Path, fin
     assert list(parts) == ["loss_mean", "kernel_ridge_mean", "kernel_ridge"]
     assert parts["kernel_ridge"] == pytest.approx((4 if final else 1) * parts["kernel_ridge_mean"], abs=2e-4)
     assert parts["loss_mean"] > 0.05
+
+
+def test_what_the_model_has_learnt_by_heart_counts_less_at_the_end(tmp_path: Path) -> None:
+    """A query is on the other side, a quarter of the examples too, or none of them."""
+    mean = {name: g[:1] for name, g in blocks(1, 9).items()}
+    side = torch.tensor([-1, 1, 1, 1, 1, 1])[:, None]
+    query = {name: side * (mean[name] + 0.3 * g) for name, g in blocks(M, 50).items()}
+    margin = torch.tensor([2.0, 3.0, -0.1, 1.5, -0.2, 1.0], dtype=torch.float64)
+    weights = []
+    for learnt in (0.0, 9.0):
+        path = tmp_path / str(learnt)
+        for point in (0, 1, 2):
+            sign = torch.where((torch.arange(N) % 4 == 0) & (learnt == 0), -1, 1)[:, None]
+            rows = {name: sign * (mean[name] + 0.3 * g) for name, g in blocks(N, 6).items()}
+            stats = losses(point) | {"margin": torch.linspace(-3, 6, N, dtype=torch.float64) + learnt}
+            stats |= {"step": torch.arange(N)} if point else {}
+            queries: dict[str, Any] = {"query": query, "query_stats": {"margin": margin}}
+            make_store(path, rows, stats=stats, point=point, task=CLASSES, **queries)
+        weights.append(attribute(path).report["parts"])
+    fresh, stale = weights
+    seen = left_out(query)
+    ridge = attribute(tmp_path / "9.0", "kernel_ridge").values[:, 0]
+    o, e = ((values < 0).double().mean().item() for values in (ridge, seen))
+    assert o < e, "fewer negative scores than the queries have"
+    factor = ((o + 0.5 / M) / (e + 0.5 / M)) ** 4
+    assert fresh["kernel_ridge"] == pytest.approx(4 * fresh["kernel_ridge_mean"], abs=2e-4)
+    assert stale["kernel_ridge"] == pytest.approx(4 * factor * stale["kernel_ridge_mean"], abs=2e-4)
+
+
+def test_freshness_is_1_unless_the_examples_look_better_than_the_queries() -> None:
+    assert freshness(0.3, 1500, 0.2, 200) == freshness(0.0, 1500, 0.0, 200) == 1
+    assert freshness(0.1, 1500, 0.2, 200) == pytest.approx(0.1025 / 0.2025)
+    assert freshness(0.0, 0, 0.2, 200) == 1
 
 
 def test_the_report_says_how_far_the_parts_agree(tmp_path: Path) -> None:

@@ -69,13 +69,15 @@ class Auto(OverTraining, name="auto"):
     Over training the loss tells wrong examples before the model has learnt them by heart, clean queries tell them
     later, and the two err in different places. The final rows count as one more point of training.
 
-    For classification the queries say how far each is to be trusted: w = (AUC − ½)⁴, where the AUC is that at which
+    For classification the queries say how far each is to be trusted: w = (f (AUC − ½))⁴, where the AUC is that at which
     scores tell the queries from the same queries under wrong labels; by `kernel_ridge` each is left out of the
     regression in turn, and one standard error comes off, which few queries make large; for losses it is that of the
     margins. Of two classes a wrong label turns the sign of either. Of more, `GradientCapture` collects the queries
     under wrong labels as well (the split "query-mislabelled"); without them they are taken to do so. `kernel_ridge` at
     the end weighs four times that beside `kernel_ridge_mean`: the rows of training steps carry the dropout of their
-    step, those at the end do not. Where nothing is known all parts weigh the same.
+    step, those at the end do not. What stands at the end alone counts less where the model has learnt labels by heart:
+    f = min(1, o / e) there and 1 elsewhere, o and e the shares of negative scores among the examples and among the
+    queries, as wrong labels can only make o larger. Where nothing is known all parts weigh the same.
 
     Where wrong labels are known the score is the log-odds that the label is right, as if right and wrong labels lay on
     two bell curves in the order of r, that are told apart with the larger AUC of both kinds:
@@ -188,8 +190,11 @@ class Auto(OverTraining, name="auto"):
         share = best.share() if known else None
         if "margin" not in found:
             return plain, share, best.auc
-        by_queries, by_loss = found["kernel_ridge"].trust(errors=1), found["margin"].trust()
-        weights = {name: by_queries if name.startswith("kernel_ridge") else by_loss for name in scores}
+        weights = {}
+        for name in scores:
+            at_end = not issubclass(class_of(name), OverTraining)
+            ridge = name.startswith("kernel_ridge")
+            weights[name] = found["kernel_ridge" if ridge else "margin"].trust(errors=int(ridge), at_end=at_end)
         if "kernel_ridge_mean" in weights and end(rows) == 0:
             weights["kernel_ridge"] *= AT_REST
         return weights, share, best.auc

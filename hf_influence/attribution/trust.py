@@ -27,9 +27,9 @@ def auc_of(right: Tensor, wrong: Tensor) -> float:
     return float(ranks[:n].sum() - n * (n + 1) / 2) / (n * m)
 
 
-def trust_of(right: Tensor, wrong: Tensor, errors: float = 0.0) -> float:
-    """(AUC − ½)⁴ of the scores of queries, less so many standard errors of an AUC that says nothing."""
-    return max(LEAST, auc_of(right, wrong) - 0.5 - errors / math.sqrt(12 * len(right))) ** 4
+def trust_of(right: Tensor, wrong: Tensor, errors: float = 0.0, fresh: float = 1.0) -> float:
+    """(f (AUC − ½))⁴ of the scores of queries, less so many standard errors of an AUC that says nothing."""
+    return (fresh * max(LEAST, auc_of(right, wrong) - 0.5 - errors / math.sqrt(12 * len(right)))) ** 4
 
 
 class Sighting(NamedTuple):
@@ -72,6 +72,21 @@ def _variance(share: float, n: int) -> float:
     """Of a share among `n`, never 0."""
     share = (share * n + 0.5) / (n + 1)
     return share * (1 - share) / n
+
+
+def freshness(examples: float, n: int, queries: float, q: int) -> float:
+    """How little a model has learnt the labels of its `n` examples by heart, 1 where nothing shows.
+
+        min(1, (o + δ) / (e + δ)),   δ = 1 / (2 min(n, q))
+
+    o and e are the shares of negative scores of the examples and of `q` clean queries. A wrong label makes a score
+    negative sooner than a right one, so the examples have more of them than the queries, or as many where no label is
+    wrong; if they have fewer, the model believes their labels because it has seen them.
+    """
+    if not n or not q:
+        return 1.0
+    half = 0.5 / min(n, q)
+    return min(1.0, (examples + half) / (queries + half))
 
 
 def estimated_share(sightings: Sequence[Sighting]) -> float | None:

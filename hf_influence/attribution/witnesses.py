@@ -11,7 +11,7 @@ from torch import Tensor
 from hf_influence.attribution.kernel_ridge import KernelRidge, negative
 from hf_influence.attribution.prompt_gain import gain
 from hf_influence.attribution.selection import Selection
-from hf_influence.attribution.trust import auc_of, cautious, estimated_share, sighting, trust_of
+from hf_influence.attribution.trust import auc_of, cautious, estimated_share, freshness, sighting, trust_of
 from hf_influence.gradients.mislabelled import SPLIT
 from hf_influence.gradients.other_prompts import STATISTIC
 from hf_influence.store import Rows
@@ -41,9 +41,10 @@ class Witness:
         """How well the scores tell right labels from wrong ones, a little less where there are few queries."""
         return cautious(auc_of(self.right, self.wrong), len(self.right))
 
-    def trust(self, errors: float = 0.0) -> float:
-        """The weight of a part that goes by these scores."""
-        return trust_of(self.right, self.wrong, errors)
+    def trust(self, errors: float = 0.0, at_end: bool = False) -> float:
+        """The weight of a part that goes by these scores, at the end alone or over training."""
+        shares = (negative(self.examples), len(self.examples), negative(self.right), len(self.right))
+        return trust_of(self.right, self.wrong, errors, freshness(*shares) if at_end else 1.0)
 
     def share(self) -> float | None:
         """The share of wrong labels, `None` where nothing is seen of it."""
