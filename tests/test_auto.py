@@ -18,8 +18,18 @@ from torch import Tensor
 
 from hf_influence import Scores, attribute
 from hf_influence.attribution import lacking
-from hf_influence.attribution.kernel_ridge import negative
-from hf_influence.attribution.trust import Sighting, auc_of, cautious, estimated_share, freshness, log_odds, sighting
+from hf_influence.attribution.trust import (
+    Epoch,
+    Sighting,
+    auc_of,
+    cautious,
+    estimated_share,
+    freshness,
+    log_odds,
+    negative,
+    sighting,
+    sighting_in,
+)
 from hf_influence.errors import BadSetting, MissingRows
 from hf_influence.store import GradientStore
 
@@ -389,12 +399,11 @@ def test_a_wrong_label_comes_last(tmp_path: Path) -> None:
     assert attribute(tmp_path).lowest(1) == [3]
 
 
-def expected_share(examples: float, queries: float, before: float | None = None) -> float:
-    """From how many of `N` examples and of `M` queries score below zero: the posterior mean, by quadrature."""
-    e = (queries if before is None else (queries + before) / 2) / M
-    o = examples / N
-    smooth = [(o * N + 0.5) / (N + 1), (e * M + 0.5) / (M + 1)]
-    error = math.sqrt(smooth[0] * (1 - smooth[0]) / N + smooth[1] * (1 - smooth[1]) / M) / (1 - 2 * e)
+def expected_share(examples: float, queries: float, n: int = N) -> float:
+    """From how many of `n` examples and of `M` queries score below zero: the posterior mean, by quadrature."""
+    e, o = queries / M, examples / n
+    smooth = [(examples + 0.5) / (n + 1), (queries + 0.5) / (M + 1)]
+    error = math.sqrt(smooth[0] * (1 - smooth[0]) / n + smooth[1] * (1 - smooth[1]) / M) / (1 - 2 * e)
 
     def density(share: float) -> float:
         return beta.pdf(share, 1, 9) * norm.pdf((o - e) / (1 - 2 * e), share, error)
@@ -407,8 +416,8 @@ def test_the_share_of_wrong_labels_is_found_where_the_scores_of_queries_and_exam
     queries, train = (0.8 + torch.randn(n, generator=generator) for n in (20000, 40000))
     train[:8000] *= -1
 
-    def seen(train: torch.Tensor, queries: torch.Tensor, before: float | None = None) -> Sighting | None:
-        return sighting(negative(train), len(train), negative(queries), len(queries), before)
+    def seen(train: torch.Tensor, queries: torch.Tensor) -> Sighting | None:
+        return sighting(negative(train), len(train), negative(queries), len(queries))
 
     def share(*given: Any) -> float | None:
         one = seen(*given)
@@ -420,18 +429,31 @@ def test_the_share_of_wrong_labels_is_found_where_the_scores_of_queries_and_exam
     assert share(train + 1, queries) == pytest.approx(0, abs=1e-3)
     assert seen(train, -queries) is None  # no better than chance
     assert seen(train[:0], queries) is None
-    error = negative(queries)
-    assert seen(train, queries, error) == seen(train, queries)
-    assert seen(train, queries, error + 0.1) is None  # learning too fast
     few = share(train[7990:8010], queries[:10])
     assert few is not None
     assert 0.07 < few < 0.2  # half of them are wrong, but twenty hardly count
     assert estimated_share([]) is None
 
 
-def test_the_largest_share_less_its_error_counts() -> None:
-    one, other = Sighting(0.3, 0.2), Sighting(0.2, 0.01)
-    assert estimated_share([one, other]) == estimated_share([other]) == pytest.approx(0.2, abs=0.01)
+def test_the_first_sharp_sighting_counts() -> None:
+    blurred, one, later = Sighting(0.45, 0.03), Sighting(0.2, 0.01), Sighting(0.3, 0.01)
+    assert estimated_share([blurred, one, later]) == estimated_share([one]) == pytest.approx(0.2, abs=0.01)
+    assert estimated_share([blurred]) == pytest.approx(0.45, abs=0.03)
+
+
+def test_an_epoch_tells_by_its_second_half_unless_the_model_was_learning_too_fast() -> None:
+    steps = torch.randperm(400, generator=torch.Generator().manual_seed(0))
+    scores = torch.where((steps % 4 == 0) | ((steps < 200) & (steps % 8 == 1)), -1.0, 1.0)
+    queries = torch.tensor([-1.0] * 10 + [1.0] * 90)
+    epoch = Epoch.of(scores, steps, queries)
+    assert epoch == (0.375, 0.25, 0.1)
+    assert sighting_in(epoch, 400, 100, before=0.12) is None, "ever fewer examples have negative scores"
+    assert sighting_in(epoch, 100, 100, before=0.12) is not None, "of so few that means nothing"
+    steady = epoch._replace(early=0.25)
+    assert sighting_in(steady, 400, 100, before=0.12) == sighting(0.25, 200, 0.1, 100) is not None
+    assert sighting_in(steady._replace(early=0.1), 400, 100, before=0.12) is not None, "what was known is forgotten"
+    assert sighting_in(steady, 400, 100, before=0.3) is None, "the queries have changed"
+    assert sighting_in(steady, 1, 100, before=0.1) is None is sighting_in(steady, 400, 0, before=0.1)
 
 
 def test_epochs_before_the_labels_are_learnt_by_heart_tell_how_many_are_wrong(tmp_path: Path) -> None:
@@ -439,7 +461,7 @@ def test_epochs_before_the_labels_are_learnt_by_heart_tell_how_many_are_wrong(tm
     mean = {name: g[:1] for name, g in blocks(1, 9).items()}
     query = {name: mean[name] + 0.3 * g for name, g in blocks(M, 50).items()}
     learnt = {name: mean[name] + 0.3 * g for name, g in blocks(N, 6).items()}
-    wrong = torch.arange(N) % 4 == 0
+    wrong = torch.arange(N) % 4 == 3  # two of them in the second half
     seen = {name: torch.where(wrong[:, None], -g, g) for name, g in learnt.items()}
     make_store(tmp_path, learnt, query, stats=losses(0), task=CLASSES)
     for point in (1, 2):
@@ -447,7 +469,7 @@ def test_epochs_before_the_labels_are_learnt_by_heart_tell_how_many_are_wrong(tm
         now = {name: -g for name, g in learnt.items()} if point == 1 else seen  # nobody knows the queries before
         make_store(tmp_path, now, query, stats=stats, point=point, task=CLASSES)
     estimate = attribute(tmp_path).report["estimated_share_wrong"]
-    assert estimate == pytest.approx(expected_share(N / 4, 0, 0), abs=1e-4) != expected_share(0, 0)
+    assert estimate == pytest.approx(expected_share(2, 0, N // 2), abs=1e-4) != expected_share(0, 0)
 
 
 def test_margins_say_how_many_are_wrong_where_they_tell_better_than_directions(tmp_path: Path) -> None:
@@ -457,11 +479,11 @@ def test_margins_say_how_many_are_wrong_where_they_tell_better_than_directions(t
     assert int((examples < 0).sum()) == 4
     for point in (0, 1, 2):
         about = {"stats": losses(point) | {"margin": examples if point else examples.abs()}, "point": point}
-        about["stats"] |= {"step": torch.arange(N)} if point else {}
+        about["stats"] |= {"step": torch.arange(N).flip(0)} if point else {}  # all four in the second half
         make_store(tmp_path, blocks(N, point), blocks(M, 50), query_stats={"margin": queries}, task=CLASSES, **about)
     report = attribute(tmp_path).report
     assert report["log_odds"]["auc"] == pytest.approx(told_apart(queries, -queries), abs=1e-4)
-    assert report["estimated_share_wrong"] == pytest.approx(expected_share(4, 1, 1), abs=1e-4)
+    assert report["estimated_share_wrong"] == pytest.approx(expected_share(4, 1, N // 2), abs=1e-4)
 
 
 def test_an_auc_is_that_of_scikit_learn() -> None:

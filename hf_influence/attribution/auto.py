@@ -13,7 +13,7 @@ from hf_influence.attribution.given import fingerprint, one_for_each
 from hf_influence.attribution.method import Method, class_of, make_method
 from hf_influence.attribution.over_points import OverPoints, OverTraining
 from hf_influence.attribution.selection import Selection
-from hf_influence.attribution.trust import log_odds, normal_scores
+from hf_influence.attribution.trust import Epoch, log_odds, normal_scores
 from hf_influence.attribution.witnesses import Signs, of_prompts, witnesses
 from hf_influence.errors import BadSetting
 from hf_influence.scores import LOG_ODDS, mean_ranks
@@ -85,11 +85,11 @@ class Auto(OverTraining, name="auto"):
         ln((1 − p) / p) = d x + ln((1 − π) / π),   d = √2 Φ⁻¹(AUC)
         (1 − π) Φ(x − d/2) + π Φ(x + d/2) = (rank of r[i] − ½) / n
 
-    π is an estimate of the share of wrong labels, from the signs of the scores that tell better, at the end and in the
-    epochs before the model has learnt the labels by heart, whichever says more, and from the expectation that about a
-    tenth is wrong, which few examples or queries hardly move. So 0 is even odds: `Relabel(how="posterior")` gives
-    labels for training on the probabilities, `DatasetFilter(drop="doubtful")` drops what is not twice as probably right
-    as wrong. Elsewhere no probability is known, and no score is negative.
+    π is an estimate of the share of wrong labels, from the signs of the scores that tell better: in the first epoch in
+    which the model was not learning too fast to say and has not yet learnt the labels by heart, or else at the end; and
+    from the expectation that about a tenth is wrong, which few examples or queries hardly move. So 0 is even odds:
+    `Relabel(how="posterior")` gives labels for training on the probabilities, `DatasetFilter(drop="doubtful")` drops
+    what is not twice as probably right as wrong. Elsewhere no probability is known, and no score is negative.
 
     The report has the parts with their weights, π, the AUC where the scores are log-odds, and how far the parts
     agree: for each the correlation of its ranks with the mean ranks of the others.
@@ -141,7 +141,8 @@ class Auto(OverTraining, name="auto"):
             places = torch.searchsorted(rows.positions, own.positions)
             ranks[name] = torch.full((len(rows.ids),), torch.nan, dtype=torch.float64)
             scores[name] = method.score(own).double().mean(1)
-            signs = method.report.get("negative", signs)
+            if "signs" in method.report:
+                signs = {point: Epoch(**shares) for point, shares in method.report["signs"].items()}
             ranks[name][places] = ranks_within(scores[name], [groups[at] for at in places.tolist()])
         weights, share, auc = self._trust(rows, scores, signs)
         total = sum(weights.values())

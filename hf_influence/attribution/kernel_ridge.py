@@ -13,6 +13,7 @@ from hf_influence.attribution.method import Method
 from hf_influence.attribution.over_points import OverTraining
 from hf_influence.attribution.products import cosines
 from hf_influence.attribution.selection import Selection
+from hf_influence.attribution.trust import Epoch
 from hf_influence.errors import MissingRows, StoreMismatch
 from hf_influence.store import Rows
 
@@ -116,12 +117,13 @@ class KernelRidgeMean(OverTraining, KernelRidge, name="kernel_ridge_mean"):
     def score(self, rows: Selection) -> Tensor:
         """Scores `[n, 1]`; MissingRows if a point has no queries."""
         scores = []  # each [b]
-        self.report["negative"] = {}
+        self.report["signs"] = {}
         for part in rows.parts:
             alpha, left_out = self.fit(part.query)
             scores.append(self._applied(part, alpha).double())
-            shares = {"examples": negative(scores[-1]), "queries": negative(left_out)}
-            self.report["negative"][part.points[0]] = shares
+            if "step" in part.train.stats:
+                epoch = Epoch.of(scores[-1], part.train.stats["step"], left_out)
+                self.report["signs"][part.points[0]] = epoch._asdict()
         weights = [weight_of(score) if self.weighted else 1.0 for score in scores]
         weights = weights if any(weights) else [1.0] * len(weights)
         total, times = torch.zeros(2, len(rows.ids), dtype=torch.float64)  # each [n]
@@ -129,11 +131,6 @@ class KernelRidgeMean(OverTraining, KernelRidge, name="kernel_ridge_mean"):
             total[rows.places(part)] += weight * score
             times[rows.places(part)] += weight
         return (total / times.clamp(min=torch.finfo(times.dtype).tiny)).to(rows.train.dtype)[:, None]
-
-
-def negative(scores: Tensor) -> float:
-    """The share that is below zero, 0 of none."""
-    return float((scores < 0).double().mean()) if len(scores) else 0.0
 
 
 def weight_of(score: Tensor) -> float:

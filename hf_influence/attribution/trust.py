@@ -39,9 +39,33 @@ class Sighting(NamedTuple):
     error: float
 
 
-def sighting(
-    examples: float, n: int, queries: float, q: int, before: float | None = None, turned: float = 1.0
-) -> Sighting | None:
+class Epoch(NamedTuple):
+    """Shares of negative scores as an epoch goes by.
+
+    Attributes:
+        early: Of the examples in its first half, at the weights of the steps that they were seen in.
+        late: In its second half.
+        queries: Of clean queries at its end.
+    """
+
+    early: float
+    late: float
+    queries: float
+
+    @classmethod
+    def of(cls, examples: Tensor, steps: Tensor, queries: Tensor) -> Epoch:
+        """From the scores of the examples `[n]`, the steps of training that saw them and the scores of the queries."""
+        half = len(steps) // 2
+        first, second = examples[steps.argsort(stable=True)].split((half, len(steps) - half))
+        return cls(negative(first), negative(second), negative(queries))
+
+
+def negative(scores: Tensor) -> float:
+    """The share that is below zero, 0 of none."""
+    return float((scores < 0).double().mean()) if len(scores) else 0.0
+
+
+def sighting(examples: float, n: int, queries: float, q: int, turned: float = 1.0) -> Sighting | None:
     """The share of wrong labels, from the shares of negative scores of `n` examples and of `q` clean queries.
 
         (o − e) / (1 − e − e′),   o of the examples, e of the queries, e′ = turned · e
@@ -51,21 +75,36 @@ def sighting(
     of the queries, so this is on the low side, the more so the longer it was trained.
 
     Args:
-        before: For examples that were seen during an epoch: the share of the queries at its beginning, where `queries`
-            is that at its end. e is their mean then.
         turned: e′ / e.
 
     Returns:
-        `None` where the scores tell nothing, e + e′ ≥ 1, and where the queries have changed by more than two standard
-        errors in an epoch: the model was learning too fast to say.
+        `None` where the scores tell nothing, e + e′ ≥ 1.
     """
-    if not n or not q:
+    rest = 1 - (1 + turned) * queries
+    if not n or not q or rest <= 0:
         return None
-    e = queries if before is None else (queries + before) / 2
-    seen, error, rest = _variance(examples, n), _variance(e, q), 1 - (1 + turned) * e
-    if rest <= 0 or (before is not None and (queries - before) ** 2 > 4 * error):
+    return Sighting((examples - queries) / rest, math.sqrt(_variance(examples, n) + _variance(queries, q)) / rest)
+
+
+def sighting_in(epoch: Epoch, n: int, q: int, before: float, turned: float = 1.0) -> Sighting | None:
+    """The same from the second half of an epoch: where the examples were last seen longest ago.
+
+    Args:
+        before: The share of negative scores of the queries at the beginning of the epoch.
+
+    Returns:
+        `None` also where the model was learning too fast to say: the queries have changed in the epoch, or the share of
+        the examples has fallen, by more than two standard errors.
+    """
+    half = n // 2
+    if not half or not q:
         return None
-    return Sighting((examples - e) / rest, math.sqrt(seen + error) / rest)
+    changed = (epoch.queries - before) ** 2 > 4 * _variance((epoch.queries + before) / 2, q)
+    spread = _variance(epoch.early, half) + _variance(epoch.late, n - half)
+    fell = epoch.early > epoch.late and (epoch.early - epoch.late) ** 2 > 4 * spread
+    if changed or fell:
+        return None
+    return sighting(epoch.late, n - half, epoch.queries, q, turned)
 
 
 def _variance(share: float, n: int) -> float:
@@ -94,12 +133,17 @@ def estimated_share(sightings: Sequence[Sighting]) -> float | None:
 
         π = E[π | s],   π ~ Beta(1, 9) on [0, ½],   s ~ N(π, error²)
 
-    As all sightings are on the low side, s is the one with the largest share less its error. Beforehand a tenth of the
-    labels is expected to be wrong, rather less than more: few examples or queries leave it at that.
+    s is the first sighting whose error is no more than twice the smallest: a model believes the labels of the examples
+    the more the longer it has seen them. Beforehand a tenth of the labels is expected to be wrong, rather less than
+    more: few examples or queries leave it at that.
+
+    Args:
+        sightings: In the order of training.
     """
     if not sightings:
         return None
-    seen = max(sightings, key=lambda one: one.share - one.error)
+    sharp = 2 * min(one.error for one in sightings)
+    seen = next(one for one in sightings if one.error <= sharp)
     share = np.linspace(0, 0.5, 5001)
     density = (1 - share) ** (1 / EXPECTED - 2) * np.exp(-0.5 * ((share - seen.share) / seen.error) ** 2)
     return float((share * density).sum() / density.sum())

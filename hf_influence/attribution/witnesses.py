@@ -8,16 +8,26 @@ from itertools import pairwise
 
 from torch import Tensor
 
-from hf_influence.attribution.kernel_ridge import KernelRidge, negative
+from hf_influence.attribution.kernel_ridge import KernelRidge
 from hf_influence.attribution.prompt_gain import gain
 from hf_influence.attribution.selection import Selection
-from hf_influence.attribution.trust import auc_of, cautious, estimated_share, freshness, sighting, trust_of
+from hf_influence.attribution.trust import (
+    Epoch,
+    auc_of,
+    cautious,
+    estimated_share,
+    freshness,
+    negative,
+    sighting,
+    sighting_in,
+    trust_of,
+)
 from hf_influence.gradients.mislabelled import SPLIT
 from hf_influence.gradients.other_prompts import STATISTIC
 from hf_influence.store import Rows
 
-Signs = Mapping[int, Mapping[str, float]]
-"""Point -> the shares of negative scores of "examples" and "queries"."""
+Signs = Mapping[int, Epoch]
+"""Of the points of training."""
 
 
 @dataclass(frozen=True)
@@ -50,12 +60,9 @@ class Witness:
         """The share of wrong labels, `None` where nothing is seen of it."""
         n, q, error = len(self.examples), len(self.right), negative(self.right)
         turned = (negative(-self.wrong) * q + 0.5) / (error * q + 0.5)
-        epochs = [self.signs[point] for point in sorted(self.signs) if point]  # 0 is the end
-        seen = [sighting(negative(self.examples), n, error, q, turned=turned)]
-        seen += [
-            sighting(now["examples"], n, now["queries"], q, before["queries"], turned)
-            for before, now in pairwise(epochs)
-        ]
+        epochs = [self.signs[point] for point in sorted(self.signs)]
+        seen = [sighting_in(now, n, q, before.queries, turned) for before, now in pairwise(epochs)]
+        seen.append(sighting(negative(self.examples), n, error, q, turned))
         return estimated_share([one for one in seen if one is not None])
 
 
@@ -117,10 +124,7 @@ def _under_wrong_labels(last: Selection) -> Rows | None:
 def _signs_of_margins(rows: Selection) -> Signs:
     """At the points of training that have queries."""
     return {
-        part.points[0]: {
-            "examples": negative(part.train.stats["margin"]),
-            "queries": negative(part.query.stats["margin"]),
-        }
+        part.points[0]: Epoch.of(part.train.stats["margin"], part.train.stats["step"], part.query.stats["margin"])
         for part in rows.parts
         if part.points[0] and "queries" in part.words()
     }
