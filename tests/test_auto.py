@@ -446,14 +446,15 @@ def test_an_epoch_tells_by_its_second_half_unless_the_model_was_learning_too_fas
     scores = torch.where((steps % 4 == 0) | ((steps < 200) & (steps % 8 == 1)), -1.0, 1.0)
     queries = torch.tensor([-1.0] * 10 + [1.0] * 90)
     epoch = Epoch.of(scores, steps, queries)
-    assert epoch == (0.375, 0.25, 0.1)
-    assert sighting_in(epoch, 400, 100, before=0.12) is None, "ever fewer examples have negative scores"
-    assert sighting_in(epoch, 100, 100, before=0.12) is not None, "of so few that means nothing"
+    assert epoch == (0.375, 0.25, 0.1, 200)
+    assert Epoch.of(scores, None, queries) == (0.3125, 0.3125, 0.1, 400), "without steps all at its end"
+    assert sighting_in(epoch, 100, before=0.12) is None, "ever fewer examples have negative scores"
+    assert sighting_in(epoch._replace(n=50), 100, before=0.12) is not None, "of so few that means nothing"
     steady = epoch._replace(early=0.25)
-    assert sighting_in(steady, 400, 100, before=0.12) == sighting(0.25, 200, 0.1, 100) is not None
-    assert sighting_in(steady._replace(early=0.1), 400, 100, before=0.12) is not None, "what was known is forgotten"
-    assert sighting_in(steady, 400, 100, before=0.3) is None, "the queries have changed"
-    assert sighting_in(steady, 1, 100, before=0.1) is None is sighting_in(steady, 400, 0, before=0.1)
+    assert sighting_in(steady, 100, before=0.12) == sighting(0.25, 200, 0.1, 100) is not None
+    assert sighting_in(steady._replace(early=0.1), 100, before=0.12) is not None, "what was known is forgotten"
+    assert sighting_in(steady, 100, before=0.3) is None, "the queries have changed"
+    assert sighting_in(steady._replace(n=0), 100, before=0.1) is None is sighting_in(steady, 0, before=0.1)
 
 
 def test_epochs_before_the_labels_are_learnt_by_heart_tell_how_many_are_wrong(tmp_path: Path) -> None:

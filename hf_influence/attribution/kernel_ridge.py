@@ -121,8 +121,8 @@ class KernelRidgeMean(OverTraining, KernelRidge, name="kernel_ridge_mean"):
         for part in rows.parts:
             alpha, left_out = self.fit(part.query)
             scores.append(self._applied(part, alpha).double())
-            if "step" in part.train.stats:
-                epoch = Epoch.of(scores[-1], part.train.stats["step"], left_out)
+            if part.points[0]:  # 0 is the end
+                epoch = Epoch.of(scores[-1], part.train.stats.get("step"), left_out)
                 self.report["signs"][part.points[0]] = epoch._asdict()
         weights = [weight_of(score) if self.weighted else 1.0 for score in scores]
         weights = weights if any(weights) else [1.0] * len(weights)

@@ -46,18 +46,25 @@ class Epoch(NamedTuple):
         early: Of the examples in its first half, at the weights of the steps that they were seen in.
         late: In its second half.
         queries: Of clean queries at its end.
+        n: Number of examples in the second half.
     """
 
     early: float
     late: float
     queries: float
+    n: int
 
     @classmethod
-    def of(cls, examples: Tensor, steps: Tensor, queries: Tensor) -> Epoch:
-        """From the scores of the examples `[n]`, the steps of training that saw them and the scores of the queries."""
+    def of(cls, examples: Tensor, steps: Tensor | None, queries: Tensor) -> Epoch:
+        """From the scores of the examples `[n]`, the steps of training that saw them and the scores of the queries.
+
+        Without steps all examples were looked at together, at its end.
+        """
+        if steps is None:
+            return cls(negative(examples), negative(examples), negative(queries), len(examples))
         half = len(steps) // 2
         first, second = examples[steps.argsort(stable=True)].split((half, len(steps) - half))
-        return cls(negative(first), negative(second), negative(queries))
+        return cls(negative(first), negative(second), negative(queries), len(second))
 
 
 def negative(scores: Tensor) -> float:
@@ -86,7 +93,7 @@ def sighting(examples: float, n: int, queries: float, q: int, turned: float = 1.
     return Sighting((examples - queries) / rest, math.sqrt(_variance(examples, n) + _variance(queries, q)) / rest)
 
 
-def sighting_in(epoch: Epoch, n: int, q: int, before: float, turned: float = 1.0) -> Sighting | None:
+def sighting_in(epoch: Epoch, q: int, before: float, turned: float = 1.0) -> Sighting | None:
     """The same from the second half of an epoch: where the examples were last seen longest ago.
 
     Args:
@@ -96,15 +103,12 @@ def sighting_in(epoch: Epoch, n: int, q: int, before: float, turned: float = 1.0
         `None` also where the model was learning too fast to say: the queries have changed in the epoch, or the share of
         the examples has fallen, by more than two standard errors.
     """
-    half = n // 2
-    if not half or not q:
+    if not epoch.n or not q:
         return None
     changed = (epoch.queries - before) ** 2 > 4 * _variance((epoch.queries + before) / 2, q)
-    spread = _variance(epoch.early, half) + _variance(epoch.late, n - half)
+    spread = _variance(epoch.early, epoch.n) + _variance(epoch.late, epoch.n)
     fell = epoch.early > epoch.late and (epoch.early - epoch.late) ** 2 > 4 * spread
-    if changed or fell:
-        return None
-    return sighting(epoch.late, n - half, epoch.queries, q, turned)
+    return None if changed or fell else sighting(epoch.late, epoch.n, epoch.queries, q, turned)
 
 
 def _variance(share: float, n: int) -> float:

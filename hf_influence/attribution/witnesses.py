@@ -38,7 +38,7 @@ class Witness:
         right: Of the queries at the end, `[q]`.
         wrong: The same under wrong labels, `[q]` or several times as many.
         examples: Of the examples at the end, `[n]`; `[0]` where they have none.
-        signs: At the points; those of training count.
+        signs: At the points of training.
     """
 
     right: Tensor
@@ -61,7 +61,7 @@ class Witness:
         n, q, error = len(self.examples), len(self.right), negative(self.right)
         turned = (negative(-self.wrong) * q + 0.5) / (error * q + 0.5)
         epochs = [self.signs[point] for point in sorted(self.signs)]
-        seen = [sighting_in(now, n, q, before.queries, turned) for before, now in pairwise(epochs)]
+        seen = [sighting_in(now, q, before.queries, turned) for before, now in pairwise(epochs)]
         seen.append(sighting(negative(self.examples), n, error, q, turned))
         return estimated_share([one for one in seen if one is not None])
 
@@ -124,7 +124,7 @@ def _under_wrong_labels(last: Selection) -> Rows | None:
 def _signs_of_margins(rows: Selection) -> Signs:
     """At the points of training that have queries."""
     return {
-        part.points[0]: Epoch.of(part.train.stats["margin"], part.train.stats["step"], part.query.stats["margin"])
+        part.points[0]: Epoch.of(part.train.stats["margin"], part.train.stats.get("step"), part.query.stats["margin"])
         for part in rows.parts
         if part.points[0] and "queries" in part.words()
     }
