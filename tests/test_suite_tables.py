@@ -195,10 +195,10 @@ def test_retrainings_that_were_interrupted_go_on(suite, tmp_path):
         return {"accuracy": len(curated) / 10}
 
     with pytest.raises(KeyboardInterrupt):
-        series.train_again(tmp_path, first, again)
-    found = series.train_again(tmp_path, first, again)
+        series.train_again(Runs(tmp_path), first, again, set="toy")
+    found = series.train_again(Runs(tmp_path), first, again, set="toy")
     assert found == {"all": {"accuracy": 0.5}, "clean": {"accuracy": 0.1}, "soft": {"accuracy": 0.3}}
     assert trained == ["first", "clean", "soft", "soft"], "what was finished is not trained again"
     trained.clear()
-    assert series.train_again(None, first, again)["all"] == {"accuracy": 0.5}
+    assert series.train_again(Runs(), first, again, set="toy")["all"] == {"accuracy": 0.5}
     assert trained == ["first", "clean", "soft"]

@@ -158,8 +158,8 @@ def main() -> None:
     each(runs, partial(run, args=args), set=args.sets, seed=args.seeds)
     title = (
         f"MiniLM + LoRA r={args.rank}, {args.rows} training rows told by women and men, {args.share:.0%} planted (by "
-        f"women, of class 1, labelled 0), {args.queries} clean queries and {args.held_out} held-out texts told both "
-        f"ways, {args.epochs} epochs, batch {args.batch_size}, learning rate {args.learning_rate}. Fair score and "
+        f"women, of class 1, labelled 0), {args.queries} clean queries and at most {args.held_out} held-out texts told "
+        f"both ways, {args.epochs} epochs, batch {args.batch_size}, learning rate {args.learning_rate}. Fair score and "
         "parity: lower is fairer."
     )
     table = Table(

@@ -76,7 +76,7 @@ def run(name: str, seed: int, args: argparse.Namespace) -> dict[str, dict[str, f
     return found
 
 
-def publish(runs: Runs, how: str, args: argparse.Namespace) -> None:
+def tabulate(runs: Runs, how: str, args: argparse.Namespace) -> None:
     """The table of all runs."""
     metrics = ("dropped", "wrong of them") if args.share else ("dropped",)
     title = f"Share of the rows that each rule drops. {how}"
@@ -92,7 +92,7 @@ def main() -> None:
     args = made.parse_args()
     runs = runs_of(args, "sets", "seeds")
     each(runs, partial(run, args=args), set=args.sets, seed=args.seeds)
-    publish(runs, trained_how(args), args)
+    tabulate(runs, trained_how(args), args)
 
 
 if __name__ == "__main__":

@@ -17,8 +17,8 @@ from functools import partial
 from pathlib import Path
 
 import prompts
-from false_alarms import Rule, alarms, publish
-from series import Given, each, runs_of
+from false_alarms import Rule, alarms, tabulate
+from series import each, runs_of
 
 from hf_influence.callbacks import GradientCapture
 from hf_influence.evaluation import corrupt_answers
@@ -40,15 +40,11 @@ def run(name: str, seed: int, args: argparse.Namespace) -> dict[str, dict[str, f
     """What each rule drops."""
     _, tokenizer = load_language_model()
     data = prompts.load(name, args, tokenizer, seed)
-    train = data["train"].add_column("is_wrong", [False] * args.rows)
-    if args.share:
-        train = corrupt_answers(data["train"], args.kinds, args.share, seed)
+    train = corrupt_answers(data["train"], args.kinds, args.share, seed)
     rows, query = (tokenize(part, tokenizer, gradient="answer") for part in (train, data["test"]))
-    tasks = list(train["task"])
-    given = Given(tasks, list(train["text"]), list(data["test"]["text"]), seed, groups=tasks)
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         prompts.fine_tune(rows, args, seed, GradientCapture(Path(folder), query, during="epochs"))
-        found = alarms(RULES, Path(folder), given, train)
+        found = alarms(RULES, Path(folder), prompts.given(train, data["test"], seed), train)
     print(f"{name} seed {seed}: {found}", flush=True)
     return found
 
@@ -60,7 +56,7 @@ def main() -> None:
     args = prompts.parsed(made)
     runs = runs_of(args, "sets", "seeds")
     each(runs, partial(run, args=args), set=args.sets, seed=args.seeds)
-    publish(runs, f"{prompts.trained_how(args)} {args.share:.0%} of the answers wrong.", args)
+    tabulate(runs, f"{prompts.trained_how(args)} {args.share:.0%} of the answers wrong.", args)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from typing import Any
 
 from datasets import Dataset, DatasetDict
 from peft import LoraConfig, get_peft_model
-from series import add_sampling, arguments, parser
+from series import Given, add_sampling, arguments, parser
 from torch import nn
 from transformers import DataCollatorForSeq2Seq, Trainer, TrainerCallback, set_seed
 
@@ -61,6 +61,12 @@ def _prompt(row: dict[str, str]) -> dict[str, str]:
 def _instruction(row: dict[str, str]) -> dict[str, str]:
     prompt = "".join(f"{part}\n" for part in (row["instruction"], row["input"]) if part)
     return {"prompt": prompt, "answer": row["output"], "task": row["source"], "text": prompt + row["output"]}
+
+
+def given(train: Dataset, query: Dataset, seed: int) -> Given:
+    """What the methods are passed; those that can rank within tasks."""
+    tasks = list(train["task"])
+    return Given(tasks, list(train["text"]), list(query["text"]), seed, groups=tasks)
 
 
 def fine_tune(

@@ -35,18 +35,7 @@ from typing import Any
 
 from datasets import Dataset
 from glue import WEIGHT, Parts, fine_tune, options, tokens, trained_how
-from series import (
-    Given,
-    by_seed,
-    each,
-    finish_each,
-    on_the_way,
-    runs_of,
-    scored,
-    train_again,
-    whole_run,
-    with_baselines,
-)
+from series import Given, by_seed, each, finish_each, runs_of, scored, train_again, whole_run, with_baselines
 from torch import nn
 
 from hf_influence.callbacks import GradientCapture
@@ -104,7 +93,7 @@ def run(name: str, seed: int, args: argparse.Namespace, runs: Runs) -> dict[str,
     def again(way: str, rows: Dataset) -> dict[str, float]:
         return judged(way, fine_tune(tokens(rows, name, tokenizer), args, seed, steps=whole_run(args)), rows)
 
-    return train_again(on_the_way(runs, set=name, seed=seed), first, again)
+    return train_again(runs, first, again, set=name, seed=seed)
 
 
 def columns(gains: dict[str, Any], run: Run) -> Iterator[tuple[str, str, Any]]:

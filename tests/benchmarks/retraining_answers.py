@@ -30,18 +30,7 @@ from typing import Any
 
 import prompts
 from datasets import Dataset
-from series import (
-    Given,
-    by_seed,
-    each,
-    finish_each,
-    on_the_way,
-    runs_of,
-    scored,
-    train_again,
-    whole_run,
-    with_baselines,
-)
+from series import Given, by_seed, each, finish_each, runs_of, scored, train_again, whole_run, with_baselines
 from torch import nn
 
 from hf_influence.callbacks import GradientCapture
@@ -88,15 +77,14 @@ def run(name: str, seed: int, args: argparse.Namespace, runs: Runs) -> dict[str,
     def first(store: Path) -> tuple[str, dict[str, float], Iterator[tuple[str, Dataset]]]:
         capture = GradientCapture(store, tokenize(data["test"], tokenizer, gradient="answer"), during="epochs")
         model = prompts.fine_tune(tokenize(train, tokenizer, gradient="answer"), args, seed, capture)
-        tasks = list(train["task"])
-        given = Given(tasks, list(train["text"]), list(data["test"]["text"]), seed, groups=tasks)
+        given = prompts.given(train, data["test"], seed)
         return "all", judged("all", model, train), curated(train, store, given, args)
 
     def again(way: str, rows: Dataset) -> dict[str, float]:
         tokens = tokenize(rows, tokenizer, gradient="answer")
         return judged(way, prompts.fine_tune(tokens, args, seed, steps=whole_run(args)), rows)
 
-    return train_again(on_the_way(runs, set=name, seed=seed), first, again)
+    return train_again(runs, first, again, set=name, seed=seed)
 
 
 def columns(gains: dict[str, dict[str, Any]], run: Run) -> Iterator[tuple[str, str, Any]]:

@@ -106,7 +106,7 @@ def main() -> None:
     each(runs, partial(run, args=args), set=args.sets, seed=args.seeds)
     title = (
         f"{trained_how(args)} Attack along the {args.direction} with epsilon {args.epsilon} in {args.steps} steps, "
-        f"{args.held_out} held-out rows; {args.drop:.0%} trimmed or relabelled."
+        f"at most {args.held_out} held-out rows; {args.drop:.0%} trimmed or relabelled."
     )
     table = Table(title=title, metrics=("attacked", "accuracy"), beside=("auc",), baselines=("noisy", *PLAIN))
     finish(table, columns, runs, args)

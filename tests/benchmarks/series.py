@@ -111,14 +111,15 @@ def whole_run(args: argparse.Namespace) -> int:
 
 
 def train_again(
-    folder: Path | None,
+    runs: Runs,
     first: Callable[[Path], tuple[str, Mapping[str, float], Iterable[tuple[str, Dataset]]]],
     again: Callable[[str, Dataset], Mapping[str, float]],
+    **key: Any,
 ) -> dict[str, dict[str, float]]:
     """A training, what curating makes of its rows, and a training on each of these.
 
     Args:
-        folder: Where each training is kept as soon as it is finished, with the curated rows; nothing is without.
+        runs: Each training is kept on the way to the run of this key as soon as it is finished, with the curated rows.
         first: Trains in a folder for its store; gives a name for all rows, figures, and the curated rows by way.
         again: Trains on curated rows, named by the way; gives figures.
 
@@ -126,22 +127,23 @@ def train_again(
         Way of curating -> figures, the first training before the others.
     """
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as spare:
-        kept = folder or Path(spare) / "kept"
-        runs = Runs(kept)
+        kept = on_the_way(runs, **key) or Path(spare)
+        trainings = Runs(kept)
 
         def begin() -> dict[str, Any]:
-            all_rows, figures, curated = first(Path(spare) / "store")
             ways = []
-            for way, rows in curated:
-                rows.save_to_disk(kept / str(len(ways)))
-                ways.append(way)
+            with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as store:  # gigabytes: gone before the others
+                all_rows, figures, curated = first(Path(store))
+                for way, rows in curated:
+                    rows.save_to_disk(kept / str(len(ways)))
+                    ways.append(way)
             return {"rows": all_rows, "figures": figures, "ways": ways}
 
-        begun = runs.do({"training": "first"}, begin)
+        begun = trainings.do({"training": "first"}, begin)
         found = {begun["rows"]: begun["figures"]}
         for number, way in enumerate(begun["ways"]):
             rows = Dataset.load_from_disk(kept / str(number))
-            found[way] = runs.do({"training": way}, partial(again, way, rows))
+            found[way] = trainings.do({"training": way}, partial(again, way, rows))
     return found
 
 

@@ -31,7 +31,7 @@ from typing import Any
 
 import prompts
 from datasets import Dataset
-from series import Given, add_without, best, every_method, finish_each, runs_of
+from series import add_without, best, every_method, finish_each, runs_of
 
 from hf_influence.callbacks import GradientCapture
 from hf_influence.errors import BadSetting
@@ -68,9 +68,7 @@ def run(name: str, kinds: tuple[str, ...], seed: int, args: argparse.Namespace) 
         query = tokenize(data["test"], tokenizer, gradient="answer")
         rows = tokenize(train, tokenizer, gradient="answer")
         prompts.fine_tune(rows, args, seed, GradientCapture(store, query, during="epochs"))
-        tasks = list(train["task"])
-        given = Given(tasks, list(train["text"]), list(data["test"]["text"]), seed, groups=tasks)
-        found = every_method(store, given, partial(figures, train), args.without)
+        found = every_method(store, prompts.given(train, data["test"], seed), partial(figures, train), args.without)
     print(f"{name}, {', '.join(kinds)}, seed {seed}: {best(found, 'auc')}", flush=True)
     return {"methods": found}
 
