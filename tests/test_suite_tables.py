@@ -126,7 +126,7 @@ def test_a_store_that_was_filled_to_its_end_is_scored_again_without_training(sui
     monkeypatch.setattr(mislabel, "every_method", lambda store, *_: {"ip": {"auc": float(len(list(store.iterdir())))}})
     trained, stop = [], [True]
 
-    def fill(store, *_):
+    def fill(store, **_):
         trained.append(store)
         if stop.pop():
             raise KeyboardInterrupt

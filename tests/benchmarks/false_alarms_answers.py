@@ -12,17 +12,14 @@ With `--share 0.2` that many are spoilt, as many of each of `--kinds`.
 from __future__ import annotations
 
 import argparse
-import tempfile
 from functools import partial
 from pathlib import Path
 
 import prompts
 from false_alarms import Rule, alarms, tabulate
-from series import each, runs_of
+from series import add_stores, each, filled, runs_of
 
-from hf_influence.callbacks import GradientCapture
-from hf_influence.evaluation import corrupt_answers
-from hf_influence.evaluation.benchmarks import tokenize
+from hf_influence.evaluation import Runs, corrupt_answers
 from hf_influence.evaluation.corruption_kinds import KINDS
 from hf_influence.pretrained import load_language_model
 
@@ -36,15 +33,17 @@ RULES: dict[str, Rule] = {
 }
 
 
-def run(name: str, seed: int, args: argparse.Namespace) -> dict[str, dict[str, float]]:
+def run(name: str, seed: int, args: argparse.Namespace, runs: Runs) -> dict[str, dict[str, float]]:
     """What each rule drops."""
     _, tokenizer = load_language_model()
     data = prompts.load(name, args, tokenizer, seed)
     train = corrupt_answers(data["train"], args.kinds, args.share, seed)
-    rows, query = (tokenize(part, tokenizer, gradient="answer") for part in (train, data["test"]))
-    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
-        prompts.fine_tune(rows, args, seed, GradientCapture(Path(folder), query, during="epochs"))
-        found = alarms(RULES, Path(folder), prompts.given(train, data["test"], seed), train)
+
+    def fill(store: Path) -> None:
+        prompts.learn(train, data["test"], args, seed, store)
+
+    with filled(runs, args.stores, fill, set=name, share=args.share, seed=seed) as (store, _):
+        found = alarms(RULES, store, prompts.given(train, data["test"], seed), train)
     print(f"{name} seed {seed}: {found}", flush=True)
     return found
 
@@ -53,9 +52,10 @@ def main() -> None:
     made = prompts.options(__doc__)
     made.add_argument("--kinds", nargs="+", default=["swapped_within"], choices=list(KINDS))
     made.add_argument("--share", type=float, default=0.0, help="of the answers that are wrong")
+    add_stores(made)
     args = prompts.parsed(made)
     runs = runs_of(args, "sets", "seeds")
-    each(runs, partial(run, args=args), set=args.sets, seed=args.seeds)
+    each(runs, partial(run, args=args, runs=runs), set=args.sets, seed=args.seeds)
     tabulate(runs, f"{prompts.trained_how(args)} {args.share:.0%} of the answers wrong.", args)
 
 

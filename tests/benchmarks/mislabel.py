@@ -23,18 +23,15 @@ alone, from rows on the disk; in the result of a run also those of training and 
 from __future__ import annotations
 
 import argparse
-import shutil
-import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from glue import TEXTS, Parts, fine_tune, tokens
-from series import SLOW, add_without, best, each, every_method, finish, parser, runs_of
+from series import SLOW, add_stores, add_without, best, each, every_method, filled, finish, parser, runs_of
 from transformers import DataCollatorWithPadding, TrainerCallback
 
 from hf_influence import collect_at, collect_ekfac, collect_hessian
@@ -67,7 +64,6 @@ class AdamState(TrainerCallback):
 
 def fill(store: Path, name: str, parts: Parts, seed: int, args: argparse.Namespace) -> dict[str, float]:
     """Fine-tune and collect what the methods need; what -> seconds."""
-    shutil.rmtree(store, ignore_errors=True)  # of a run that was interrupted
     _, tokenizer = load_classifier()
     train, query = tokens(parts.train, name, tokenizer), tokens(parts.query, name, tokenizer)
     capture = GradientCapture(store, query, during="epochs", features=True)
@@ -99,12 +95,8 @@ def run(rank: int, seed: int, name: str, args: argparse.Namespace, runs: Runs) -
     args = argparse.Namespace(**vars(args), rank=rank, held_out=0)
     parts = Parts.of(name, args, seed)
     given = replace(parts.given(name, seed), queries="mean")
-    kept = args.stores and args.stores / f"{name}-{rank}-{seed}"
-    with nullcontext(kept) if kept else tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
-        store = Path(folder)
-        filled = Runs(store, {option: value for option, value in runs.settings.items() if option != "without"})
-        key = {"set": name, "rank": rank, "seed": seed}
-        seconds = filled.do(key, lambda: fill(store, name, parts, seed, args))  # says when the store is whole
+    work = partial(fill, name=name, parts=parts, seed=seed, args=args)
+    with filled(runs, args.stores, work, set=name, rank=rank, seed=seed) as (store, seconds):
         wrong = parts.train["is_wrong"]
         found = every_method(store, given, lambda _, scores: mislabel_detection(scores, wrong), args.without)
     print(f"{name} r={rank} seed {seed}: {whole_seconds(seconds)}; {best(found, 'auc')}", flush=True)
@@ -125,7 +117,7 @@ def main() -> None:
     add_without(options)
     options.set_defaults(without=[method for method in SLOW if method != "cg"])  # one query is no trouble for it
     options.add_argument("--data", type=Path, help="folder of parquet files; the hub without")
-    options.add_argument("--stores", type=Path, help="folder to keep the gradients of each run in; gigabytes each")
+    add_stores(options)
     options.add_argument("--sets", nargs="+", default=list(TEXTS), choices=list(TEXTS))
     options.add_argument("--ranks", nargs="+", type=int, default=[2, 8])
     options.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])

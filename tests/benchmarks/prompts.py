@@ -15,8 +15,9 @@ from series import Given, add_sampling, arguments, parser
 from torch import nn
 from transformers import DataCollatorForSeq2Seq, Trainer, TrainerCallback, set_seed
 
+from hf_influence.callbacks import GradientCapture
 from hf_influence.errors import BadExample, BadSetting
-from hf_influence.evaluation.benchmarks import math_problems, sentence_transformations
+from hf_influence.evaluation.benchmarks import math_problems, sentence_transformations, tokenize
 from hf_influence.pretrained import load_language_model
 
 MADE: dict[str, Callable[..., DatasetDict]] = {
@@ -86,6 +87,13 @@ def fine_tune(
         )
         trainer.train()
     return trainer.model
+
+
+def learn(train: Dataset, query: Dataset, args: argparse.Namespace, seed: int, store: Path) -> nn.Module:
+    """The model that has learnt the answers; `store` gets their gradients, epoch by epoch and at the end."""
+    _, tokenizer = load_language_model()
+    rows, clean = (tokenize(part, tokenizer, gradient="answer") for part in (train, query))
+    return fine_tune(rows, args, seed, GradientCapture(store, clean, during="epochs"))
 
 
 def options(description: str | None) -> argparse.ArgumentParser:

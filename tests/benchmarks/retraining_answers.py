@@ -9,6 +9,7 @@ it is trained again, from the same adapter and for as many steps, on
 
     clean      the rows whose answer is right: perfect cleaning
     drop M     without the lowest scores by method M, as many as are wrong; by `auto` in ranks within task or source
+    doubtful   without what is not twice as probably right as wrong by `auto` (`DatasetFilter(drop="doubtful")`)
 
 and judged on other rows of the training part, clean and none of them a query: by the mean loss of the answers, by the
 share of tokens that are the likeliest, and by the share of answers that are so in all their tokens, which greedy
@@ -16,8 +17,9 @@ decoding would then write. `all` is the first training. `share` is the part of t
 that a way recovers, by the loss and by whole answers, mean over the seeds; there is none with one seed or where the gap
 is within the noise.
 
-The share to drop is known here; with data of your own it is not. Every training is kept in `--results` as soon as it is
-finished.
+`doubtful` goes by what is found alone. Otherwise the share to drop is known here; with data of your own it is not.
+
+Every training is kept in `--results` as soon as it is finished.
 """
 
 from __future__ import annotations
@@ -33,7 +35,6 @@ from datasets import Dataset
 from series import Given, by_seed, each, finish_each, runs_of, scored, train_again, whole_run, with_baselines
 from torch import nn
 
-from hf_influence.callbacks import GradientCapture
 from hf_influence.evaluation import Run, Runs, Table, corrupt_answers, retraining_gain
 from hf_influence.evaluation.benchmarks import tokenize
 from hf_influence.evaluation.corruption_kinds import KINDS
@@ -41,6 +42,7 @@ from hf_influence.evaluation.table import BASELINES
 from hf_influence.filter import DatasetFilter
 from hf_influence.gradients import losses
 from hf_influence.pretrained import load_language_model
+from hf_influence.scores import LOG_ODDS
 
 BOTTOM, TOP = "drop random", "clean"
 JUDGED = {"loss": False, "whole answers": True}
@@ -51,7 +53,10 @@ def curated(train: Dataset, store: Path, given: Given, args: argparse.Namespace)
     """The name of each way of curating, and the training rows that it leaves."""
     yield TOP, train.select([i for i, wrong in enumerate(train["is_wrong"]) if not wrong])
     for method in args.methods:
-        yield f"drop {method}", DatasetFilter(drop=sum(train["is_wrong"])).apply(train, scored(store, method, given))
+        scores = scored(store, method, given)
+        yield f"drop {method}", DatasetFilter(drop=sum(train["is_wrong"])).apply(train, scores)
+        if LOG_ODDS in scores.report:
+            yield "doubtful", DatasetFilter(drop="doubtful").apply(train, scores)
 
 
 def run(name: str, seed: int, args: argparse.Namespace, runs: Runs) -> dict[str, dict[str, float]]:
@@ -75,8 +80,7 @@ def run(name: str, seed: int, args: argparse.Namespace, runs: Runs) -> dict[str,
         return found
 
     def first(store: Path) -> tuple[str, dict[str, float], Iterator[tuple[str, Dataset]]]:
-        capture = GradientCapture(store, tokenize(data["test"], tokenizer, gradient="answer"), during="epochs")
-        model = prompts.fine_tune(tokenize(train, tokenizer, gradient="answer"), args, seed, capture)
+        model = prompts.learn(train, data["test"], args, seed, store)
         given = prompts.given(train, data["test"], seed)
         return "all", judged("all", model, train), curated(train, store, given, args)
 
@@ -98,7 +102,7 @@ def columns(gains: dict[str, dict[str, Any]], run: Run) -> Iterator[tuple[str, s
 
 def main() -> None:
     made = prompts.options(__doc__)
-    made.add_argument("--kinds", nargs="+", default=["swapped_within"], choices=list(KINDS))
+    made.add_argument("--kinds", nargs="+", default=list(KINDS), choices=list(KINDS))
     made.add_argument("--share", type=float, default=0.2, help="of the answers that are wrong")
     made.add_argument("--held-out", type=int, default=150, help="clean prompts to judge retrained models by")
     made.add_argument("--methods", nargs="+", default=["auto"])

@@ -5,9 +5,11 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from itertools import product
@@ -55,6 +57,12 @@ def add_sampling(made: argparse.ArgumentParser) -> None:
 def add_without(made: argparse.ArgumentParser) -> None:
     """The option to leave methods out."""
     made.add_argument("--without", nargs="*", default=list(SLOW), help="methods to leave out")
+
+
+def add_stores(made: argparse.ArgumentParser) -> None:
+    """The option to keep the gradients."""
+    about = "folder to keep the gradients of each run in, gigabytes each: what is there is scored without training"
+    made.add_argument("--stores", type=Path, help=about)
 
 
 def runs_of(args: argparse.Namespace, *over: str) -> Runs:
@@ -108,6 +116,24 @@ def arguments(folder: str | Path, args: argparse.Namespace, seed: int, steps: in
 def whole_run(args: argparse.Namespace) -> int:
     """Steps of a training on all rows, for trainings on fewer that are to have as many."""
     return int(args.epochs * -(-args.rows // args.batch_size))
+
+
+@contextmanager
+def filled(runs: Runs, stores: Path | None, fill: Callable[[Path], Any], **key: Any) -> Iterator[tuple[Path, Any]]:
+    """The store of a run, and what `fill` gave when it had filled the folder.
+
+    In `stores`, if given, it is kept, and where it was filled to its end before, under these settings, it is not again.
+    """
+    kept = stores and stores / "-".join(map(str, key.values()))
+    with nullcontext(kept) if kept else tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+        store = Path(folder)
+
+        def begin() -> Any:
+            shutil.rmtree(store, ignore_errors=True)  # of a run that was interrupted
+            return fill(store)
+
+        settings = {option: value for option, value in runs.settings.items() if option != "without"}
+        yield store, Runs(store, settings).do(key, begin)
 
 
 def train_again(

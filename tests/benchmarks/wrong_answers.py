@@ -23,7 +23,6 @@ from rows on the disk.
 from __future__ import annotations
 
 import argparse
-import tempfile
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -31,12 +30,10 @@ from typing import Any
 
 import prompts
 from datasets import Dataset
-from series import add_without, best, every_method, finish_each, runs_of
+from series import add_stores, add_without, best, every_method, filled, finish_each, runs_of
 
-from hf_influence.callbacks import GradientCapture
 from hf_influence.errors import BadSetting
-from hf_influence.evaluation import Run, Table, corrupt_answers, mislabel_detection
-from hf_influence.evaluation.benchmarks import tokenize
+from hf_influence.evaluation import Run, Runs, Table, corrupt_answers, mislabel_detection
 from hf_influence.evaluation.corruption_kinds import KINDS
 from hf_influence.pretrained import load_language_model
 from hf_influence.scores import Scores
@@ -52,7 +49,7 @@ def figures(train: Dataset, method: str, scores: Scores) -> dict[str, Any]:
     return {"auc": whole.auc, "within": within.auc, "average_precision": whole.average_precision, "kinds": kinds}
 
 
-def run(name: str, kinds: tuple[str, ...], seed: int, args: argparse.Namespace) -> dict[str, Any]:
+def run(name: str, kinds: tuple[str, ...], seed: int, args: argparse.Namespace, runs: Runs) -> dict[str, Any]:
     """Plant, fine-tune, capture and rank: `methods` with what each finds, or `left out` with the reason."""
     _, tokenizer = load_language_model()
     data = prompts.load(name, args, tokenizer, seed)
@@ -63,11 +60,11 @@ def run(name: str, kinds: tuple[str, ...], seed: int, args: argparse.Namespace) 
             raise
         print(f"{name}, {', '.join(kinds)}, seed {seed} is left out: {error}", flush=True)
         return {"left out": str(error)}
-    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
-        store = Path(folder)
-        query = tokenize(data["test"], tokenizer, gradient="answer")
-        rows = tokenize(train, tokenizer, gradient="answer")
-        prompts.fine_tune(rows, args, seed, GradientCapture(store, query, during="epochs"))
+
+    def fill(store: Path) -> None:
+        prompts.learn(train, data["test"], args, seed, store)
+
+    with filled(runs, args.stores, fill, set=name, kinds="+".join(kinds), seed=seed) as (store, _):
         found = every_method(store, prompts.given(train, data["test"], seed), partial(figures, train), args.without)
     print(f"{name}, {', '.join(kinds)}, seed {seed}: {best(found, 'auc')}", flush=True)
     return {"methods": found}
@@ -89,6 +86,7 @@ def columns(run: Run) -> Iterator[tuple[str, str, Any]]:
 def main() -> None:
     made = prompts.options(__doc__)
     add_without(made)
+    add_stores(made)
     made.add_argument("--kinds", nargs="+", default=list(KINDS), choices=list(KINDS))
     made.add_argument("--apart", action="store_true", help="a training for each kind, which is all of the share")
     made.add_argument("--share", type=float, default=0.2, help="of the answers that are wrong")
@@ -99,7 +97,7 @@ def main() -> None:
         for kind, kinds in series.items():
             for seed in args.seeds:
                 key = {"set": name, "kind": kind, "seed": seed}
-                runs.do(key, partial(run, name, kinds, seed, args))
+                runs.do(key, partial(run, name, kinds, seed, args, runs))
     how = "each kind in its own runs" if args.apart else "all kinds mixed"
     about = f"{prompts.trained_how(args)} {args.share:.0%} of the answers wrong, {how}."
     left_out: dict[str, list[str]] = {run.key["set"]: [] for run in runs}
