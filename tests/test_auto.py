@@ -12,7 +12,7 @@ import torch
 from scipy.integrate import quad
 from scipy.optimize import brentq
 from scipy.stats import beta, norm, rankdata, spearmanr
-from sklearn.metrics import roc_auc_score
+from sklearn.metrics import roc_auc_score, roc_curve
 from stores import Blocks, make_store, make_trained_store
 from torch import Tensor
 
@@ -23,6 +23,7 @@ from hf_influence.attribution.trust import (
     Sighting,
     auc_of,
     cautious,
+    divide,
     estimated_share,
     freshness,
     log_odds,
@@ -199,9 +200,10 @@ def test_queries_after_other_prompts_make_the_scores_of_answers_log_odds(tmp_pat
     gains = 1 - train["loss"] / train["other_prompt_loss"].mean(1)
     right = 1 - query["loss"] / query["other_prompt_loss"].mean(1)
     wrong = torch.cat([1 - query["other_prompt_loss"][:, a] / query["other_prompt_loss"][:, 1 - a] for a in (0, 1)])
-    error = negative(right)
-    turned = (negative(-wrong) * M + 0.5) / (error * M + 0.5)
-    seen = sighting(negative(gains), N, error, M, turned=turned)
+    false_alarms, found, cuts = roc_curve([0] * M + [1] * (2 * M), -torch.cat([right, wrong]), drop_intermediate=False)
+    place = int((found - false_alarms).argmax())
+    assert divide(right, wrong) == pytest.approx(-cuts[place], abs=0.1)
+    seen = sighting(float((gains < divide(right, wrong)).double().mean()), N, false_alarms[place], M, 1 - found[place])
     assert seen is not None
     share = estimated_share([seen])
     assert share is not None
@@ -435,6 +437,22 @@ def test_the_share_of_wrong_labels_is_found_where_the_scores_of_queries_and_exam
     assert estimated_share([]) is None
 
 
+def test_scores_are_divided_where_right_and_wrong_ones_part_best() -> None:
+    right, wrong = torch.tensor([1.0, 2.0, 3.0, 4.0]), torch.tensor([-1.0, 0.0, 0.5, 2.5])
+    assert divide(right, wrong) == 0.75
+    assert divide(right + 5, wrong + 5) == 5.75
+    assert divide(right[2:], wrong[:2]) == 1.5
+    assert divide(wrong, right) == -1, "no place is better than none"
+
+
+def test_wrong_labels_count_where_no_right_one_is_below_zero() -> None:
+    """Half of the wrong ones are above it all the same."""
+    seen = sighting(0.1, 1000, 0.0, 1000, missed=0.5)
+    assert seen is not None
+    assert seen.share == pytest.approx(0.2)
+    assert sighting(0.1, 1000, 0.0, 1000) == sighting(0.1, 1000, 0.0, 1000, missed=0.0)
+
+
 def test_the_first_sharp_sighting_counts() -> None:
     blurred, one, later = Sighting(0.45, 0.03), Sighting(0.2, 0.01), Sighting(0.3, 0.01)
     assert estimated_share([blurred, one, later]) == estimated_share([one]) == pytest.approx(0.2, abs=0.01)
@@ -542,10 +560,9 @@ def test_more_than_two_classes_need_the_queries_under_wrong_labels(tmp_path: Pat
     ridge = attribute(path, "kernel_ridge").values[:, 0]
     right, turned = left_out(query), under_wrong_labels(query, wrong)
     e, e_wrong, o = ((right < 0).double().mean(), (turned > 0).double().mean(), (ridge < 0).double().mean())
-    ratio = (e_wrong * m + 0.5) / (e * m + 0.5)
-    seen = sighting(float(o), 18, float(e), m, turned=float(ratio))
+    seen = sighting(float(o), 18, float(e), m, float(e_wrong))
     assert seen is not None
-    assert seen.share == pytest.approx(((o - e) / (1 - e - ratio * e)).item())
+    assert seen.share == pytest.approx(((o - e) / (1 - e - e_wrong)).item())
     assert scores.report["estimated_share_wrong"] == pytest.approx(estimated_share([seen]), abs=1e-4)
     expected = believed(ranked(plain), told_apart(right, turned), scores.report["estimated_share_wrong"])
     torch.testing.assert_close(scores.values[:, 0], expected, atol=5e-3, rtol=5e-3)

@@ -27,6 +27,18 @@ def auc_of(right: Tensor, wrong: Tensor) -> float:
     return float(ranks[:n].sum() - n * (n + 1) / 2) / (n * m)
 
 
+def divide(right: Tensor, wrong: Tensor) -> float:
+    """Where scores under right labels `[q]` and under wrong ones `[m]` part best, those below it being called wrong.
+
+    Of all places that call the largest share of the wrong scores wrong, less that of the right ones, the middle one.
+    """
+    both = torch.cat((right, wrong)).double().unique()  # in order
+    between = torch.cat((both[:1], (both[1:] + both[:-1]) / 2))
+    gain = (wrong[:, None] < between).double().mean(0) - (right[:, None] < between).double().mean(0)
+    best = between[gain >= gain.max() - 1e-9]
+    return float(best[len(best) // 2])
+
+
 def trust_of(right: Tensor, wrong: Tensor, errors: float = 0.0, fresh: float = 1.0) -> float:
     """(f (AUC − ½))⁴ of the scores of queries, less so many standard errors of an AUC that says nothing."""
     return (fresh * max(LEAST, auc_of(right, wrong) - 0.5 - errors / math.sqrt(12 * len(right)))) ** 4
@@ -72,22 +84,22 @@ def negative(scores: Tensor) -> float:
     return float((scores < 0).double().mean()) if len(scores) else 0.0
 
 
-def sighting(examples: float, n: int, queries: float, q: int, turned: float = 1.0) -> Sighting | None:
+def sighting(examples: float, n: int, queries: float, q: int, missed: float | None = None) -> Sighting | None:
     """The share of wrong labels, from the shares of negative scores of `n` examples and of `q` clean queries.
 
-        (o − e) / (1 − e − e′),   o of the examples, e of the queries, e′ = turned · e
+        (o − e) / (1 − e − e′),   o of the examples, e of the queries
 
     As o = (1 − π) e + π (1 − e′), where e′ is the share of scores above zero under wrong labels: for two classes e,
     since a wrong label turns the sign. A model that was trained on the examples believes their labels more than those
     of the queries, so this is on the low side, the more so the longer it was trained.
 
     Args:
-        turned: e′ / e.
+        missed: e′, by default e.
 
     Returns:
         `None` where the scores tell nothing, e + e′ ≥ 1.
     """
-    rest = 1 - (1 + turned) * queries
+    rest = 1 - queries - (queries if missed is None else missed)
     if not n or not q or rest <= 0:
         return None
     return Sighting((examples - queries) / rest, math.sqrt(_variance(examples, n) + _variance(queries, q)) / rest)
@@ -98,6 +110,7 @@ def sighting_in(epoch: Epoch, q: int, before: float, turned: float = 1.0) -> Sig
 
     Args:
         before: The share of negative scores of the queries at the beginning of the epoch.
+        turned: e′ / e, which is taken not to change over training.
 
     Returns:
         `None` also where the model was learning too fast to say: the queries have changed in the epoch, or the share of
@@ -108,7 +121,7 @@ def sighting_in(epoch: Epoch, q: int, before: float, turned: float = 1.0) -> Sig
     changed = (epoch.queries - before) ** 2 > 4 * _variance((epoch.queries + before) / 2, q)
     spread = _variance(epoch.early, epoch.n) + _variance(epoch.late, epoch.n)
     fell = epoch.early > epoch.late and (epoch.early - epoch.late) ** 2 > 4 * spread
-    return None if changed or fell else sighting(epoch.late, epoch.n, epoch.queries, q, turned)
+    return None if changed or fell else sighting(epoch.late, epoch.n, epoch.queries, q, turned * epoch.queries)
 
 
 def _variance(share: float, n: int) -> float:

@@ -15,6 +15,7 @@ from hf_influence.attribution.trust import (
     Epoch,
     auc_of,
     cautious,
+    divide,
     estimated_share,
     freshness,
     negative,
@@ -58,11 +59,11 @@ class Witness:
 
     def share(self) -> float | None:
         """The share of wrong labels, `None` where nothing is seen of it."""
-        n, q, error = len(self.examples), len(self.right), negative(self.right)
-        turned = (negative(-self.wrong) * q + 0.5) / (error * q + 0.5)
+        n, q, error, missed = len(self.examples), len(self.right), negative(self.right), negative(-self.wrong)
+        turned = (missed * q + 0.5) / (error * q + 0.5)
         epochs = [self.signs[point] for point in sorted(self.signs)]
         seen = [sighting_in(now, q, before.queries, turned) for before, now in pairwise(epochs)]
-        seen.append(sighting(negative(self.examples), n, error, q, turned))
+        seen.append(sighting(negative(self.examples), n, error, q, missed))
         return estimated_share([one for one in seen if one is not None])
 
 
@@ -94,7 +95,7 @@ def of_prompts(last: Selection, scores: Tensor) -> Witness | None:
     """What the queries say of scores by "prompt_gain"; `None` where they were not read after two other prompts.
 
     Under a wrong label an answer stands after a prompt that is not its own: after each of the other prompts, compared
-    with the rest of them.
+    with the rest of them. Zero is where the two part best.
 
     Args:
         last: The end.
@@ -105,7 +106,9 @@ def of_prompts(last: Selection, scores: Tensor) -> Witness | None:
         return None
     loss, others = query["loss"].double(), query[STATISTIC].double()
     rest = (others.sum(1, keepdim=True) - others) / (others.shape[1] - 1)  # [q, k], the mean of the others of each
-    return Witness(gain(loss, others), gain(others.flatten(), rest.flatten()), scores, {})
+    right, wrong = gain(loss, others), gain(others.flatten(), rest.flatten())
+    zero = divide(right, wrong)
+    return Witness(right - zero, wrong - zero, scores - zero, {})
 
 
 def _two_classes(last: Selection) -> bool:
