@@ -30,6 +30,7 @@ from hf_influence.attribution.trust import (
     negative,
     sighting,
     sighting_in,
+    sighting_in_first,
 )
 from hf_influence.errors import BadSetting, MissingRows
 from hf_influence.store import GradientStore
@@ -454,9 +455,14 @@ def test_wrong_labels_count_where_no_right_one_is_below_zero() -> None:
 
 
 def test_the_first_sharp_sighting_counts() -> None:
-    blurred, one, later = Sighting(0.45, 0.03), Sighting(0.2, 0.01), Sighting(0.3, 0.01)
+    blurred, one, later = Sighting(0.45, 0.02, 0.03), Sighting(0.2, 0.01, 0.015), Sighting(0.3, 0.01, 0.01)
     assert estimated_share([blurred, one, later]) == estimated_share([one]) == pytest.approx(0.2, abs=0.01)
     assert estimated_share([blurred]) == pytest.approx(0.45, abs=0.03)
+    few, many = sighting(0.3, 100, 0.1, 100), sighting(0.02, 400, 0.1, 10_000)
+    assert few is not None is not many
+    assert few.reach == pytest.approx(math.sqrt(2 * 0.25 / 100) / 0.8)
+    assert few.error < few.reach
+    assert many.reach == pytest.approx(few.reach * math.sqrt((1 / 400 + 1 / 10_000) / (2 / 100))), "by numbers alone"
 
 
 def test_an_epoch_tells_by_its_second_half_unless_the_model_was_learning_too_fast() -> None:
@@ -464,15 +470,35 @@ def test_an_epoch_tells_by_its_second_half_unless_the_model_was_learning_too_fas
     scores = torch.where((steps % 4 == 0) | ((steps < 200) & (steps % 8 == 1)), -1.0, 1.0)
     queries = torch.tensor([-1.0] * 10 + [1.0] * 90)
     epoch = Epoch.of(scores, steps, queries)
-    assert epoch == (0.375, 0.25, 0.1, 200)
-    assert Epoch.of(scores, None, queries) == (0.3125, 0.3125, 0.1, 400), "without steps all at its end"
+    assert epoch.quarters == pytest.approx((0.375, 0.375, 0.25, 0.25), abs=0.006)
+    assert (epoch.queries, epoch.n) == (pytest.approx(0.1), 100)
+    assert Epoch.of(scores, None, queries) == ((0.3125,) * 4, epoch.queries, 100), "without steps all at its end"
+    epoch = Epoch((0.4, 0.35, 0.27, 0.23), 0.1, 100)
     assert sighting_in(epoch, 100, before=0.12) is None, "ever fewer examples have negative scores"
-    assert sighting_in(epoch._replace(n=50), 100, before=0.12) is not None, "of so few that means nothing"
-    steady = epoch._replace(early=0.25)
-    assert sighting_in(steady, 100, before=0.12) == sighting(0.25, 200, 0.1, 100) is not None
-    assert sighting_in(steady._replace(early=0.1), 100, before=0.12) is not None, "what was known is forgotten"
+    assert sighting_in(epoch._replace(n=25), 100, before=0.12) is not None, "of so few that means nothing"
+    steady = epoch._replace(quarters=(0.24, 0.26, 0.27, 0.23))
+    seen = sighting_in(steady, 100, before=0.12)
+    assert seen == pytest.approx(sighting(0.25, 200, 0.1, 100))
+    assert sighting_in(steady._replace(quarters=(0.1, 0.1, 0.27, 0.23)), 100, before=0.12) == pytest.approx(seen)
     assert sighting_in(steady, 100, before=0.3) is None, "the queries have changed"
     assert sighting_in(steady._replace(n=0), 100, before=0.1) is None is sighting_in(steady, 0, before=0.1)
+
+
+def test_the_first_epoch_tells_by_examples_that_were_never_seen() -> None:
+    """Where the line through its last quarters arrives; one and a half times the last, less half of the one before."""
+    epoch = Epoch((0.45, 0.4, 0.32, 0.3), 0.1, 100)
+    seen = sighting_in_first(epoch, 400, after=0.11)
+    assert seen is not None
+    assert seen == pytest.approx(sighting(0.29, 100 / 2.5, 0.1, 400))
+    assert seen.share == pytest.approx(0.19 / 0.8)
+    flat = sighting_in_first(epoch._replace(queries=0.5), 400, None)
+    assert flat is None, "the scores of the queries tell nothing"
+    assert sighting_in_first(epoch, 400, after=None) == seen, "there is but one epoch"
+    assert sighting_in_first(epoch, 400, after=0.05) is None, "the queries have changed since"
+    assert sighting_in_first(epoch._replace(n=10_000), 400, after=0.11) is None, "it was learning still"
+    assert sighting_in_first(epoch._replace(quarters=(0.4, 0.4, 0.1, 0.0)), 400, None) is None
+    assert sighting_in_first(epoch._replace(quarters=(0.4, 0.4, 0.03, 0.0), n=40), 400, None) is not None
+    assert sighting_in_first(epoch._replace(n=0), 400, None) is None is sighting_in_first(epoch, 0, None)
 
 
 def test_epochs_before_the_labels_are_learnt_by_heart_tell_how_many_are_wrong(tmp_path: Path) -> None:

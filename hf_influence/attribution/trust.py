@@ -45,24 +45,29 @@ def trust_of(right: Tensor, wrong: Tensor, errors: float = 0.0, fresh: float = 1
 
 
 class Sighting(NamedTuple):
-    """A share of wrong labels as it shows at one point, and its standard error."""
+    """A share of wrong labels as it shows at one point.
+
+    Attributes:
+        share: It may lie outside of 0 to 1.
+        error: Standard error.
+        reach: The largest that the error could be with so many examples and queries, whatever their shares are.
+    """
 
     share: float
     error: float
+    reach: float
 
 
 class Epoch(NamedTuple):
     """Shares of negative scores as an epoch goes by.
 
     Attributes:
-        early: Of the examples in its first half, at the weights of the steps that they were seen in.
-        late: In its second half.
+        quarters: Of the examples in each quarter of its steps, at the weights of the step that each was seen in.
         queries: Of clean queries at its end.
-        n: Number of examples in the second half.
+        n: Number of examples in a quarter.
     """
 
-    early: float
-    late: float
+    quarters: tuple[float, ...]
     queries: float
     n: int
 
@@ -73,10 +78,12 @@ class Epoch(NamedTuple):
         Without steps all examples were looked at together, at its end.
         """
         if steps is None:
-            return cls(negative(examples), negative(examples), negative(queries), len(examples))
-        half = len(steps) // 2
-        first, second = examples[steps.argsort(stable=True)].split((half, len(steps) - half))
-        return cls(negative(first), negative(second), negative(queries), len(second))
+            return cls((negative(examples),) * QUARTERS, negative(queries), len(examples) // QUARTERS)
+        parts = examples[steps.argsort(stable=True)].tensor_split(QUARTERS)
+        return cls(tuple(map(negative, parts)), negative(queries), len(examples) // QUARTERS)
+
+
+QUARTERS = 4
 
 
 def negative(scores: Tensor) -> float:
@@ -84,7 +91,7 @@ def negative(scores: Tensor) -> float:
     return float((scores < 0).double().mean()) if len(scores) else 0.0
 
 
-def sighting(examples: float, n: int, queries: float, q: int, missed: float | None = None) -> Sighting | None:
+def sighting(examples: float, n: float, queries: float, q: int, missed: float | None = None) -> Sighting | None:
     """The share of wrong labels, from the shares of negative scores of `n` examples and of `q` clean queries.
 
         (o − e) / (1 − e − e′),   o of the examples, e of the queries
@@ -102,7 +109,8 @@ def sighting(examples: float, n: int, queries: float, q: int, missed: float | No
     rest = 1 - queries - (queries if missed is None else missed)
     if not n or not q or rest <= 0:
         return None
-    return Sighting((examples - queries) / rest, math.sqrt(_variance(examples, n) + _variance(queries, q)) / rest)
+    error = math.sqrt(_variance(examples, n) + _variance(queries, q)) / rest
+    return Sighting((examples - queries) / rest, error, math.sqrt(0.25 / n + 0.25 / q) / rest)
 
 
 def sighting_in(epoch: Epoch, q: int, before: float, turned: float = 1.0) -> Sighting | None:
@@ -116,15 +124,52 @@ def sighting_in(epoch: Epoch, q: int, before: float, turned: float = 1.0) -> Sig
         `None` also where the model was learning too fast to say: the queries have changed in the epoch, or the share of
         the examples has fallen, by more than two standard errors.
     """
-    if not epoch.n or not q:
+    early, late = sum(epoch.quarters[:2]) / 2, sum(epoch.quarters[2:]) / 2
+    if (
+        not epoch.n
+        or not q
+        or _changed(epoch.queries, before, q)
+        or (early > late and _differ(early, late, 2 * epoch.n))
+    ):
         return None
-    changed = (epoch.queries - before) ** 2 > 4 * _variance((epoch.queries + before) / 2, q)
-    spread = _variance(epoch.early, epoch.n) + _variance(epoch.late, epoch.n)
-    fell = epoch.early > epoch.late and (epoch.early - epoch.late) ** 2 > 4 * spread
-    return None if changed or fell else sighting(epoch.late, epoch.n, epoch.queries, q, turned * epoch.queries)
+    return sighting(late, 2 * epoch.n, epoch.queries, q, turned * epoch.queries)
 
 
-def _variance(share: float, n: int) -> float:
+def sighting_in_first(epoch: Epoch, q: int, after: float | None, turned: float = 1.0) -> Sighting | None:
+    """The same from the end of the first epoch: of examples that the model has never seen.
+
+        o = s₄ + (s₄ − s₃) / 2,   s₃ and s₄ of its last quarters
+
+    where the line through the two arrives at its end, since the model is still learning.
+
+    Args:
+        after: The share of negative scores of the queries at the end of the next epoch, if there is one.
+        turned: As above.
+
+    Returns:
+        `None` also where the model was learning too fast to say: the queries have changed in the next epoch, or the
+        share of the examples has fallen in the last quarter, by more than two standard errors.
+    """
+    *_, third, fourth = epoch.quarters
+    if not epoch.n or not q or (after is not None and _changed(epoch.queries, after, q)):
+        return None
+    if third > fourth and _differ(third, fourth, epoch.n):
+        return None
+    at_end = min(1.0, max(0.0, 1.5 * fourth - 0.5 * third))
+    return sighting(at_end, epoch.n / (1.5**2 + 0.5**2), epoch.queries, q, turned * epoch.queries)
+
+
+def _changed(share: float, other: float, q: int) -> bool:
+    """Whether shares of the same `q` queries are more than two standard errors apart."""
+    return (share - other) ** 2 > 4 * _variance((share + other) / 2, q)
+
+
+def _differ(share: float, other: float, n: int) -> bool:
+    """Whether shares of `n` examples each are more than two standard errors apart."""
+    return (share - other) ** 2 > 4 * (_variance(share, n) + _variance(other, n))
+
+
+def _variance(share: float, n: float) -> float:
     """Of a share among `n`, never 0."""
     share = (share * n + 0.5) / (n + 1)
     return share * (1 - share) / n
@@ -150,17 +195,18 @@ def estimated_share(sightings: Sequence[Sighting]) -> float | None:
 
         π = E[π | s],   π ~ Beta(1, 9) on [0, ½],   s ~ N(π, error²)
 
-    s is the first sighting whose error is no more than twice the smallest: a model believes the labels of the examples
-    the more the longer it has seen them. Beforehand a tenth of the labels is expected to be wrong, rather less than
-    more: few examples or queries leave it at that.
+    s is the first sighting whose error, by the numbers of examples and queries alone, may reach no more than half as
+    much again as that of the sharpest: a model believes the labels of the examples the more the longer it has seen
+    them. Beforehand a tenth of the labels is expected to be wrong, rather less than more: few examples or queries leave
+    it at that.
 
     Args:
         sightings: In the order of training.
     """
     if not sightings:
         return None
-    sharp = 2 * min(one.error for one in sightings)
-    seen = next(one for one in sightings if one.error <= sharp)
+    sharp = 1.5 * min(one.reach for one in sightings)
+    seen = next(one for one in sightings if one.reach <= sharp)
     share = np.linspace(0, 0.5, 5001)
     density = (1 - share) ** (1 / EXPECTED - 2) * np.exp(-0.5 * ((share - seen.share) / seen.error) ** 2)
     return float((share * density).sum() / density.sum())

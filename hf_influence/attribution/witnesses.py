@@ -21,6 +21,7 @@ from hf_influence.attribution.trust import (
     negative,
     sighting,
     sighting_in,
+    sighting_in_first,
     trust_of,
 )
 from hf_influence.gradients.mislabelled import SPLIT
@@ -62,7 +63,9 @@ class Witness:
         n, q, error, missed = len(self.examples), len(self.right), negative(self.right), negative(-self.wrong)
         turned = (missed * q + 0.5) / (error * q + 0.5)
         epochs = [self.signs[point] for point in sorted(self.signs)]
-        seen = [sighting_in(now, q, before.queries, turned) for before, now in pairwise(epochs)]
+        after = epochs[1].queries if len(epochs) > 1 else None
+        seen = [sighting_in_first(one, q, after, turned) for one in epochs[:1]]
+        seen += [sighting_in(now, q, before.queries, turned) for before, now in pairwise(epochs)]
         seen.append(sighting(negative(self.examples), n, error, q, missed))
         return estimated_share([one for one in seen if one is not None])
 
