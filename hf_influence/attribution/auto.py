@@ -85,9 +85,10 @@ class Auto(OverTraining, name="auto"):
         ln((1 − p) / p) = d x + ln((1 − π) / π),   d = √2 Φ⁻¹(AUC)
         (1 − π) Φ(x − d/2) + π Φ(x + d/2) = (rank of r[i] − ½) / n
 
-    π is an estimate of the share of wrong labels, from the signs of the scores that tell better: in the first epoch in
-    which the model was not learning too fast to say and has not yet learnt the labels by heart, or else at the end; and
-    from the expectation that about a tenth is wrong, which few examples or queries hardly move. So 0 is even odds:
+    π is an estimate of the share of wrong labels, from the signs of the scores that tell better: at the end of the
+    first epoch, of examples never seen before, if these are many; or in the first later epoch in which the model was
+    not learning too fast to say and has not yet learnt the labels by heart; or else at the end of training; and from
+    the expectation that about a tenth is wrong, which few examples or queries hardly move. So 0 is even odds:
     `Relabel(how="posterior")` gives labels for training on the probabilities, `DatasetFilter(drop="doubtful")` drops
     what is not twice as probably right as wrong. Elsewhere no probability is known, and no score is negative.
 
@@ -95,8 +96,9 @@ class Auto(OverTraining, name="auto"):
     agree: for each the correlation of its ranks with the mean ranks of the others.
 
     For language models the same holds where the answers of the queries were read after two other prompts as well: a
-    wrong answer then is one after a prompt that is not its own, AUC and π are by `prompt_gain`. Mistakes of other
-    kinds, such as an answer that breaks off, are ranked, but do not count in π.
+    wrong answer then is one after a prompt that is not its own, AUC and π are by `prompt_gain`, π by how many answers
+    are below where right and wrong ones of the queries part best. Mistakes of other kinds, such as an answer that
+    breaks off, are ranked, but do not count in π.
 
     Cost: that of the parts.
     Use when: always, unless you know better; with rows captured during training and clean queries it has most to go by.
