@@ -155,6 +155,13 @@ def test_all_clean_rows_may_be_queries(suite, monkeypatch):
     assert (len(parts.train), len(parts.query), len(parts.held_out)) == (5, 5, 0)
     args.queries, args.held_out = 2, 9
     assert len(glue.Parts.of("sst2", args, 0).held_out) == 3, "as many as the queries leave"
+    args.rows = 1
+    parts = glue.Parts.of("sst2", args, 0)
+    assert len(parts.held_out) == 3 + 4, "and as the training set has left"
+    assert not set(parts.held_out[3:]["sentence"]) & set(parts.train["sentence"])
+    args.held_out = 5
+    assert parts.held_out[:5] == glue.Parts.of("sst2", args, 0).held_out[:]
+    args.rows, args.held_out = 5, 9
     args.queries = 5
     with pytest.raises(BadSetting, match="leave no held-out row"):
         glue.Parts.of("sst2", args, 0)

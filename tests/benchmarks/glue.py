@@ -7,7 +7,7 @@ import tempfile
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from datasets import Dataset, load_dataset
+from datasets import Dataset, concatenate_datasets, load_dataset
 from peft import LoraConfig, get_peft_model
 from series import Given, add_sampling, arguments, parser
 from torch import nn
@@ -41,16 +41,28 @@ def tokens(rows: Dataset, name: str, tokenizer: Any) -> Dataset:
     return Dataset.from_dict({**encoded, "labels": list(rows["label"]), **weights})
 
 
-def clean_rows(name: str, args: argparse.Namespace, seed: int) -> Dataset:
-    """Random rows of the split that the set keeps for evaluation, the queries before the held-out rows.
+def training_rows(name: str, args: argparse.Namespace, seed: int) -> Dataset:
+    """The training set in random order; its first `args.rows` are trained on."""
+    return load(name, "train", args.data).shuffle(seed=seed)
 
-    Of these there are as many as are asked for, or what the queries leave.
+
+def clean_rows(name: str, args: argparse.Namespace, seed: int) -> Dataset:
+    """Queries and then held-out rows, none of them trained on.
+
+    They are random rows of the split that the set keeps for evaluation. Where that is too small for the held-out rows,
+    there are also rows of the training set among these, as many as are asked for or as are left.
     """
     clean = load(name, HELD_OUT[name], args.data).shuffle(seed=seed)
-    if args.queries + min(args.held_out, 1) > len(clean):
+    if args.queries > len(clean):
+        raise BadSetting(f"--queries {args.queries}, and {name} keeps {len(clean)} rows for evaluation. Lower them.")
+    if (lacks := args.queries + args.held_out - len(clean)) > 0:
+        rows = training_rows(name, args, seed)
+        left = list(range(args.rows, min(args.rows + lacks, len(rows))))  # a range at the end must not be empty
+        clean = concatenate_datasets([clean, rows.select(left)])
+    if args.held_out and len(clean) == args.queries:
         raise BadSetting(
-            f"--queries {args.queries} leave no held-out row of the {len(clean)} that {name} keeps for evaluation, and "
-            "a row must not be both. Lower them."
+            f"--queries {args.queries} and --rows {args.rows} leave no held-out row of {name}, and a row must not be "
+            "both. Lower them."
         )
     return clean.select(range(min(args.queries + args.held_out, len(clean))))
 
@@ -67,9 +79,9 @@ class Parts(NamedTuple):
 
     @classmethod
     def of(cls, name: str, args: argparse.Namespace, seed: int) -> Parts:
-        rows = load(name, "train", args.data).shuffle(seed=seed).select(range(args.rows))
+        rows = training_rows(name, args, seed).select(range(args.rows))
         clean = clean_rows(name, args, seed)
-        held_out = clean.select(list(range(args.queries, len(clean))))  # a range at the end must not be empty
+        held_out = clean.select(list(range(args.queries, len(clean))))  # as above
         query = clean.select(range(args.queries))
         return cls(flipped_labels(rows, args.share, seed), query, held_out)
 

@@ -14,7 +14,8 @@ head and adapter and for as many steps, on
     reweight M   with all rows, weighed by their scores (`WeightedTrainer`), by the first of `--methods`; by `auto` as
                  far as a label is rather right than wrong (`Reweight(how="posterior")`)
 
-and judged by its accuracy on clean held-out rows, none of them a query; `noisy` is the first training. `share` is the
+and judged by its accuracy on clean held-out rows of the evaluation and the training set, none of them a query or
+trained on; `noisy` is the first training. `share` is the
 part of the gap between noisy and clean that a way recovers, mean over the seeds, with its jackknife standard error;
 there is none with one seed or where the gap is within the noise. `wrong left` are wrong labels in the rows trained on,
 of class probabilities what they leave to the wrong class.
@@ -116,7 +117,8 @@ def gap(gain: Mapping[str, Any]) -> str:
 
 
 def main() -> None:
-    made = options(__doc__, batch_size=8, learning_rate=1e-3)  # enough to learn wrong labels by heart
+    by_heart = {"batch_size": 8, "learning_rate": 1e-3}  # enough to learn wrong labels
+    made = options(__doc__, queries=400, held_out=3000, **by_heart)
     made.add_argument("--methods", nargs="+", default=["auto", "loss", "ip", "datainf", "kernel_ridge"])
     args = made.parse_args()
     args.methods = with_baselines(args.methods, BASELINES)
