@@ -148,7 +148,7 @@ def columns(run: Run) -> Iterator[tuple[str, Any]]:
 
 def main() -> None:
     made = options(
-        __doc__, sets=["sst2"], rows=600, queries=100, epochs=3, share=0.15, held_out=200, learning_rate=3e-3
+        __doc__, sets=["sst2"], rows=600, queries=100, epochs=3, share=0.15, held_out=600, learning_rate=3e-3
     )
     made.add_argument("--methods", nargs="+", default=["ip", "datainf", "fisher"])
     made.add_argument("--drops", nargs="+", type=float, default=[0.1, 0.2], help="shares of the rows to leave out")

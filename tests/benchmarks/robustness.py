@@ -94,7 +94,7 @@ def columns(run: Run) -> Iterator[tuple[str, Any]]:
 
 
 def main() -> None:
-    made = options(__doc__, sets=["sst2"], rows=500, queries=100, epochs=3, held_out=150, learning_rate=3e-3)
+    made = options(__doc__, sets=["sst2"], rows=500, queries=100, epochs=3, held_out=600, learning_rate=3e-3)
     made.add_argument("--methods", nargs="+", default=["ip", "datainf"])
     made.add_argument("--drop", type=float, default=0.1, help="share of the rows to leave out or relabel")
     made.add_argument("--epsilon", type=float, default=0.1, help="length of the move of a whole text's embeddings")
