@@ -168,6 +168,15 @@ def test_without_prompts_there_is_nothing_or_an_error(tmp_path: Path, kind: str)
         run.train()
 
 
+@pytest.mark.parametrize("k", [None, 1])
+def test_a_loss_that_is_not_finite_is_refused(tmp_path: Path, k: int | None) -> None:
+    model = tiny()
+    with torch.no_grad():
+        model.get_input_embeddings().weight[20] = torch.nan  # of two prompts
+    with pytest.raises(BadExample, match=r"example \d of train has no finite loss after the prompt of another"):
+        collect(model, DATA, tmp_path, other_prompts=k)
+
+
 def test_a_number_that_is_none_is_refused(tmp_path: Path) -> None:
     with pytest.raises(BadSetting, match=r"other_prompts=-1"):
         collect(tiny(), DATA, tmp_path, other_prompts=-1)

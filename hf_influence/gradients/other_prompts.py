@@ -164,7 +164,7 @@ def other_prompt_losses(
         have one.
 
     Raises:
-        BadSetting, BadExample: See `OtherPrompts`.
+        BadSetting, BadExample: See `OtherPrompts`; BadExample also where a loss is not finite.
     """
     try:
         others = OtherPrompts(model, task, examples, DEFAULT if k is None else k)
@@ -178,5 +178,11 @@ def other_prompt_losses(
         for turn in range(others.k):
             others.turn = turn
             for at, stats in sweep(resting.judge, others, todo, lengths, batch_size, resting.device, title):
-                found[at, turn] = stats["loss"].to("cpu", found.dtype)
+                found[at, turn] = losses = stats["loss"].to("cpu", found.dtype)
+                if not losses.isfinite().all():
+                    raise BadExample(
+                        f"the answer of example {at[int((~losses.isfinite()).nonzero()[0])]} of {split} has no finite "
+                        "loss after the prompt of another one. Look at prompts of unheard-of tokens or lengths and "
+                        "leave them out, compute in a wider dtype, or leave other_prompts=0."
+                    )
     return found
