@@ -19,6 +19,9 @@ LEAST = 0.01
 EXPECTED = 0.1
 """Share of wrong labels before anything is seen."""
 
+QUARTERS = 4
+"""Of an epoch."""
+
 
 def auc_of(right: Tensor, wrong: Tensor) -> float:
     """How often a score under a right label `[q]` is above one under a wrong label `[q]`; ties count half."""
@@ -83,9 +86,6 @@ class Epoch(NamedTuple):
         return cls(tuple(map(negative, parts)), negative(queries), len(examples) // QUARTERS)
 
 
-QUARTERS = 4
-
-
 def negative(scores: Tensor) -> float:
     """The share that is below zero, 0 of none."""
     return float((scores < 0).double().mean()) if len(scores) else 0.0
@@ -125,12 +125,7 @@ def sighting_in(epoch: Epoch, q: int, before: float, turned: float = 1.0) -> Sig
         the examples has fallen, by more than two standard errors.
     """
     early, late = sum(epoch.quarters[:2]) / 2, sum(epoch.quarters[2:]) / 2
-    if (
-        not epoch.n
-        or not q
-        or _changed(epoch.queries, before, q)
-        or (early > late and _differ(early, late, 2 * epoch.n))
-    ):
+    if not epoch.n or not q or _changed(epoch.queries, before, q) or _fell(early, late, 2 * epoch.n):
         return None
     return sighting(late, 2 * epoch.n, epoch.queries, q, turned * epoch.queries)
 
@@ -153,7 +148,7 @@ def sighting_in_first(epoch: Epoch, q: int, after: float | None, turned: float =
     *_, third, fourth = epoch.quarters
     if not epoch.n or not q or (after is not None and _changed(epoch.queries, after, q)):
         return None
-    if third > fourth and _differ(third, fourth, epoch.n):
+    if _fell(third, fourth, epoch.n):
         return None
     at_end = min(1.0, max(0.0, 1.5 * fourth - 0.5 * third))
     return sighting(at_end, epoch.n / (1.5**2 + 0.5**2), epoch.queries, q, turned * epoch.queries)
@@ -164,9 +159,9 @@ def _changed(share: float, other: float, q: int) -> bool:
     return (share - other) ** 2 > 4 * _variance((share + other) / 2, q)
 
 
-def _differ(share: float, other: float, n: int) -> bool:
-    """Whether shares of `n` examples each are more than two standard errors apart."""
-    return (share - other) ** 2 > 4 * (_variance(share, n) + _variance(other, n))
+def _fell(share: float, later: float, n: int) -> bool:
+    """Whether the later of two shares of `n` examples each is smaller by more than two standard errors."""
+    return later < share and (share - later) ** 2 > 4 * (_variance(share, n) + _variance(later, n))
 
 
 def _variance(share: float, n: float) -> float:

@@ -33,7 +33,7 @@ from random import Random
 from typing import Any
 
 from datasets import Dataset, concatenate_datasets
-from glue import TEXTS, clean_rows, fine_tune, load, options, texts, tokens
+from glue import TEXTS, clean_rows, fine_tune, options, texts, tokens, training_rows
 from series import PLAIN, Given, each, finish, runs_of, scored, whole_run, with_baselines
 from torch import nn
 
@@ -89,7 +89,7 @@ def both(rows: Dataset, name: str) -> Dataset:
 
 def parts(name: str, args: argparse.Namespace, seed: int) -> tuple[Dataset, Dataset, Dataset]:
     """Training rows with biased labels, queries and held-out rows that are clean and told both ways."""
-    rows = load(name, "train", args.data).shuffle(seed=seed).select(range(args.rows))
+    rows = training_rows(name, args, seed).select(range(args.rows))
     train = biased_labels(told(rows, name, seed), args.share, column="group", group="woman", seed=seed)
     clean = told(clean_rows(name, args, seed), name, seed)
     query, held_out = clean.select(range(args.queries)), clean.select(range(args.queries, len(clean)))

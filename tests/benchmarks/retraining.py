@@ -15,10 +15,9 @@ head and adapter and for as many steps, on
                  far as a label is rather right than wrong (`Reweight(how="posterior")`)
 
 and judged by its accuracy on clean held-out rows of the evaluation and the training set, none of them a query or
-trained on; `noisy` is the first training. `share` is the
-part of the gap between noisy and clean that a way recovers, mean over the seeds, with its jackknife standard error;
-there is none with one seed or where the gap is within the noise. `wrong left` are wrong labels in the rows trained on,
-of class probabilities what they leave to the wrong class.
+trained on; `noisy` is the first training. `share` is the part of the gap between noisy and clean that a way recovers,
+mean over the seeds, with its jackknife standard error; there is none with one seed or where the gap is within the
+noise. `wrong left` are wrong labels in the rows trained on, of class probabilities what they leave to the wrong class.
 
 `posterior`, `doubtful` and `reweight auto` go by what is found alone; where the queries tell nothing, there is no
 `posterior`. Otherwise the share to drop is known here; with data of your own it is not.
