@@ -14,6 +14,7 @@ import pytest
 import torch
 from datasets import Dataset
 from models import (
+    Example,
     all_rows,
     assert_same_state,
     bert,
@@ -31,6 +32,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from hf_influence import attribute, collect, collect_at, losses
 from hf_influence.errors import BadSetting, MissingRows, StoreError, StoreMismatch
+from hf_influence.gradients import own_loss as task_with
 from hf_influence.gradients.identity import adapter_identity
 from hf_influence.points import Point, checkpoints, continued_sgd, parameter_dropout, present
 from hf_influence.points.point import set_values, trainable, trainable_values
@@ -119,14 +121,20 @@ def test_parameter_dropout_refuses_what_cannot_work(settings: dict[str, Any]) ->
         parameter_dropout(**settings)
 
 
-def by_hand(model: nn.Module, start: dict[str, Tensor], steps: int, rate: float, momentum: float) -> dict[str, Tensor]:
+Alone = Callable[[nn.Module, Example], Tensor]
+"""The loss of one example in a batch of one."""
+
+
+def by_hand(
+    model: nn.Module, start: dict[str, Tensor], steps: int, rate: float, momentum: float, alone: Alone = own_loss
+) -> dict[str, Tensor]:
     """Full-batch descent with momentum along a cosine, by plain autograd."""
     model.train()
     set_values(model, start)
     speed = {name: torch.zeros_like(value) for name, value in start.items()}
     for step in range(steps):
         weights = trainable(model)
-        loss = torch.stack([own_loss(model, example) for example in EXAMPLES]).mean()
+        loss = torch.stack([alone(model, example) for example in EXAMPLES]).mean()
         gradients = torch.autograd.grad(loss, list(weights.values()))
         eta = rate * (1 + math.cos(math.pi * step / steps)) / 2
         with torch.no_grad():
@@ -146,6 +154,26 @@ def test_members_are_where_sgd_leads(tmp_path: Path, begin: Any) -> None:
     second = first if begin == "final" else by_hand(tiny(lora_dropout=0.0), first, 4, 0.3, 0.8)
     for point, expected in zip(points, (first, second), strict=True):
         assert_exact(entered(model, point), expected)
+
+
+def squared(logits: Tensor, labels: Tensor) -> Tensor:
+    return nn.functional.cross_entropy(logits, labels, reduction="none").square()
+
+
+def squared_alone(model: nn.Module, example: Example) -> Tensor:
+    labels = torch.tensor(example["labels"])[1:]
+    logits = model(torch.tensor([example["input_ids"]])).logits[0, :-1]
+    return squared(logits[labels != -100], labels[labels != -100]).mean()
+
+
+def test_members_descend_the_loss_of_their_task(tmp_path: Path) -> None:
+    model = tiny(lora_dropout=0.0)
+    start = trainable_values(model)
+    settings: dict[str, Any] = {"steps": 4, "learning_rate": 0.3, "momentum": 0.8, "batch_size": len(EXAMPLES)}
+    [point] = sgd(model, tmp_path, n=1, task=task_with(squared), **settings)
+    assert_exact(entered(model, point), by_hand(tiny(lora_dropout=0.0), start, 4, 0.3, 0.8, squared_alone))
+    with pytest.raises(StoreMismatch, match=r"members with task = .*'loss': 'squared'"):
+        sgd(model, tmp_path, n=1, **settings)
 
 
 def test_members_differ_by_order_and_dropout_and_follow_the_seed(tmp_path: Path) -> None:

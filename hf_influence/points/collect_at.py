@@ -43,8 +43,8 @@ def collect_at(
             they are.
         rows: False keeps the statistics alone (the losses, for `gex`).
         overwrite: Replace points of another model or dataset instead of refusing.
-        **options: As in `collect`: data_collator, batch_size, loss_reduction, compress, modules, skip, id_column,
-            remove_unused_columns.
+        **options: As in `collect`: data_collator, batch_size, loss_reduction, task, compress, modules, skip,
+            id_column, remove_unused_columns.
 
     Returns:
         The store.

@@ -16,12 +16,13 @@ from tqdm.auto import tqdm
 
 from hf_influence.errors import BadSetting, StoreMismatch
 from hf_influence.gradients.batches import Collator, Examples
-from hf_influence.gradients.example_losses import example_losses
+from hf_influence.gradients.example_losses import losses_by
 from hf_influence.gradients.identity import adapter_identity
+from hf_influence.gradients.own_loss import OwnTask, task_of
 from hf_influence.gradients.processes import first_process_first
 from hf_influence.points.point import Point, set_values, trainable, trainable_values
 from hf_influence.store.files import read_json, write_json
-from hf_influence.task import Reduction
+from hf_influence.task import Reduction, Task
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +34,7 @@ class Settings:
     momentum: float
     batch_size: int
     begin: str
-    loss_reduction: Reduction
+    task: Mapping[str, Any]
     seed: int
     dataset: str
     start: str
@@ -77,6 +78,7 @@ def continued_sgd(
     begin: Literal["final", "previous"] = "final",
     data_collator: Collator | None = None,
     loss_reduction: Reduction = "mean",
+    task: OwnTask | None = None,
     remove_unused_columns: bool = True,
 ) -> list[Point]:
     """Members for `gex`: from the final weights, `steps` of SGD on the training loss each, their states on the disk.
@@ -104,6 +106,7 @@ def continued_sgd(
         begin: "final" starts every member at the final weights, "previous" at the end of the member before.
         data_collator: As in `collect`, like all that follow.
         loss_reduction: See there.
+        task: See there: of a model that was trained by a loss of your own, that loss.
         remove_unused_columns: See there.
 
     Raises:
@@ -122,6 +125,7 @@ def continued_sgd(
         )
     if begin not in ("final", "previous"):
         raise BadSetting(f"continued_sgd(begin={begin!r}): choose 'final' or 'previous'.")
+    own = task_of(model, loss_reduction, task)
     examples = Examples(dataset, model, data_collator, None, remove_unused_columns)
     settings = Settings(
         steps=steps,
@@ -129,7 +133,7 @@ def continued_sgd(
         momentum=float(momentum),
         batch_size=batch_size,
         begin=begin,
-        loss_reduction=loss_reduction,
+        task=own.settings(),
         seed=seed,
         dataset=examples.survey()[0],
         start=adapter_identity(model),
@@ -142,7 +146,7 @@ def continued_sgd(
                 with _coming_back(model):
                     if begin == "previous" and member.member > 0:
                         set_values(model, members[member.member - 1].values(model))
-                    _descend(model, examples, member)
+                    _descend(model, examples, own, member)
                     _save(trainable_values(model), member.file)
     return list(members)
 
@@ -170,7 +174,7 @@ def _save(values: dict[str, Tensor], file: Path) -> None:
     part.replace(file)
 
 
-def _descend(model: nn.Module, examples: Examples, member: ContinuedSgd) -> None:
+def _descend(model: nn.Module, examples: Examples, task: Task, member: ContinuedSgd) -> None:
     """One cycle of SGD, in place."""
     how = member.settings
     weights = list(trainable(model).values())
@@ -182,7 +186,7 @@ def _descend(model: nn.Module, examples: Examples, member: ContinuedSgd) -> None
     batches = _batches(len(examples), how.batch_size, draw)
     for step in tqdm(range(how.steps), desc=f"member {member.member}", unit="step"):
         batch = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in examples.batch(next(batches)).items()}
-        loss = example_losses(model, batch, how.loss_reduction).mean()
+        loss = losses_by(task, model, batch).mean()
         if not loss.isfinite():
             raise BadSetting(
                 f"member {member.member} has the loss {loss.item()} at step {step}: SGD diverged, or the model had no "
