@@ -244,6 +244,27 @@ def test_for_classes_the_parts_weigh_what_the_queries_say(tmp_path: Path) -> Non
     assert 0 < (scores.probability_wrong() > 0.5).sum() == (scores.values < 0).sum()
 
 
+def test_a_known_share_of_wrong_labels_takes_the_place_of_the_estimate(tmp_path: Path) -> None:
+    mean = {name: g[:1] for name, g in blocks(1, 9).items()}
+    query = {name: mean[name] + 0.8 * g for name, g in blocks(M, 50).items()}
+    make_store(tmp_path / "told", blocks(N, 0), query, stats=losses(0), task=CLASSES)
+    found, told = attribute(tmp_path / "told"), attribute(tmp_path / "told", share_wrong=0.4)
+    assert told.probability_wrong().mean() == pytest.approx(0.4, abs=2e-3)
+    assert found.probability_wrong().mean() == pytest.approx(found.report["estimated_share_wrong"], abs=2e-3)
+    assert told.report == found.report
+    assert told.settings["share_wrong"] == 0.4
+    assert torch.equal(told.values.argsort(0), found.values.argsort(0))
+
+    path = store(tmp_path / "untold", CLASSES, training=True, queries=False)
+    with pytest.raises(BadSetting, match=r"share_wrong=0\.4 is for .* log-odds.*query_dataset"):
+        attribute(path, share_wrong=0.4)
+    with pytest.raises(BadSetting, match="default parts"):
+        attribute(tmp_path / "told", share_wrong=0.4, parts=["loss"])
+    for share in (0, 1, -0.1, float("nan")):
+        with pytest.raises(BadSetting, match=f"share_wrong={share}"):
+            attribute(path, share_wrong=share)
+
+
 @pytest.mark.parametrize("final", [True, False])
 def test_rows_at_the_end_count_more_as_they_carry_no_dropout(tmp_path: Path, final: bool) -> None:
     margin = torch.linspace(-1, 2, M, dtype=torch.float64)

@@ -88,9 +88,10 @@ class Auto(OverTraining, name="auto"):
     π is an estimate of the share of wrong labels, from the signs of the scores that tell better: at the end of the
     first epoch, of examples never seen before, if these are many; or in the first later epoch in which the model was
     not learning too fast to say and has not yet learnt the labels by heart; or else at the end of training; and from
-    the expectation that about a tenth is wrong, which few examples or queries hardly move. So 0 is even odds:
-    `Relabel(how="posterior")` gives labels for training on the probabilities, `DatasetFilter(drop="doubtful")` drops
-    what is not twice as probably right as wrong. Elsewhere no probability is known, and no score is negative.
+    the expectation that about a tenth is wrong, which few examples or queries hardly move. It may be off by a half: who
+    has looked at rows says what was found (`share_wrong`). So 0 is even odds: `Relabel(how="posterior")` gives labels
+    for training on the probabilities, `DatasetFilter(drop="doubtful")` drops what is not twice as probably right as
+    wrong. Elsewhere no probability is known, and no score is negative.
 
     The report has the parts with their weights, π, the AUC where the scores are log-odds, and how far the parts
     agree: for each the correlation of its ranks with the mean ranks of the others.
@@ -113,9 +114,13 @@ class Auto(OverTraining, name="auto"):
     """Methods, or methods with their settings, `{"vote": {"k": 5}, "loss": {}}`; by default those of the table."""
     groups: Sequence[Any] | None = None
     """The task, source or class of each training example in dataset order, within which it is ranked."""
+    share_wrong: float | None = None
+    """π where you know better than the estimate, for instance from a hundred rows drawn at random and looked at."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.share_wrong is not None and not 0 < self.share_wrong < 1:
+            raise BadSetting(f"method 'auto': share_wrong={self.share_wrong!r} must be a share, above 0 and below 1.")
         if self.parts is None:
             return
         if isinstance(self.parts, str) or not self.parts or "auto" in self.parts:
@@ -155,9 +160,19 @@ class Auto(OverTraining, name="auto"):
         weight = torch.tensor(list(weights.values()), dtype=values.dtype) * ~values.isnan()
         ranking = (values.nan_to_num() * weight).sum(1) / weight.sum(1)
         if share is None or not auc > 0.5:
+            self._refuse_share()
             return normal_scores(ranking).to(rows.train.dtype)[:, None]
         self.report[LOG_ODDS] = {"auc": round(auc, 4)}
-        return log_odds(ranking, auc, share).to(rows.train.dtype)[:, None]
+        return log_odds(ranking, auc, self.share_wrong or share).to(rows.train.dtype)[:, None]
+
+    def _refuse_share(self) -> None:
+        """Where it would go unheard."""
+        if self.share_wrong is not None:
+            raise BadSetting(
+                f"method 'auto': share_wrong={self.share_wrong} is for scores that are log-odds. These are none: that "
+                "needs the default parts, and clean queries that tell right from wrong, captured at the end "
+                "(GradientCapture(…, query_dataset=…)). DatasetFilter(drop=share) drops as many of any scores."
+            )
 
     def _looked_at(self, rows: Selection, name: str, settings: Mapping[str, Any]) -> tuple[Method, Selection]:
         """A part and what it looks at: the points, its members, or the end."""
