@@ -7,9 +7,9 @@ while `GradientCapture` takes their gradients, epoch by epoch and at the end. Th
 head and adapter and for as many steps, on
 
     clean        the rows whose label was not flipped: perfect cleaning
-    drop M       without the lowest scores by method M, as many as were flipped; `drop random` is a random drop
-    posterior    with each label as far as it is believed: class probabilities by `auto` (`Relabel(how="posterior")`)
     doubtful     without what is not twice as probably right as wrong by `auto` (`DatasetFilter(drop="doubtful")`)
+    posterior    with each label as far as it is believed: class probabilities by `auto` (`Relabel(how="posterior")`)
+    drop M       without the lowest scores by method M, as many as were flipped; `drop random` is a random drop
     relabel M    with the other label for these rows, by the first of `--methods`
     reweight M   with all rows, weighed by their scores (`WeightedTrainer`), by the first of `--methods`; by `auto` as
                  far as a label is rather right than wrong (`Reweight(how="posterior")`)
@@ -54,14 +54,15 @@ def curated(train: Dataset, store: Path, given: Given, args: argparse.Namespace)
     scores = {method: scored(store, method, given) for method in args.methods}
     first, trim = args.methods[0], DatasetFilter(drop=args.share)
     yield TOP, train.select([i for i, wrong in enumerate(train["is_wrong"]) if not wrong])
-    for method, own in scores.items():
-        yield f"drop {method}", trim.apply(train, own)
+    for own in scores.values():
         if LOG_ODDS in own.report:
-            yield "posterior", Relabel(how="posterior").apply(train, own)
             yield "doubtful", DatasetFilter(drop="doubtful").apply(train, own)
+            yield "posterior", Relabel(how="posterior").apply(train, own)
     yield f"relabel {first}", Relabel(suspects=trim, how="flip").apply(train, scores[first])
     how = "posterior" if LOG_ODDS in scores[first].report else "softmax"
     yield f"reweight {first}", Reweight(column=WEIGHT, how=how).apply(train, scores[first])
+    for method, own in scores.items():
+        yield f"drop {method}", trim.apply(train, own)
 
 
 def wrong_left(rows: Dataset) -> float:
@@ -116,8 +117,7 @@ def gap(gain: Mapping[str, Any]) -> str:
 
 
 def main() -> None:
-    by_heart = {"batch_size": 8, "learning_rate": 1e-3}  # enough to learn wrong labels
-    made = options(__doc__, queries=400, held_out=3000, **by_heart)
+    made = options(__doc__, queries=400, held_out=3000, epochs=12)  # enough to learn wrong labels by heart
     made.add_argument("--methods", nargs="+", default=["auto", "loss", "ip", "datainf", "kernel_ridge"])
     args = made.parse_args()
     args.methods = with_baselines(args.methods, BASELINES)
