@@ -121,6 +121,8 @@ def test_parameter_dropout_refuses_what_cannot_work(settings: dict[str, Any]) ->
         parameter_dropout(**settings)
 
 
+FULL_BATCH: dict[str, Any] = {"steps": 4, "learning_rate": 0.3, "momentum": 0.8, "batch_size": len(EXAMPLES)}
+
 Alone = Callable[[nn.Module, Example], Tensor]
 """The loss of one example in a batch of one."""
 
@@ -148,8 +150,7 @@ def by_hand(
 def test_members_are_where_sgd_leads(tmp_path: Path, begin: Any) -> None:
     model = tiny(lora_dropout=0.0)
     start = trainable_values(model)
-    settings: dict[str, Any] = {"steps": 4, "learning_rate": 0.3, "momentum": 0.8, "batch_size": len(EXAMPLES)}
-    points = sgd(model, tmp_path, begin=begin, **settings)
+    points = sgd(model, tmp_path, begin=begin, **FULL_BATCH)
     first = by_hand(tiny(lora_dropout=0.0), start, 4, 0.3, 0.8)
     second = first if begin == "final" else by_hand(tiny(lora_dropout=0.0), first, 4, 0.3, 0.8)
     for point, expected in zip(points, (first, second), strict=True):
@@ -169,11 +170,10 @@ def squared_alone(model: nn.Module, example: Example) -> Tensor:
 def test_members_descend_the_loss_of_their_task(tmp_path: Path) -> None:
     model = tiny(lora_dropout=0.0)
     start = trainable_values(model)
-    settings: dict[str, Any] = {"steps": 4, "learning_rate": 0.3, "momentum": 0.8, "batch_size": len(EXAMPLES)}
-    [point] = sgd(model, tmp_path, n=1, task=task_with(squared), **settings)
+    [point] = sgd(model, tmp_path, n=1, task=task_with(squared), **FULL_BATCH)
     assert_exact(entered(model, point), by_hand(tiny(lora_dropout=0.0), start, 4, 0.3, 0.8, squared_alone))
     with pytest.raises(StoreMismatch, match=r"members with task = .*'loss': 'squared'"):
-        sgd(model, tmp_path, n=1, **settings)
+        sgd(model, tmp_path, n=1, **FULL_BATCH)
 
 
 def test_members_differ_by_order_and_dropout_and_follow_the_seed(tmp_path: Path) -> None:
