@@ -58,7 +58,9 @@ class KernelRidge(Method, name="kernel_ridge"):
         return weight, 1 - weight / inverse.diagonal()
 
     def turned(self, query: Rows, wrong: Rows) -> Tensor:
-        """What the score of each query would be under the label that it has in `wrong`, by the other queries, `[q]`.
+        """What the score of each query would be with the row that it has in `wrong`, by the other queries, `[q]`.
+
+        That may be the row of the same query under another label, or of another point of training.
 
         Raises:
             StoreMismatch: `wrong` does not hold the same queries.
@@ -100,8 +102,8 @@ class KernelRidgeMean(OverTraining, KernelRidge, name="kernel_ridge_mean"):
     are right, so at a point that tells right from wrong most scores are positive; where half of them are, the model had
     not learnt anything yet, and the point counts nothing.
 
-    The report has, for each point, the share of negative scores among the examples, and among the queries with each
-    left out in turn.
+    The report has, for each point of training, the shares of negative scores: among the examples in each quarter of its
+    steps, among the queries with each left out in turn, and among the queries as they were at the point before.
 
     Cost: that of `kernel_ridge` at each point.
     Use when: rows were captured during training, with clean queries, and labels may be wrong.
@@ -118,12 +120,18 @@ class KernelRidgeMean(OverTraining, KernelRidge, name="kernel_ridge_mean"):
         """Scores `[n, 1]`; MissingRows if a point has no queries."""
         scores = []  # each [b]
         self.report["signs"] = {}
+        earlier: Rows | None = None
         for part in rows.parts:
-            alpha, left_out = self.fit(part.query)
+            query = part.query
+            alpha, left_out = self.fit(query)
             scores.append(self._applied(part, alpha).double())
             if part.points[0]:  # 0 is the end
-                epoch = Epoch.of(scores[-1], part.train.stats.get("step"), left_out)
+                before = None
+                if earlier is not None and torch.equal(earlier.positions, query.positions):
+                    before = self.turned(query, earlier)
+                epoch = Epoch.of(scores[-1], part.train.stats.get("step"), left_out, before)
                 self.report["signs"][part.points[0]] = epoch._asdict()
+                earlier = query
         weights = [weight_of(score) if self.weighted else 1.0 for score in scores]
         weights = weights if any(weights) else [1.0] * len(weights)
         total, times = torch.zeros(2, len(rows.ids), dtype=torch.float64)  # each [n]

@@ -68,22 +68,34 @@ class Epoch(NamedTuple):
         quarters: Of the examples in each quarter of its steps, at the weights of the step that each was seen in.
         queries: Of clean queries at its end.
         n: Number of examples in a quarter.
+        before: Of the queries as they were at its beginning, scored as those at its end are; `None` if not known.
     """
 
     quarters: tuple[float, ...]
     queries: float
     n: int
+    before: float | None = None
 
     @classmethod
-    def of(cls, examples: Tensor, steps: Tensor | None, queries: Tensor) -> Epoch:
-        """From the scores of the examples `[n]`, the steps of training that saw them and the scores of the queries.
+    def of(cls, examples: Tensor, steps: Tensor | None, queries: Tensor, before: Tensor | None = None) -> Epoch:
+        """From scores of the examples `[n]`, the steps that saw them, and scores of the queries at its end and before.
 
         Without steps all examples were looked at together, at its end.
         """
-        if steps is None:
-            return cls((negative(examples),) * QUARTERS, negative(queries), len(examples) // QUARTERS)
-        parts = examples[steps.argsort(stable=True)].tensor_split(QUARTERS)
-        return cls(tuple(map(negative, parts)), negative(queries), len(examples) // QUARTERS)
+        parts = (examples,) * QUARTERS
+        if steps is not None:
+            parts = examples[steps.argsort(stable=True)].tensor_split(QUARTERS)
+        quarters = tuple(map(negative, parts))
+        return cls(quarters, negative(queries), len(examples) // QUARTERS, None if before is None else negative(before))
+
+    def moved(self, q: int) -> bool:
+        """Whether the `q` queries of its beginning look other than those of its end, by more than two standard errors.
+
+        Then so may examples, that were seen on the way.
+        """
+        if self.before is None or not q:
+            return True
+        return (self.queries - self.before) ** 2 > 4 * _variance((self.queries + self.before) / 2, q)
 
 
 def negative(scores: Tensor) -> float:
@@ -113,24 +125,23 @@ def sighting(examples: float, n: float, queries: float, q: int, missed: float | 
     return Sighting((examples - queries) / rest, error, math.sqrt(0.25 / n + 0.25 / q) / rest)
 
 
-def sighting_in(epoch: Epoch, q: int, before: float, turned: float = 1.0) -> Sighting | None:
+def sighting_in(epoch: Epoch, q: int, turned: float = 1.0) -> Sighting | None:
     """The same from the second half of an epoch: where the examples were last seen longest ago.
 
     Args:
-        before: The share of negative scores of the queries at the beginning of the epoch.
         turned: e′ / e, which is taken not to change over training.
 
     Returns:
-        `None` also where the model was learning too fast to say: the queries have changed in the epoch, or the share of
-        the examples has fallen, by more than two standard errors.
+        `None` also where the model was learning too fast to say: the queries have moved in the epoch, or the share of
+        the examples has fallen by more than two standard errors.
     """
     early, late = sum(epoch.quarters[:2]) / 2, sum(epoch.quarters[2:]) / 2
-    if not epoch.n or not q or _changed(epoch.queries, before, q) or _fell(early, late, 2 * epoch.n):
+    if not epoch.n or epoch.moved(q) or _fell(early, late, 2 * epoch.n):
         return None
     return sighting(late, 2 * epoch.n, epoch.queries, q, turned * epoch.queries)
 
 
-def sighting_in_first(epoch: Epoch, q: int, after: float | None, turned: float = 1.0) -> Sighting | None:
+def sighting_in_first(epoch: Epoch, q: int, after: Epoch | None, turned: float = 1.0) -> Sighting | None:
     """The same from the end of the first epoch: of examples that the model has never seen.
 
         o = s₄ + (s₄ − s₃) / 2,   s₃ and s₄ of its last quarters
@@ -138,25 +149,18 @@ def sighting_in_first(epoch: Epoch, q: int, after: float | None, turned: float =
     where the line through the two arrives at its end, since the model is still learning.
 
     Args:
-        after: The share of negative scores of the queries at the end of the next epoch, if there is one.
+        after: The next epoch, if there is one.
         turned: As above.
 
     Returns:
-        `None` also where the model was learning too fast to say: the queries have changed in the next epoch, or the
-        share of the examples has fallen in the last quarter, by more than two standard errors.
+        `None` also where the model was learning too fast to say: the queries move in the next epoch, or the share of
+        the examples has fallen in the last quarter by more than two standard errors.
     """
     *_, third, fourth = epoch.quarters
-    if not epoch.n or not q or (after is not None and _changed(epoch.queries, after, q)):
-        return None
-    if _fell(third, fourth, epoch.n):
+    if not epoch.n or not q or (after is not None and after.moved(q)) or _fell(third, fourth, epoch.n):
         return None
     at_end = min(1.0, max(0.0, 1.5 * fourth - 0.5 * third))
     return sighting(at_end, epoch.n / (1.5**2 + 0.5**2), epoch.queries, q, turned * epoch.queries)
-
-
-def _changed(share: float, other: float, q: int) -> bool:
-    """Whether shares of the same `q` queries are more than two standard errors apart."""
-    return (share - other) ** 2 > 4 * _variance((share + other) / 2, q)
 
 
 def _fell(share: float, later: float, n: int) -> bool:

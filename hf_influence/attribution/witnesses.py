@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from itertools import pairwise
 
 from torch import Tensor
 
@@ -63,9 +62,9 @@ class Witness:
         n, q, error, missed = len(self.examples), len(self.right), negative(self.right), negative(-self.wrong)
         turned = (missed * q + 0.5) / (error * q + 0.5)
         epochs = [self.signs[point] for point in sorted(self.signs)]
-        after = epochs[1].queries if len(epochs) > 1 else None
+        after = epochs[1] if len(epochs) > 1 else None
         seen = [sighting_in_first(one, q, after, turned) for one in epochs[:1]]
-        seen += [sighting_in(now, q, before.queries, turned) for before, now in pairwise(epochs)]
+        seen += [sighting_in(one, q, turned) for one in epochs[1:]]
         seen.append(sighting(negative(self.examples), n, error, q, missed))
         return estimated_share([one for one in seen if one is not None])
 
@@ -129,8 +128,12 @@ def _under_wrong_labels(last: Selection) -> Rows | None:
 
 def _signs_of_margins(rows: Selection) -> Signs:
     """At the points of training that have queries."""
-    return {
-        part.points[0]: Epoch.of(part.train.stats["margin"], part.train.stats.get("step"), part.query.stats["margin"])
-        for part in rows.parts
-        if part.points[0] and "queries" in part.words()
-    }
+    signs: dict[int, Epoch] = {}
+    before = None
+    for part in rows.parts:
+        if not part.points[0] or "queries" not in part.words():
+            continue
+        train, margins = part.train.stats, part.query.stats["margin"]
+        signs[part.points[0]] = Epoch.of(train["margin"], train.get("step"), margins, before)
+        before = margins
+    return signs
