@@ -258,7 +258,7 @@ def test_a_known_share_of_wrong_labels_takes_the_place_of_the_estimate(tmp_path:
     path = store(tmp_path / "untold", CLASSES, training=True, queries=False)
     with pytest.raises(BadSetting, match=r"share_wrong=0\.4 is for .* log-odds.*query_dataset"):
         attribute(path, share_wrong=0.4)
-    with pytest.raises(BadSetting, match="default parts"):
+    with pytest.raises(BadSetting, match=r"parts of your own, \['loss'\], are not"):
         attribute(tmp_path / "told", share_wrong=0.4, parts=["loss"])
     for share in (0, 1, -0.1, float("nan")):
         with pytest.raises(BadSetting, match=f"share_wrong={share}"):

@@ -125,6 +125,11 @@ class Auto(OverTraining, name="auto"):
             return
         if isinstance(self.parts, str) or not self.parts or "auto" in self.parts:
             raise BadSetting(f"method 'auto': parts={self.parts!r} must be other methods, at least one.")
+        if self.share_wrong is not None:
+            raise BadSetting(
+                f"method 'auto': share_wrong={self.share_wrong} is for scores that are log-odds, which those of parts "
+                f"of your own, {list(self.parts)}, are not. Leave out one of the two."
+            )
         for name, settings in with_settings(self.parts).items():
             make_method(name, dict(settings))
 
@@ -170,8 +175,8 @@ class Auto(OverTraining, name="auto"):
         if self.share_wrong is not None:
             raise BadSetting(
                 f"method 'auto': share_wrong={self.share_wrong} is for scores that are log-odds. These are none: that "
-                "needs the default parts, and clean queries that tell right from wrong, captured at the end "
-                "(GradientCapture(…, query_dataset=…)). DatasetFilter(drop=share) drops as many of any scores."
+                "needs clean queries that tell right from wrong, captured at the end (GradientCapture(…, "
+                "query_dataset=…)). DatasetFilter(drop=share) drops as many of any scores."
             )
 
     def _looked_at(self, rows: Selection, name: str, settings: Mapping[str, Any]) -> tuple[Method, Selection]:
