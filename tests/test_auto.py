@@ -430,7 +430,7 @@ def expected_share(examples: float, queries: float, n: int = N) -> float:
     error = math.sqrt(smooth[0] * (1 - smooth[0]) / n + smooth[1] * (1 - smooth[1]) / M) / (1 - 2 * e)
 
     def density(share: float) -> float:
-        return beta.pdf(share, 1, 9) * norm.pdf((o - e) / (1 - 2 * e), share, error)
+        return beta.pdf(share, 0.3, 2.7) * norm.pdf((o - e) / (1 - 2 * e), share, error)
 
     return quad(lambda share: share * density(share), 0, 0.5)[0] / quad(density, 0, 0.5)[0]
 
