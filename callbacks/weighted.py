@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from random import Random
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
+from datasets import Dataset
 from torch import Tensor, nn
-from torch.utils.data import Sampler, WeightedRandomSampler
+from torch.utils.data import Sampler
 from transformers import Trainer
 
 from hf_influence.errors import BadExample, BadSetting
@@ -28,7 +31,7 @@ class WeightedTrainer(Trainer):
         L = Σ_i w_i Σ_t ℓ_it / number of labelled tokens (of examples, for a classifier) of the optimiser step
 
     With `by="sampling"` the loss is plain, and examples are drawn with replacement in proportion to their weights, as
-    many an epoch as there are.
+    many an epoch as there are. In evaluation all examples count alike.
 
     Labels of a classifier may be vectors of class probabilities, as `Relabel(how="posterior")` makes them.
 
@@ -37,7 +40,8 @@ class WeightedTrainer(Trainer):
         by: "loss" or "sampling".
 
     Raises:
-        BadSetting: Another loss function of your own, or an unknown `by`.
+        BadSetting: Another loss function of your own or label smoothing, an unknown `by`; when training starts:
+            by="sampling" of a stream.
         BadExample: When training starts: no such column, or a weight below 0.
     """
 
@@ -50,6 +54,11 @@ class WeightedTrainer(Trainer):
         self.by = by
         self._weights: Tensor | None = None
         super().__init__(*args, compute_loss_func=self._loss, **kwargs)
+        if self.args.label_smoothing_factor > 0:
+            raise BadSetting(
+                f"label_smoothing_factor={self.args.label_smoothing_factor} changes the loss, and WeightedTrainer has "
+                "one of its own. Leave it at 0."
+            )
         self._task = task_of(self.model, "sum")
 
     def _set_signature_columns_if_needed(self) -> None:
@@ -58,14 +67,20 @@ class WeightedTrainer(Trainer):
             self._signature_columns.append(self.weight_column)
 
     def get_train_dataloader(self) -> Any:
-        """As ever, once the weights have been looked at."""
+        """As ever, once the weights have been looked at; those of a stream are seen as they come."""
         columns = getattr(self.train_dataset, "column_names", None)
+        listed = isinstance(self.train_dataset, Dataset)
+        if self.by == "sampling" and not listed:
+            raise BadSetting(
+                f"by='sampling' draws rows by number, and a {type(self.train_dataset).__name__} is no datasets.Dataset "
+                "that has them. Use by='loss', or make a Dataset of it (Dataset.from_generator)."
+            )
         if columns is not None and self.weight_column not in columns:
             raise BadExample(
                 f"the training set has no column {self.weight_column!r} (it has {columns}). Make one: "
                 "Reweight().apply(dataset, scores), or name yours with weight_column=…."
             )
-        if columns is not None:
+        if listed:
             weights = torch.as_tensor(self.train_dataset.with_format(None)[self.weight_column][:])
             if not bool((weights >= 0).all()) or not bool(torch.isfinite(weights).all()) or weights.sum() == 0:
                 raise BadExample(
@@ -78,19 +93,18 @@ class WeightedTrainer(Trainer):
         if self.by == "loss":
             return super()._get_train_sampler(train_dataset)
         weights = torch.as_tensor(self.train_dataset.with_format(None)[self.weight_column][:]).double()
-        generator = torch.Generator().manual_seed(
-            self.args.data_seed if self.args.data_seed is not None else self.args.seed
-        )
-        return WeightedRandomSampler(weights.tolist(), len(weights), replacement=True, generator=generator)
+        return InProportion(weights, self.args.seed if self.args.data_seed is None else self.args.data_seed)
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        """The weighted loss in training, the plain one where the batch has no weights."""
-        self._weights = inputs.pop(self.weight_column, None)
-        if self._weights is None and model.training and self.by == "loss":
+        """The weighted loss in training, the plain one in evaluation and where weights say how often a row comes."""
+        weights = inputs.pop(self.weight_column, None)
+        count = model.training and self.by == "loss"
+        if weights is None and count:
             raise BadExample(
                 f"the batch has no {self.weight_column!r}: the collator has dropped it. Let it pass, or use "
                 "by='sampling'."
             )
+        self._weights = weights if count else None
         return super().compute_loss(model, inputs, *args, **kwargs)
 
     def _loss(self, outputs: Any, labels: Tensor, num_items_in_batch: Tensor | int | None = None) -> Tensor:
@@ -106,6 +120,25 @@ class WeightedTrainer(Trainer):
             each = each * self._weights.to(each)
         total: Tensor = each.sum() / (count.clamp(min=1) if num_items_in_batch is None else num_items_in_batch)
         return total
+
+
+class InProportion(Sampler[int]):
+    """Row numbers drawn with replacement in proportion to weights `[n]`, n an epoch, others in each epoch."""
+
+    def __init__(self, weights: Tensor, seed: int):
+        self.weights, self.seed, self.epoch = weights, seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """The Trainer does so before each, also where it goes on in the middle of one."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self.weights)
+
+    def __iter__(self) -> Iterator[int]:
+        generator = torch.Generator().manual_seed(Random(f"{self.seed} {self.epoch}").getrandbits(63))
+        self.epoch += 1
+        return iter(torch.multinomial(self.weights, len(self), replacement=True, generator=generator).tolist())
 
 
 def soft_cross_entropy(outputs: Any, labels: Tensor, num_items_in_batch: Tensor | int | None = None) -> Tensor:

@@ -51,6 +51,7 @@ def trained(
         report_to=[],
         save_strategy="no",
         disable_tqdm=True,
+        **{name: options.pop(name) for name in ("train_sampling_strategy",) if name in options},
     )
     kind(model, args, data_collator=with_weights, train_dataset=rows, **options).train()
     return {name: weight.detach().clone() for name, weight in model.named_parameters() if weight.requires_grad}
@@ -130,6 +131,49 @@ def test_sampling_draws_in_proportion(tmp_path: Path) -> None:
     trainer.train()
 
 
+def test_sampling_draws_anew_in_each_epoch_also_of_a_resumed_run(tmp_path: Path) -> None:
+    rows = Dataset.from_list(CLASSES).add_column("weight", [1.0] * 8)
+    args = TrainingArguments(str(tmp_path), per_device_train_batch_size=2, use_cpu=True, report_to=[], seed=3)
+
+    def epoch(loader: Any, number: int) -> list[Any]:
+        loader.set_epoch(number)
+        return [batch["input_ids"].tolist() for batch in loader]
+
+    def loader() -> Any:
+        made = WeightedTrainer(classifier(), args, data_collator=with_weights, train_dataset=rows, by="sampling")
+        return made.get_train_dataloader()
+
+    one = loader()
+    first, second = epoch(one, 0), epoch(one, 1)
+    assert first != second
+    assert epoch(loader(), 1) == second
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_weights_count_once_and_in_training_alone(tmp_path: Path, training: bool) -> None:
+    """Where columns are not removed, batches have them also when rows are drawn in proportion, or for evaluation."""
+    rows = Dataset.from_list(CLASSES).add_column("weight", [0.5] * 8)
+    args = TrainingArguments(str(tmp_path), use_cpu=True, report_to=[], remove_unused_columns=False)
+    how = {"by": "sampling"} if training else {}
+    run = WeightedTrainer(classifier(), args, data_collator=with_weights, train_dataset=rows, **how)
+    model, batch = run.model.train(training), with_weights([dict(row) for row in rows])
+    assert "weight" in batch
+    torch.manual_seed(1)  # dropout
+    loss = run.compute_loss(model, batch)
+    torch.manual_seed(1)
+    expected = model(**with_weights(CLASSES)).loss
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_a_stream_brings_its_weights_along_and_has_no_rows_to_draw(tmp_path: Path) -> None:
+    rows = Dataset.from_list(CLASSES).add_column("weight", [2.0, 0.0] * 4)
+    listed = trained(WeightedTrainer, classifier(), rows, tmp_path, train_sampling_strategy="sequential")
+    stream = trained(WeightedTrainer, classifier(), rows.to_iterable_dataset(), tmp_path)
+    torch.testing.assert_close(stream, listed)
+    with pytest.raises(BadSetting, match=r"IterableDataset is no datasets\.Dataset"):
+        trained(WeightedTrainer, classifier(), rows.to_iterable_dataset(), tmp_path, by="sampling")
+
+
 def test_evaluation_needs_no_weights(tmp_path: Path) -> None:
     args = TrainingArguments(str(tmp_path), use_cpu=True, report_to=[], disable_tqdm=True)
     rows = Dataset.from_list(CLASSES)
@@ -148,6 +192,9 @@ def test_bad_weights_are_refused(tmp_path: Path) -> None:
         trained(WeightedTrainer, classifier(), rows.add_column("weight", [-1.0] * 8), tmp_path)
     with pytest.raises(BadSetting, match="compute_loss_func"):
         trained(WeightedTrainer, classifier(), rows, tmp_path, compute_loss_func=print)
+    smooth = TrainingArguments(str(tmp_path), label_smoothing_factor=0.1, use_cpu=True, report_to=[])
+    with pytest.raises(BadSetting, match=r"label_smoothing_factor=0\.1"):
+        WeightedTrainer(classifier(), smooth)
     with pytest.raises(BadSetting, match="'loss' or 'sampling'"):
         trained(WeightedTrainer, classifier(), rows, tmp_path, by="luck")
     dropped = rows.add_column("weight", [1.0] * 8)
