@@ -281,6 +281,7 @@ class GradientCapture(TrainerCallback):
             self._during = None
         self._plans = {}
         if self.at_end:
+            self._drop_earlier()
             for split, dataset, options in self._splits(args, trainer_of(state), train_dataloader):
                 collect(
                     model,
@@ -292,6 +293,14 @@ class GradientCapture(TrainerCallback):
                     overwrite=self.overwrite,
                     **options,
                 )
+
+    def _drop_earlier(self) -> None:
+        """The points of another run, whose weights those at the end do not belong to; a run of `during` begins so."""
+        with first_process_first():
+            if rank() == 0 and self.overwrite and self.schedule is None and (self.path / "store.json").is_file():
+                store = GradientStore.open(self.path)
+                for point in store.points():
+                    store.drop(point)
 
     def _finish_point(self, point: int | None, model: nn.Module) -> None:
         """Collect the query rows at the weights with which a point ends."""

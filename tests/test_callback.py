@@ -195,6 +195,13 @@ def test_overwrite_replaces_the_rows_of_an_earlier_run(tmp_path: Path) -> None:
     assert GradientStore.open(tmp_path / "rows").splits() == ["train"]
 
 
+def test_overwrite_leaves_no_epoch_of_an_earlier_run(tmp_path: Path) -> None:
+    trainer(tiny(), tmp_path, GradientCapture(tmp_path / "rows", during="epochs")).train()
+    assert GradientStore.open(tmp_path / "rows").points() == [0, 1]
+    trainer(tiny(), tmp_path, GradientCapture(tmp_path / "rows", overwrite=True)).train()
+    assert GradientStore.open(tmp_path / "rows").points() == [0]
+
+
 def test_a_resumed_run_collects_at_its_own_end(tmp_path: Path) -> None:
     torch.manual_seed(0)
     first = trainer(tiny(), tmp_path, GradientCapture(tmp_path / "rows"), save_strategy="steps", save_steps=2)

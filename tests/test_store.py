@@ -167,6 +167,16 @@ def test_a_disk_that_fills_up_keeps_the_rows_before(tmp_path: Path, monkeypatch:
     torch.testing.assert_close(all_rows(stored(tiny(), EXAMPLES, tmp_path / "full", batch_size=2)), expected)
 
 
+def test_other_processes_look_at_a_split_and_leave_its_list_alone(tmp_path: Path) -> None:
+    """They do so at the same time, through one name for what is being written."""
+    store = make_store(tmp_path, {"block": torch.ones(4, 3)})
+    listed = tmp_path / "points/0000/train/rows.json"
+    before = listed.stat().st_ino
+    writer = store.writer("train", adapter="", dataset="", n=4, rank=1)
+    assert writer.done == {0, 1, 2, 3}
+    assert listed.stat().st_ino == before, "it was written anew"
+
+
 @pytest.mark.parametrize("overwrite", [False, True])
 def test_a_disk_that_is_too_small_is_seen_before_the_first_batch(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, overwrite: bool

@@ -40,7 +40,8 @@ class RowWriter:
         self._flushed = time.monotonic()
         self._thread = ThreadPoolExecutor(1, "hf_influence-writer")
         self._writing: Future[None] | None = None
-        self.manifest = Manifest.read(folder) if (folder / "rows.json").is_file() else about
+        begun = (folder / "rows.json").is_file()
+        self.manifest = Manifest.read(folder) if begun else about
         stored = self.manifest
         if (stored.dataset, stored.n) != (about.dataset, about.n):
             raise StoreMismatch(
@@ -59,7 +60,8 @@ class RowWriter:
                 f"rows={stored.blocks} to go on with it, or overwrite=True."
             )
         folder.mkdir(parents=True, exist_ok=True)
-        self._list()
+        if not begun:  # other processes may be looking
+            self._list()
         self.done = self._listed()
 
     def __enter__(self) -> RowWriter:
