@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,14 +12,19 @@ from datasets import Dataset
 from transformers import Trainer, TrainerCallback
 
 from hf_influence.attribution.attribute import attribute
+from hf_influence.attribution.given import fingerprint
 from hf_influence.attribution.method import make_method
 from hf_influence.callbacks.capture import GradientCapture
 from hf_influence.callbacks.curate import check_actions, check_rule
 from hf_influence.errors import BadExample, BadSetting, StoreMismatch
 from hf_influence.filter.decision import Decision
 from hf_influence.filter.replay import carried_out
-from hf_influence.filter.whole import Rule, on_whole
+from hf_influence.filter.whole import Rule, decide_on_scored, on_whole
+from hf_influence.gradients.processes import first_process_first, rank, wait_for_all
 from hf_influence.scores import Scores
+
+ASKED = "asked"
+"""In the report of scores: the method and the settings as they were given."""
 
 MakeTrainer = Callable[[Dataset, list[TrainerCallback]], Trainer]
 
@@ -114,13 +119,22 @@ def curate_and_retrain(
             current = dataset if before is None else carried_out(before, dataset)
             taker = GradientCapture(place / "rows", query_dataset, train_dataset=current, overwrite=True, **capture)
             _train(make_trainer, current, [taker], models)
-            attribute(taker.path, method, **settings).save(place / "scores.safetensors")
+            if rank() == 0:
+                scores = attribute(taker.path, method, **settings)
+                scores.report[ASKED] = _asked(method, settings)
+                scores.save(place / "scores.safetensors")
+            wait_for_all()
         scores = Scores.load(place / "scores.safetensors")
-        _check_scores(scores, method, settings, place)
-        decision = rule.decide(dataset.select(at), scores)
+        if (asked := _asked(method, settings)) != scores.report.get(ASKED):
+            raise StoreMismatch(
+                f"{place} was scored by {scores.method} with {scores.report.get(ASKED)}, and now {asked} is asked for. "
+                "Choose another folder."
+            )
+        decision = decide_on_scored(rule, dataset.select(at), scores)
         check_actions(decision, last=rounds == 1)
         decision = on_whole(decision, dataset, at, before)
-        _keep(decision, place / "decision.json")
+        with first_process_first():
+            _keep(decision, place / "decision.json")
         decisions.append(decision)
     curated = carried_out(decisions[-1], dataset)
     return Retrained(trainer=_train(make_trainer, curated, [], models), dataset=curated, decisions=decisions)
@@ -141,14 +155,11 @@ def _train(make: MakeTrainer, dataset: Dataset, callbacks: list[TrainerCallback]
     return trainer
 
 
-def _check_scores(scores: Scores, method: str, settings: dict[str, Any], place: Path) -> None:
-    """StoreMismatch if a finished round was scored in another way, as far as plain settings tell."""
-    given = {name: value for name, value in settings.items() if isinstance(value, (bool, int, float, str))}
-    if scores.method != method or any(scores.settings.get(name) != value for name, value in given.items()):
-        raise StoreMismatch(
-            f"{place} was scored by {scores.method} with {scores.settings}, and now {method} with {given} is asked "
-            "for. Choose another folder."
-        )
+def _asked(method: str, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """What tells scores that were asked for in another way, as it comes back from a file."""
+    plain = {name: isinstance(value, (bool, int, float, str)) or value is None for name, value in settings.items()}
+    given = {name: value if plain[name] else fingerprint(list(value)) for name, value in settings.items()}
+    return {"method": method, **given}
 
 
 def _keep(decision: Decision, file: Path) -> None:

@@ -150,10 +150,10 @@ def test_every_row_is_explained() -> None:
     report = trim.report
     assert report is not None
     assert report.explain(4) == (
-        "row 4 was dropped: its score -3 by self_ip ranks 0 of 8, the rule drop=0.25 drops ranks below 2"
+        "row 4 was dropped: its score -3 by self_ip ranks 0 of 8, the rule drop=0.25 drops 2 of the 8 rows"
     )
     assert report.explain(3) == (
-        "row 3 was kept: its score 2 by self_ip ranks 7 of 8, the rule drop=0.25 drops ranks below 2"
+        "row 3 was kept: its score 2 by self_ip ranks 7 of 8, the rule drop=0.25 drops 2 of the 8 rows"
     )
     table = report.to_dataset()
     assert table["id"][:] == list(range(N))
@@ -350,6 +350,10 @@ def test_a_curated_folder_has_data_decision_and_card(tmp_path: Path) -> None:
     decision = Decision.load(tmp_path / "out" / "decision.json")
     same(decision.undo(load_from_disk(str(tmp_path / "out"))), data)
     assert (tmp_path / "out" / "README.md").read_text().count(START) == 1
+    parts = Separate(how="otsu")
+    for made, report in ((parts.apply(data, scores_of(VALUES)), parts.report), (curated, flip.report)):
+        save_curated(made, report, tmp_path / "out")  # over a dataset of the other kind
+        assert type(load_from_disk(str(tmp_path / "out"))) is type(made)
     with pytest.raises(BadExample, match="IterableDataset cannot be saved"):
         save_curated(data.to_iterable_dataset(), decision, tmp_path / "no")  # type: ignore[arg-type]
 

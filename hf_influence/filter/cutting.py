@@ -90,17 +90,13 @@ def gone_by(values: Tensor, groups: dict[Hashable, list[int]], cut: Callable[[Te
 
 
 def reasons_of(
-    rule: str, gone: Tensor, rank: Tensor, groups: dict[Hashable, list[int]], column: str | None
+    rule: str, gone: Tensor, groups: dict[Hashable, list[int]], column: str | None
 ) -> tuple[tuple[str, ...], list[int]]:
     """How the rule falls, as a text for each group, and which of the texts goes with each row."""
     texts, which = [], [0] * len(gone)
     for number, (value, rows) in enumerate(groups.items()):
-        dropped = rank[rows][gone[rows]]
-        k, place = len(dropped), "" if column is None else f" whose {quoted(column)} is {quoted(value)}"
-        if column is None and k and int(dropped.max()) == k - 1:
-            texts.append(f"the rule {rule} drops ranks below {k}")
-        else:
-            texts.append(f"the rule {rule} drops {k} of the {len(rows)} rows{place}")
+        place = "" if column is None else f" whose {quoted(column)} is {quoted(value)}"
+        texts.append(f"the rule {rule} drops {int(gone[rows].sum())} of the {len(rows)} rows{place}")
         for i in rows:
             which[i] = number
     return tuple(texts), which

@@ -48,7 +48,7 @@ class DatasetFilter:
     kept 3 of 4 rows by ip(), drop=0.25
     least worth keeping: 1 (-0.7)
     >>> print(trim.report.explain(1))
-    row 1 was dropped: its score -0.7 by ip ranks 0 of 4, the rule drop=0.25 drops ranks below 1
+    row 1 was dropped: its score -0.7 by ip ranks 0 of 4, the rule drop=0.25 drops 1 of the 4 rows
 
     Raises:
         BadSetting: Not exactly one of `drop`, `keep` and `keep_tokens`, or an amount that is none.
@@ -65,7 +65,8 @@ class DatasetFilter:
     tokens: str = "input_ids"
     """The column whose lists `keep_tokens` counts."""
     within: str | None = None
-    """A column of classes, tasks or sources: each is cut for itself, so that none is emptied because it is harder."""
+    """A column of classes, tasks or sources: each is cut for itself, so that none is emptied because it is harder. A
+    fraction or a count leaves at least one row of each."""
     agree: int | None = None
     """With several scores: how many of them must drop a row; by default all."""
     columns: bool = False
@@ -137,7 +138,7 @@ class DatasetFilter:
         if n and gone.all():
             raise BadSetting(f"{rule} leaves none of the {n} rows to train on. Drop fewer, or keep more.")
         if len(values) == 1:
-            reasons, reason = reasons_of(rule, gone, rank, groups, self.within)
+            reasons, reason = reasons_of(rule, gone, groups, self.within)
         else:
             asks = f"of {len(values)} rankings would drop it, the rule {rule} asks for {needed}"
             reasons, reason = tuple(f"{k} {asks}" for k in range(len(values) + 1)), votes.tolist()
@@ -205,4 +206,4 @@ class DatasetFilter:
             raise BadSetting(f"{name}={amount!r} leaves none of the {n} rows to train on. Drop fewer, or keep more.")
         if drop < 0 and not self.within:
             raise BadSetting(f"{name}={amount!r} asks for more rows than the {n} there are. Keep at most {n}.")
-        return min(max(drop, 0), n)
+        return min(max(drop, 0), n - 1)

@@ -63,7 +63,7 @@ class Decision:
     >>> trim = DatasetFilter(drop=0.25)
     >>> _ = trim.apply(train, Scores(torch.tensor([[0.9], [-0.7], [0.4], [0.1]]), ids=[0, 1, 2, 3], method="ip"))
     >>> print(trim.report.explain(1))
-    row 1 was dropped: its score -0.7 by ip ranks 0 of 4, the rule drop=0.25 drops ranks below 1
+    row 1 was dropped: its score -0.7 by ip ranks 0 of 4, the rule drop=0.25 drops 1 of the 4 rows
     >>> trim.report.undo(trim.report.replay(train), rest=train)["text"][:]
     ['good', 'bad', 'fine', 'fair']
 
@@ -78,6 +78,7 @@ class Decision:
         from_highest: The highest scores go first.
         reasons: The texts that say how the rule falls.
         reason: Which of them goes with each row.
+        copies: Row -> the earlier row whose contents it has, where that is why it is dropped.
         groups: Per value of the first of the columns label, task and source that exists: rows before and after.
         columns: The columns of the dataset; `None` for a stream.
         writes: The columns that are written.
@@ -97,6 +98,7 @@ class Decision:
     from_highest: bool = False
     reasons: tuple[str, ...] = ()
     reason: list[int]
+    copies: dict[int, int] = field(default_factory=dict)
     groups: dict[Hashable, tuple[int, int]] = field(default_factory=dict)
     columns: tuple[str, ...] | None = None
     writes: tuple[Written, ...] = ()
@@ -165,7 +167,7 @@ class Decision:
         rank = f"ranks {self.ranks[i]} of {self.before}{' from the highest' if self.from_highest else ''}"
         return (
             f"row {quoted(id)} {self._happened(i)}: its score {number(self.scores[i])} by {printable(self.method)} "
-            f"{rank}, {self.reasons[self.reason[i]]}"
+            f"{rank}, {self._why(i)}"
         )
 
     def to_dataset(self) -> Dataset:
@@ -177,7 +179,7 @@ class Decision:
             "rank": self.ranks,
             "rule": [self.rule] * self.before,
             "method": [self.method] * self.before,
-            "why": [self.reasons[at] for at in self.reason],
+            "why": [self._why(i) for i in range(self.before)],
         }
         for column in self.writes:
             table |= {f"{column.name}_before": column.old} if column.old is not None else {}
@@ -225,6 +227,7 @@ class Decision:
         saved |= {
             "ids": list(self.ids),
             "groups": [[group, *sizes] for group, sizes in self.groups.items()],
+            "copies": list(self.copies.items()),
             "writes": [vars(column) | _plain_features(column) for column in self.writes],
             "contents": contents,
         }
@@ -250,6 +253,7 @@ class Decision:
             for name in ("sources", "reasons", "columns"):
                 saved[name] = None if saved[name] is None else tuple(saved[name])
             saved["groups"] = {group: (before, after) for group, before, after in saved["groups"]}
+            saved["copies"] = dict(saved.get("copies", ()))
             saved["writes"] = tuple(_with_features(Written(**column)) for column in saved["writes"])
             decision = cls(**saved, known_contents=contents)
             decision._check(whole)
@@ -288,6 +292,11 @@ class Decision:
         new = column.new[i]
         return f"got the weight {number(new)}" if action == "weight" else f"went to {quoted(new)}"
 
+    def _why(self, i: int) -> str:
+        if i in self.copies:
+            return f"it has the contents of row {quoted(self.ids[self.copies[i]])}"
+        return self.reasons[self.reason[i]]
+
     def _check(self, whole: str | None) -> None:
         """ValueError if the parts do not fit together."""
         n = len(self.actions)
@@ -299,6 +308,8 @@ class Decision:
             raise ValueError(f"it has the action {sorted(unknown)[0]!r}")
         if any(not 0 <= at < len(self.reasons) for at in self.reason):
             raise ValueError("it has a row without a reason")
+        if any(not 0 <= i < n for pair in self.copies.items() for i in pair):
+            raise ValueError("it has a copy of no row")
         if self.contents is not None and code_of_all(self.contents) != whole:
             raise ValueError("the hashes of its rows were changed")
 

@@ -15,7 +15,6 @@ from hf_influence.filter.cutting import check_amount, count_of, gone_by, groups_
 from hf_influence.filter.decision import Decision, sources_of
 from hf_influence.filter.replay import carried_out
 from hf_influence.filter.report import group_sizes
-from hf_influence.filter.wording import quoted
 from hf_influence.scores import Scores
 
 
@@ -75,7 +74,8 @@ class Prune:
         rank = torch.tensor(order).argsort()  # [n], 0 goes first
 
         def cut(places: Tensor, rows: list[int]) -> Tensor:
-            lowest = places[:, 0].argsort()[: count_of(self.drop, len(rows))]
+            most = len(rows) - 1 if self.within else len(rows)
+            lowest = places[:, 0].argsort()[: min(most, count_of(self.drop, len(rows)))]
             return is_copy[rows].index_fill(0, lowest, True)
 
         groups = groups_of(dataset, self.within, n)
@@ -84,10 +84,7 @@ class Prune:
         rule = f"prune drop={self.drop!r}, copies={self.copies!r}{within}"
         if gone.all():
             raise BadSetting(f"{rule} leaves none of the {n} rows to train on. Drop fewer.")
-        reasons, reason = reasons_of(rule, gone, rank, groups, self.within)
-        for copy, original in first.items():
-            reason[copy] = len(reasons)
-            reasons += (f"it has the contents of row {quoted(names[original])}",)
+        reasons, reason = reasons_of(rule, gone, groups, self.within)
         return Decision(
             rule=rule,
             sources=sources_of(scores),
@@ -99,6 +96,7 @@ class Prune:
             from_highest=True,
             reasons=reasons,
             reason=reason,
+            copies=first,
             groups=group_sizes(dataset, (~gone).nonzero()[:, 0].tolist()),
             columns=tuple(dataset.column_names),
             dataset=dataset,

@@ -63,9 +63,11 @@ def on_whole(decision: Decision, dataset: Dataset, at: Sequence[int], before: De
     scores, ranks, reason = [math.nan] * n, [0] * n, [len(decision.reasons)] * n
     actions = ["weight" if decision.writes else "keep"] * n
     reasons = (*decision.reasons, UNSCORED)
+    copies = {at[copy]: at[original] for copy, original in decision.copies.items()}
     if before is not None:
         rest.sort(key=before.ranks.__getitem__)
         reasons = (*decision.reasons, *before.reasons)
+        copies = before.copies | copies
         for i in rest:
             actions[i], scores[i] = before.actions[i], before.scores[i]
             reason[i] = len(decision.reasons) + before.reason[i]
@@ -88,6 +90,7 @@ def on_whole(decision: Decision, dataset: Dataset, at: Sequence[int], before: De
         ranks=ranks,
         reasons=reasons,
         reason=reason,
+        copies=copies,
         groups=group_sizes(dataset, [i for i in range(n) if actions[i] != "drop"]),
         columns=tuple(dataset.column_names),
         writes=writes,
