@@ -10,7 +10,7 @@ from stores import make_store
 
 from hf_influence.errors import BadExample, BadSetting
 from hf_influence.filter import DatasetFilter
-from hf_influence.filter.thresholds import doubtful, mixture, otsu
+from hf_influence.filter.thresholds import doubtful, mixture, negative, otsu
 from hf_influence.scores import Scores
 
 
@@ -166,6 +166,14 @@ def test_each_group_is_cut_for_itself(rule, kept):
     assert kept_rows["row"][:] == kept
 
 
+@pytest.mark.parametrize("rule", [{"keep": 0.5}, {"keep": 0.1}, {"drop": 3}, {"drop": 2}], ids=str)
+def test_a_share_or_a_count_leaves_a_row_of_each_group(rule):
+    dataset = numbered(4, task=["a", "b", "b", "b"])
+    trim = DatasetFilter(**rule, within="task")
+    kept_rows = trim.apply(dataset, scores_of([-5.0, 1.0, 2.0, 3.0]))
+    assert kept_rows["row"][:] == [0, 3]
+
+
 def test_the_best_rows_that_fit_a_budget_of_tokens_stay():
     dataset = numbered(4, input_ids=[[1] * 5, [1] * 3, [1] * 4, [1]])
     scores = scores_of([0.0, 3.0, 2.0, 1.0])
@@ -194,6 +202,11 @@ def test_a_threshold_chooses_the_number_of_rows():
     assert trim.apply(numbered(5), scores)["row"][:] == [0, 2, 3]
     assert "drop='otsu'" in str(trim.report)
     assert DatasetFilter(drop="negative").apply(numbered(5), scores)["row"][:] == [0, 2, 3]
+    bad_source = numbered(5, source=list("abaab"))
+    assert DatasetFilter(drop="negative", within="source").apply(bad_source, scores)["row"][:] == [0, 2, 3]
+    for rule in ("negative", negative):
+        with pytest.raises(BadSetting, match="no score is above zero"):
+            DatasetFilter(drop=rule).apply(numbered(2), scores_of([-1.0, -2.0]))
     assert DatasetFilter(drop=lambda values: values.mean(1) < -2.95).apply(numbered(5), scores)["row"][:] == [
         0,
         2,

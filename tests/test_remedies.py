@@ -41,6 +41,17 @@ def test_soft_labels_follow_the_formula():
     torch.testing.assert_close(new, expected)
 
 
+def test_soft_labels_of_a_model_that_is_sure_are_finite():
+    """Of φ = (1 − 2δ, δ, δ) and label 1 the limit for small δ is (1/4, 0, 0), as δ / ln δ vanishes."""
+    soft = Relabel(suspects=DatasetFilter(drop=1), how="soft")
+    for phi, first in ((torch.tensor([20.0, 0.0, 0.0]).softmax(0), 0.25), (torch.tensor([1.0, 0.0, 0.0]), 0.0)):
+        assert phi[0] == 1, "in float32"
+        new = soft.apply(rows([0, 1]), scores_of([1.0, -1.0]), phi.expand(2, 3))["label"][:]
+        assert new[1] == pytest.approx([first, 0, 0], abs=1e-6)
+    certain = soft.apply(rows([0, 0]), scores_of([1.0, -1.0]), torch.tensor([[1.0, 0, 0], [1.0, 0, 0]]))["label"][:]
+    assert certain[1] == pytest.approx([0, 0.5, 0.5])
+
+
 def test_soft_labels_of_two_classes_are_flipped_ones():
     phi = torch.tensor([[0.25, 0.75], [1.0, 0.0]])
     soft = Relabel(suspects=DatasetFilter(drop=1), how="soft")
@@ -87,6 +98,8 @@ def test_weights_by_how_far_labels_are_believed():
     assert weights == pytest.approx([2.0, 1.0, 0.0])
     weights = Reweight(how="posterior", temperature=0.5).apply(rows([0, 1, 1]), odds([0.1, 0.3, 0.9]))["weight"][:]
     assert weights == pytest.approx([12 / 5, 3 / 5, 0.0])
+    with pytest.raises(BadSetting, match="rather wrong than right"):
+        Reweight(how="posterior").apply(rows([0, 1]), odds([0.6, 0.9]))
 
 
 @pytest.mark.parametrize(
@@ -195,6 +208,7 @@ def test_the_most_typical_rows_and_copies_are_pruned() -> None:
     assert left(drop=0) == ["u", "v", "x", "y"]
     assert left(drop=3, copies=False) == ["v", "y", "z"]
     assert left(drop=1, within="task") == ["u", "v", "y"]
+    assert left(drop=2, within="task") == ["u", "v", "y"], "one stays of each"
     prune = Prune(drop=3)
     prune.apply(data, scores)
     assert prune.report.explain("w").endswith("it has the contents of row 'u'")

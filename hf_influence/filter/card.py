@@ -125,5 +125,7 @@ def save_curated(curated: Dataset | DatasetDict, decision: Decision, folder: str
             "replay it on the stream."
         )
     curated.save_to_disk(str(folder))
+    for left in ("dataset_info.json", "state.json") if isinstance(curated, DatasetDict) else ("dataset_dict.json",):
+        (Path(folder) / left).unlink(missing_ok=True)  # of a dataset of the other kind, which would be loaded instead
     decision.save(Path(folder) / "decision.json")
     add_to_card(Path(folder), decision)

@@ -236,8 +236,10 @@ class Relabel:
     @staticmethod
     def _soft(phi: Tensor, label: int) -> list[float]:
         tiny = torch.finfo(torch.float64).tiny
-        rest = 1 - phi[label]
-        soft = (rest.clamp(min=tiny).log() / ((len(phi) - 1) * phi.clamp(min=tiny).log())).nan_to_num(0)
+        others = (phi * (1 - torch.eye(len(phi), dtype=phi.dtype))).sum(1)  # 1 − φ, without rounding to 0
+        log = torch.where(phi > 0.5, torch.log1p(-others), phi.clamp(min=tiny).log())
+        rest = torch.log1p(-phi[label]) if phi[label] < 0.5 else others[label].clamp(min=tiny).log()
+        soft = (rest / ((len(phi) - 1) * log)).nan_to_num(0)
         soft[label] = 0
         if len(phi) == 2:
             soft[1 - label] = 1  # its limit, free of rounding

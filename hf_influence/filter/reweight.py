@@ -27,7 +27,7 @@ class Reweight:
 
         "softmax"   w = exp(z / temperature)
         "clipped"   w = clip(1 + z / (3 · temperature), 0, 2)
-        "ranks"     w = place in the ranking, from 0 (worst) to 1 (best), to the power 1 / temperature
+        "ranks"     w = rank / n, from 1/n (worst) to 1 (best), to the power 1 / temperature
         "posterior" w = max(0, 1 − 2 p)^(1 / temperature), p = `scores.probability_wrong()`, by how much a label is
                     rather right than wrong; for one set of scores by "auto" of classes with queries
 
@@ -65,7 +65,7 @@ class Reweight:
 
         Raises:
             BadExample: The column is taken.
-            BadSetting: Scores of another dataset.
+            BadSetting: Scores of another dataset, or by which every label is rather wrong than right.
         """
         self.report = self.decide(dataset, scores, by)
         return carried_out(self.report, dataset, by)
@@ -78,6 +78,11 @@ class Reweight:
         decision = DatasetFilter(drop=0).decide(dataset, rankings, by)
         if self.how == "posterior":
             right = (1 - 2 * wrong_of(rankings, decision.ids)).clamp(min=0) ** (1 / self.temperature)
+            if len(right) and not right.any():
+                raise BadSetting(
+                    "every label is rather wrong than right, so how='posterior' leaves no weight. Look at the share "
+                    "of wrong labels that the scores were told or have found (share_wrong, report)."
+                )
             weights = (right / right.mean()).tolist()
         else:
             weights = self._weights(torch.tensor(decision.scores, dtype=torch.float64)).tolist()

@@ -74,18 +74,10 @@ def mixture(values: Tensor) -> Tensor:
 def negative(values: Tensor) -> Tensor:
     """The rows with a mean score below zero: without them the queries' loss is predicted to fall.
 
-    Of scores by "auto": the rows whose label is rather wrong than right, as far as that is known.
-
-    Raises:
-        BadSetting: No score is above zero, as with self-influence or losses, where zero means nothing.
+    Of scores by "auto": the rows whose label is rather wrong than right, as far as that is known. A filter refuses
+    scores of which none is above zero, as with self-influence or losses: there zero means nothing.
     """
-    mean = values.double().mean(1)
-    if len(mean) and mean.max() <= 0:
-        raise BadSetting(
-            "no score is above zero, so zero does not part good from bad (self-influence, losses and outlier scores "
-            'are all negative). Use drop="mixture", drop="otsu" or a share.'
-        )
-    return mean < 0
+    return values.double().mean(1) < 0
 
 
 def doubtful(values: Tensor) -> Tensor:
@@ -154,11 +146,16 @@ def check_scale(drop: object, scores: Scores) -> None:
 
     Raises:
         BadSetting: "otsu" or "mixture" on scores by "auto", which have no gaps; "doubtful" on scores that are no
-            log-odds.
+            log-odds; "negative" on scores of which none is above zero.
     """
     name = next((name for name, own in THRESHOLDS.items() if drop in (name, own)), None)
     if name == "doubtful":
         scores.probability_wrong()
+    if name == "negative" and len(scores.values) and scores.mean().max() <= 0:
+        raise BadSetting(
+            "no score is above zero, so zero does not part good from bad (self-influence, losses and outlier scores "
+            'are all negative). Use drop="mixture", drop="otsu" or a share.'
+        )
     if name in ("otsu", "mixture") and scores.method == "auto":
         raise BadSetting(
             f"scores by 'auto' are a ranking on a scale that has no gaps of its own, so drop=\"{name}\" would find one "
