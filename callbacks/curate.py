@@ -22,6 +22,7 @@ from hf_influence.callbacks.during import trainer_of
 from hf_influence.dataset.matching import ids_of
 from hf_influence.errors import BadSetting, StoreMismatch
 from hf_influence.filter.decision import Decision
+from hf_influence.filter.thresholds import doubtful
 from hf_influence.filter.whole import Rule, decide_on_scored
 from hf_influence.gradients.processes import first_process_first, rank, wait_for_all
 from hf_influence.scores import Scores
@@ -98,10 +99,12 @@ class CurateEachEpoch(TrainerCallback):
         **settings: Any,
     ):
         check_rule(rule)
-        if getattr(rule, "how", None) == "posterior":
+        drop = getattr(rule, "drop", None)
+        if getattr(rule, "how", None) == "posterior" or drop is doubtful or drop == "doubtful":
             raise BadSetting(
-                "how='posterior' goes by probabilities, and whether the queries tell any is not known before an epoch "
-                "has ended. Weigh by another rule here, or curate between two runs (curate_and_retrain)."
+                "how='posterior' and drop=\"doubtful\" go by probabilities, and whether the queries tell any is not "
+                "known before an epoch has ended. Use another rule here, or curate between two runs "
+                "(curate_and_retrain)."
             )
         needs = set(make_method(method, settings).needs)
         if capture.schedule is None or capture.schedule.during != "epochs":

@@ -36,7 +36,8 @@ class Scores:
         values: `[n_train, n_query]`; one column for a method without queries.
         ids: The training examples in the order of the rows: index in the dataset, or value of the id column.
         method: Name in the method table.
-        settings: The settings of the method, enough to compute the scores again.
+        settings: The settings of the method, enough to compute the scores again; of lists with an entry for each
+            example (`groups`, `labels`, texts) a fingerprint.
         query_ids: The queries in the order of the columns; `None` for a method without queries.
         id_column: The column of the dataset that holds the ids; `None` where they are its indices.
         report: What the method found on the way and is no setting: iterations and residuals, the choice of a damping.

@@ -27,6 +27,7 @@ from hf_influence.callbacks import (
 from hf_influence.callbacks.draws import Draws, drawn
 from hf_influence.errors import BadExample, BadSetting, StoreMismatch
 from hf_influence.filter import Decision, Prune, Relabel, Reweight
+from hf_influence.filter.thresholds import doubtful
 from hf_influence.filter.whole import decide_on_scored, on_whole
 from hf_influence.scores import Scores
 from hf_influence.store import GradientStore
@@ -399,8 +400,9 @@ AT_START: dict[str, tuple[dict[str, Any], dict[str, Any], Any, type[Exception], 
 
 def test_probabilities_that_may_never_be_known_are_refused_at_once(tmp_path: Path) -> None:
     capture = GradientCapture(tmp_path / "rows", QUERIES, during="epochs")
-    with pytest.raises(BadSetting, match="not known before an epoch"):
-        CurateEachEpoch(capture, Reweight(how="posterior"))
+    for rule in (Reweight(how="posterior"), DatasetFilter(drop="doubtful"), DatasetFilter(drop=doubtful)):
+        with pytest.raises(BadSetting, match="not known before an epoch"):
+            CurateEachEpoch(capture, rule)
 
 
 @pytest.mark.parametrize("case", AT_START)

@@ -24,7 +24,8 @@ def attribute(
     """Score every training example of a store. Higher = more worth keeping.
 
     The model is not needed: rows are read, in chunks that fit into memory, and the store is not changed.
-    `attribute(store, scores.method, **scores.settings)` computes the same scores again.
+    `attribute(store, scores.method, **scores.settings)` computes the same scores again; lists with an entry for each
+    example (`groups`, `labels`, texts), of which scores keep a fingerprint, are passed again.
 
     Args:
         store: A store, or the path of one.

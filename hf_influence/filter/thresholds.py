@@ -54,7 +54,8 @@ def mixture(values: Tensor) -> Tensor:
     """The rows that belong to the lower of two normal distributions with more than even odds.
 
     Two components are fitted to the mean scores; where one component explains them as well (by the Bayesian information
-    criterion), no row goes. So clean data stay whole, unlike with `otsu`.
+    criterion), no row goes. But scores that are skewed look like two groups as well: of clean data a quarter and more
+    may go.
 
     Source: Arazo et al., Unsupervised Label Noise Modeling, ICML 2019, there for losses.
     """
@@ -86,7 +87,7 @@ def doubtful(values: Tensor) -> Tensor:
         score < ln 2
 
     A wrong label does more harm than a right one does good, so more goes than what is rather wrong than right; of clean
-    data about one row in a hundred.
+    data a few rows in a hundred.
     """
     return values.double().mean(1) < math.log(2)
 
