@@ -107,6 +107,7 @@ def test_sizes_are_exact_and_tasks_are_balanced(make):
     assert {name: len(split) for name, split in splits.items()} == {"train": 205, "test": 30}
     assert set(Counter(splits["test"]["task"]).values()) == {3}
     assert set(Counter(splits["train"]["task"]).values()) == {20, 21}
+    assert set(Counter(make(train=10, test=15)["train"]["task"]).values()) == {1}, "whatever the test set takes"
     assert splits["train"].column_names == ["prompt", "answer", "task", "text"]
     assert all(row["text"] == row["prompt"] + row["answer"] for row in splits["train"])
 

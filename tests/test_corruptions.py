@@ -41,6 +41,14 @@ def test_swapped_answers_come_from_the_task_or_from_another(problems):
     assert len({task_of[row["answer"]] for row in across}) > 5
 
 
+def test_what_is_right_for_the_prompt_is_not_planted():
+    """Another row may have it as the answer to the same prompt."""
+    right = Dataset.from_dict({"prompt": ["A prime:", "A prime:", "9 odd?"], "answer": ["2", "3", "yes"]})
+    made = [corrupt_answers(right, ["swapped_within"], share=0.4, seed=seed, within=None) for seed in range(20)]
+    wrong = {(row["prompt"], row["answer"]) for rows in made for row in rows if row["is_wrong"]}
+    assert wrong == {("A prime:", "yes"), ("9 odd?", "2"), ("9 odd?", "3")}
+
+
 def test_truncated_answers_are_the_first_words_at_most_half():
     rows = wrong_rows(sentence_transformations(train=200, test=0)["train"], "truncated")
     for row in rows:

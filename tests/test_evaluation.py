@@ -1,6 +1,7 @@
 """Class detection and mislabel detection against values worked out by hand and by brute force."""
 
 import json
+import math
 from itertools import permutations
 
 import numpy as np
@@ -117,6 +118,9 @@ def test_probabilities_are_compared_with_what_is_wrong():
     scores = Scores(-torch.logit(wrongly)[:, None], list(range(20)), "auto", report={"log_odds": {}})
     flags = [False] * 10 + [True, False] * 5
     assert mislabel_detection(scores, flags).calibration_error == pytest.approx((10 * 0.2 + 10 * 0.3) / 20)
+    ties = Scores(torch.full((100, 1), math.log(4.0)), list(range(100)), "auto", report={"log_odds": {}})
+    for flags in ([i < 20 for i in range(100)], [i % 5 == 0 for i in range(100)]):
+        assert mislabel_detection(ties, flags).calibration_error == pytest.approx(0, abs=1e-6), "whatever the order"
     assert "calibration_error" not in mislabel_detection(one_column([1.0, 2.0]), [True, False])
 
 

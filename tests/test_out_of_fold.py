@@ -33,7 +33,7 @@ class Fits:
         optimizer = torch.optim.SGD([w for w in model.parameters() if w.requires_grad], lr=0.5)
         for row in rows:
             optimizer.zero_grad()
-            own_loss(model, row).backward()
+            own_loss(model, {name: row[name] for name in DATA.column_names}).backward()
             optimizer.step()
         self.given.append(rows["input_ids"][:])
         self.models.append(model.eval())
@@ -71,6 +71,20 @@ def test_it_goes_on_after_an_interruption(tmp_path: Path) -> None:
     torch.testing.assert_close(scores.values, out_of_fold(DATA, Fits(), folds=3, data_collator=padding()).values)
     with pytest.raises(StoreMismatch):
         out_of_fold(DATA, fits, folds=3, seed=1, data_collator=padding(), folder=tmp_path)
+
+
+def test_ids_do_not_part_copies_and_the_kept_losses_are_of_one_kind(tmp_path: Path) -> None:
+    named = DATA.add_column("name", [f"row-{i}" for i in range(10)])
+    fits = Fits()
+    scores = out_of_fold(named, fits, folds=3, id_column="name", data_collator=padding(), folder=tmp_path)
+    assert scores.ids == named["name"][:]
+    copy = DATA[2]["input_ids"]
+    assert copy == DATA[9]["input_ids"]
+    assert sorted(given.count(copy) for given in fits.given) == [0, 2, 2]
+    with pytest.raises(StoreMismatch):
+        out_of_fold(
+            named, fits, folds=3, id_column="name", data_collator=padding(), folder=tmp_path, loss_reduction="sum"
+        )
 
 
 @pytest.mark.parametrize("folds", [1, 10])

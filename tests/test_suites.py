@@ -270,7 +270,28 @@ def test_the_json_of_a_table_has_every_single_figure():
     assert cell["values"] == pytest.approx([0.8, 0.9])
     assert (cell["mean"], cell["spread"]) == pytest.approx((0.85, np.std([0.8, 0.9], ddof=1)))
     assert content["rows"]["ip"]["columns"]["mrpc r=2"]["auc"]["spread"] is None
-    assert content["not measured"] == {"bm25": "", "gex": "the store has no members"}
+    assert content["not measured"] == {"bm25": {}, "gex": {"sst2 r=2": "the store has no members"}}
+
+
+def test_a_row_that_is_not_everywhere_comes_last_and_columns_count_alike():
+    table = Table(title="T.", metrics=["auc"], baselines=())
+    for seed in range(3):
+        table.add("easy", {"good": {"auc": 0.95}, "fails": {"auc": 0.94}, "poor": {"auc": 0.5}})
+        table.add("hard", {"good": {"auc": 0.65}, "fails": {"left out": "NaN"}, "poor": {"auc": 0.5}})
+        if seed == 0:
+            table.add("hard", {"good": {"auc": 0.65}, "fails": {"auc": 0.9}, "poor": {"auc": 0.5}})
+    table.add("third", {"good": {"auc": 0.6}, "poor": {"auc": 0.9}})
+    lines = table.markdown([]).splitlines()
+    assert [line.split("`")[1] for line in lines if line.startswith("| `")] == ["good", "poor", "fails"]
+    assert lines[-1] == "Left out in a run: `fails`, hard (NaN)."
+    assert table.json([])["not measured"] == {"fails": {"hard": "NaN"}}
+
+
+def test_ways_that_a_seed_lacks_are_left_out(series, tmp_path):
+    runs = Runs(tmp_path)
+    for seed, ways in enumerate((["noisy", "posterior"], ["noisy"])):
+        runs.do({"set": "sst2", "seed": seed}, lambda ways=ways: {way: {"accuracy": 0.5} for way in ways})
+    assert series.by_seed(runs, "accuracy") == {"sst2": {"noisy": [0.5, 0.5]}}
 
 
 def test_lower_may_be_better_and_a_single_run_has_no_spread():

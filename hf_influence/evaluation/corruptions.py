@@ -73,10 +73,14 @@ def corrupt_answers(
     columns = dataset.with_format(None).to_dict()
     right: list[str] = columns[answer]
     known = Answers(right, columns[within] if within else [None] * len(right))
+    prompts = list(map(str, columns.get(prompt, range(len(right)))))
+    fine: dict[str, set[str]] = {}  # the right answers to a prompt that comes several times
+    for asked, text in zip(prompts, right, strict=True):
+        fine.setdefault(asked, set()).add(text)
     wrong: dict[str, dict[int, str]] = {}  # kind -> row -> wrong answer
     for name, kind in made.items():
         drawn = ((i, kind(known, i, Random(f"{seed}/{name}/{i}"))) for i in range(len(right)))
-        wrong[name] = {i: text for i, text in drawn if text is not None and text != right[i]}
+        wrong[name] = {i: text for i, text in drawn if text is not None and text not in fine[prompts[i]]}
 
     chosen = _choose(wrong, wanted, len(right), Random(seed))
     given = [wrong[chosen[i]][i] if i in chosen else text for i, text in enumerate(right)]

@@ -91,8 +91,10 @@ def mislabel_detection(
 
 
 def _calibration_error(p: np.ndarray, wrong: np.ndarray) -> float:
+    _, group = np.unique(p, return_inverse=True)
+    share = (np.bincount(group, weights=wrong) / np.bincount(group))[group]  # among rows of equal p, in whatever order
     bins = np.array_split(np.argsort(p, kind="stable"), min(BINS, len(p)))
-    return float(sum(len(rows) * abs(p[rows].mean() - wrong[rows].mean()) for rows in bins) / len(p))
+    return float(sum(len(rows) * abs(p[rows].mean() - share[rows].mean()) for rows in bins) / len(p))
 
 
 def _rank_within(groups: list[Hashable], values: np.ndarray) -> np.ndarray:

@@ -33,8 +33,8 @@ def out_of_fold(
 
         score[i] = −ℓ(x_i, y_i; θ_k),   θ_k = fit(all folds but the k-th, which holds i)
 
-    The folds are drawn at random and of like size, and rows of equal contents stay in one fold: a model that has seen
-    the copy of an example has seen it.
+    The folds are drawn at random and of like size, and rows of equal contents, but for their ids, stay in one fold: a
+    model that has seen the copy of an example has seen it.
 
     Cost: `folds` trainings, and a forward pass over the dataset.
     Use when: the model learns its noise by heart, or there are no clean queries and a few short trainings are
@@ -48,7 +48,7 @@ def out_of_fold(
         seed: Of the folds.
         id_column: The column that names the examples; by default they are indices.
         folder: Where the losses of every fold are kept at once; the same call goes on after an interruption. One folder
-            for each way of training: `fit` cannot be checked.
+            for each way of training: `fit` and the collator cannot be checked.
         **options: As in `losses`: data_collator, batch_size, loss_reduction.
 
     Returns:
@@ -56,11 +56,11 @@ def out_of_fold(
 
     Raises:
         BadSetting: A number of folds that cannot be made.
-        StoreMismatch: The folder holds the folds of another dataset or seed.
+        StoreMismatch: The folder holds the folds of another dataset, seed or loss.
 
     See also: loss, loss_mean, confident_learning.
     """
-    codes = row_codes(dataset, dataset.column_names)
+    codes = row_codes(dataset, [name for name in dataset.column_names if name != id_column])
     distinct = list(dict.fromkeys(codes))
     if not 2 <= folds <= len(distinct):
         raise BadSetting(
@@ -69,7 +69,8 @@ def out_of_fold(
     Random(seed).shuffle(distinct)
     place = {code: k % folds for k, code in enumerate(distinct)}
     fold = [place[code] for code in codes]
-    runs = Runs(folder, {"dataset": content_of(dataset), "folds": folds, "seed": seed})
+    reduction = options.get("loss_reduction", "mean")
+    runs = Runs(folder, {"dataset": content_of(dataset), "folds": folds, "seed": seed, "loss_reduction": reduction})
     scores = torch.zeros(len(dataset), 1)
     for k in range(folds):
         held = [i for i, own in enumerate(fold) if own == k]
@@ -83,6 +84,6 @@ def out_of_fold(
         scores,
         list(ids_of(dataset, id_column)),
         "out_of_fold",
-        {"folds": folds, "seed": seed},
+        {"folds": folds, "seed": seed, "loss_reduction": reduction},
         id_column=id_column,
     )

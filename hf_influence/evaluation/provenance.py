@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import platform
 import shlex
 import sys
 from collections.abc import Sequence
 from datetime import date
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +23,9 @@ _PACKAGES = ("hf-influence", "torch", "transformers", "peft", "datasets", "sciki
 def provenance(command: Sequence[str] | None = None) -> dict[str, Any]:
     """What to write beside every figure: `command`, `date`, `machine` (class only), `python` and `versions`.
 
-    Neither the name of the host nor a folder outside of the working directory is in it: of an absolute path the last
-    part stays.
+    With the version of this library stands a code of its source, as figures change while the version does not. Neither
+    the name of the host nor a folder outside of the working directory is in it; of an absolute path the last part stays
+    alone.
 
     Args:
         command: The program and its arguments; by default those of this process.
@@ -36,7 +40,7 @@ def provenance(command: Sequence[str] | None = None) -> dict[str, Any]:
         "date": str(date.today()),
         "machine": machine,
         "python": platform.python_version(),
-        "versions": {name: found for name in _PACKAGES if (found := _version(name))},
+        "versions": {name: found for name in _PACKAGES if (found := _version(name))} | {"source": _source()},
     }
 
 
@@ -57,6 +61,19 @@ def _without_folder(word: str) -> str:
         return word
     inside = path.is_relative_to(Path.cwd())
     return option + equals + str(path.relative_to(Path.cwd()) if inside else path.name)
+
+
+@cache
+def _source() -> str:
+    """Tells one state of the code of this library from another."""
+    code = hashlib.sha256()
+    for package in ("hf_influence", "hf_influence.callbacks"):
+        spec = find_spec(package)
+        assert spec is not None
+        assert spec.origin is not None
+        for file in sorted(Path(spec.origin).parent.rglob("*.py")):
+            code.update(file.read_bytes())
+    return code.hexdigest()[:8]
 
 
 def _version(package: str) -> str | None:

@@ -57,6 +57,8 @@ def retraining_gain(
     why = None
     if reach is None:
         why = f"with one seed it is not known whether the gap of {gap:.3f} {between} is more than noise"
+    elif gap + reach < 0:
+        why = f"{top} is worse than {bottom}: the gap {between} is {gap:.3f} ± {reach:.3f}"
     elif gap - reach <= 0:
         why = f"the gap of {gap:.3f} ± {reach:.3f} {between} is within the noise"
 

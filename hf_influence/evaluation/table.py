@@ -39,7 +39,7 @@ class Table:
 
     title: str
     metrics: Sequence[str]
-    """The figures in a cell; rows are sorted by the mean of the first."""
+    """The figures in a cell; rows are sorted by the mean of the first over the columns, those that lack one last."""
     beside: Sequence[str] = ()
     """Figures that get a column of their own at the right, the mean over all runs: seconds, the rank correlation with
     length."""
@@ -49,7 +49,7 @@ class Table:
 
     _cells: dict[str, dict[str, list[Mapping[str, float | None]]]] = field(default_factory=dict, init=False, repr=False)
     _columns: dict[str, None] = field(default_factory=dict, init=False, repr=False)
-    _left_out: dict[str, str] = field(default_factory=dict, init=False, repr=False)
+    _left_out: dict[str, dict[str, str]] = field(default_factory=dict, init=False, repr=False)
 
     def add(self, column: str, rows: Mapping[str, Mapping[str, Any]]) -> None:
         """What one run found for one column: method -> metric -> value.
@@ -59,7 +59,7 @@ class Table:
         self._columns[column] = None
         for row, found in rows.items():
             if "left out" in found:
-                self._left_out[row] = str(found["left out"])
+                self._left_out.setdefault(row, {})[column] = str(found["left out"])
             else:
                 self._cells.setdefault(row, {}).setdefault(column, []).append(found)
 
@@ -79,7 +79,7 @@ class Table:
                 }
                 for row in self._order()
             },
-            "not measured": {row: self._left_out.get(row, "") for row in self._absent()},
+            "not measured": {row: self._left_out.get(row, {}) for row in [*self._absent(), *self._partly()]},
         }
 
     def markdown(self, about: Iterable[Mapping[str, Any]] | None = None) -> str:
@@ -109,8 +109,15 @@ class Table:
             for row in self._absent()
             if row in self.baselines
         ]
-        notes = [f"Not measured: `{row}` ({self._left_out[row]})." for row in self._absent() if row in self._left_out]
-        return "\n".join([*lines, "", *self._mostly(), *notes]).rstrip("\n") + "\n"
+        return "\n".join([*lines, "", *self._mostly(), *self._notes()]).rstrip("\n") + "\n"
+
+    def _notes(self) -> list[str]:
+        """What was left out, and why: once where a row has nothing, or else column by column."""
+        wholly = {row: dict.fromkeys(self._left_out[row].values()) for row in self._absent() if row in self._left_out}
+        notes = [f"Not measured: `{row}` ({'; '.join(reasons)})." for row, reasons in wholly.items()]
+        for row in self._partly():
+            notes += [f"Left out in a run: `{row}`, {column} ({why})." for column, why in self._left_out[row].items()]
+        return notes
 
     def _mostly(self) -> list[str]:
         means = {(row, m): self._spread(row, self._columns, m)["mean"] for row in self._order() for m in self.beside}
@@ -140,14 +147,19 @@ class Table:
         )
 
     def _order(self) -> list[str]:
-        def mean(row: str) -> float:
-            found = self._spread(row, self._columns, self.metrics[0])["mean"]
-            return float("inf") if found is None else -found if self.higher_is_better else found
+        def place(row: str) -> tuple[int, float]:
+            means = [self._spread(row, [column], self.metrics[0])["mean"] for column in self._columns]
+            found = [mean for mean in means if mean is not None]
+            mean = statistics.fmean(found) if found else 0.0
+            return len(means) - len(found), -mean if self.higher_is_better else mean
 
-        return sorted(self._cells, key=mean)
+        return sorted(self._cells, key=place)
 
     def _absent(self) -> list[str]:
         return [row for row in dict.fromkeys([*self.baselines, *self._left_out]) if row not in self._cells]
+
+    def _partly(self) -> list[str]:
+        return [row for row in self._left_out if row in self._cells]
 
 
 def _number(value: float | None, metric: str) -> str:

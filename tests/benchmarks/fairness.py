@@ -62,26 +62,27 @@ SPEAKERS = (
     ("actor", "actress"),
     ("king", "queen"),
 )
-PAIRS = (*SPEAKERS, ("he", "she"), ("himself", "herself"), ("husband", "wife"), ("male", "female"))
-"""What is swapped; his, him and her are left alone, as "her" may stand for either."""
+SAID = " said : "
 
 
-def told(rows: Dataset, name: str, seed: int) -> Dataset:
+def told(rows: Dataset, name: str, seed: int | str) -> Dataset:
     """Each text told by a speaker, whose group is the new column `group`."""
     draw = Random(seed)
     column = TEXTS[name][0]
     groups = [draw.randrange(2) for _ in range(len(rows))]
     speakers = [draw.choice(SPEAKERS)[group] for group in groups]
-    spoken = [f"the {who} said : {text}" for who, text in zip(speakers, rows[column], strict=True)]
+    spoken = [f"the {who}{SAID}{text}" for who, text in zip(speakers, rows[column], strict=True)]
     rows = rows.remove_columns(column).add_column(column, spoken)
     return rows.add_column("group", [GROUPS[group] for group in groups])
 
 
 def both(rows: Dataset, name: str) -> Dataset:
     """The same texts told by the other group, after all as they are."""
-    other = rows
-    for column in TEXTS[name]:
-        other = other.remove_columns(column).add_column(column, swap_terms(rows[column], PAIRS))
+    column = TEXTS[name][0]
+    parts = [text.partition(SAID) for text in rows[column]]
+    others = swap_terms([speaker for speaker, _, _ in parts], SPEAKERS)
+    spoken = [other + said + text for other, (_, said, text) in zip(others, parts, strict=True)]
+    other = rows.remove_columns(column).add_column(column, spoken)
     swapped = [GROUPS[1 - GROUPS.index(group)] for group in rows["group"]]
     other = other.remove_columns("group").add_column("group", swapped).select_columns(rows.column_names)
     return concatenate_datasets([rows, other])
@@ -91,7 +92,7 @@ def parts(name: str, args: argparse.Namespace, seed: int) -> tuple[Dataset, Data
     """Training rows with biased labels, queries and held-out rows that are clean and told both ways."""
     rows = training_rows(name, args, seed).select(range(args.rows))
     train = biased_labels(told(rows, name, seed), args.share, column="group", group="woman", seed=seed)
-    clean = told(clean_rows(name, args, seed), name, seed)
+    clean = told(clean_rows(name, args, seed), name, f"{seed} clean")
     query, held_out = clean.select(range(args.queries)), clean.select(range(args.queries, len(clean)))
     return train, both(query, name), both(held_out, name)
 

@@ -235,12 +235,13 @@ def every_method(
 
 
 def by_seed(runs: Runs, figure: str) -> dict[str, dict[str, list[float]]]:
-    """Set -> way of curating -> the figure of each seed, of runs whose result has figures for each way."""
+    """Set -> way of curating -> the figure of each seed; ways that not every seed of the set has are left out."""
     found: dict[str, dict[str, list[float]]] = {}
     for run in runs:
         for way, figures in run.result.items():
             found.setdefault(run.key["set"], {}).setdefault(way, []).append(figures[figure])
-    return found
+    seeds = {name: max(map(len, ways.values())) for name, ways in found.items()}
+    return {name: {way: all_ for way, all_ in ways.items() if len(all_) == seeds[name]} for name, ways in found.items()}
 
 
 def best(found: Mapping[str, Mapping[str, Any]], metric: str, k: int = 5) -> str:

@@ -28,8 +28,8 @@ def balanced_splits(
 ) -> DatasetDict:
     """`DatasetDict` with `train` and `test`, columns prompt, answer, task and text (prompt + answer).
 
-    Examples come in rounds, each task once a round in random order, so the counts of any two tasks differ by at
-    most one. The test set is drawn first: it stays the same whatever `train` is, and a smaller training set is
+    Examples come in rounds, each task once a round in random order, so the counts of any two tasks of a split differ by
+    at most one. The test set is drawn first: it stays the same whatever `train` is, and a smaller training set is
     the beginning of a larger one.
 
     Raises:
@@ -38,14 +38,13 @@ def balanced_splits(
     for name, size in {"train": train, "test": test}.items():
         if isinstance(size, bool) or not isinstance(size, int) or size < 0:
             raise BadSetting(f"{name}={size!r} is not a number of examples; give an int, 0 or more.")
-    rows = _rounds(tasks, Random(seed))
-    splits = {"test": list(islice(rows, test)), "train": list(islice(rows, train))}
+    rng, seen = Random(seed), set[str]()
+    splits = {name: list(islice(_rounds(tasks, rng, seen), size)) for name, size in (("test", test), ("train", train))}
     columns = {name: {c: [row[c] for row in splits[name]] for c in _FEATURES} for name in ("train", "test")}
     return DatasetDict({name: Dataset.from_dict(columns[name], features=_FEATURES) for name in columns})
 
 
-def _rounds(tasks: Mapping[str, Callable[[Random], Example]], rng: Random) -> Iterator[dict[str, str]]:
-    seen: set[str] = set()
+def _rounds(tasks: Mapping[str, Callable[[Random], Example]], rng: Random, seen: set[str]) -> Iterator[dict[str, str]]:
     while True:
         for task in rng.sample(list(tasks), len(tasks)):
             prompt, answer, essence = _unseen(task, tasks[task], rng, seen)
