@@ -475,9 +475,12 @@ def test_wrong_labels_count_where_no_right_one_is_below_zero() -> None:
     assert sighting(0.1, 1000, 0.0, 1000) == sighting(0.1, 1000, 0.0, 1000, missed=0.0)
 
 
-def test_the_first_sharp_sighting_counts() -> None:
+def test_the_first_two_sharp_sightings_count() -> None:
     blurred, one, later = Sighting(0.45, 0.02, 0.03), Sighting(0.2, 0.01, 0.015), Sighting(0.3, 0.01, 0.01)
-    assert estimated_share([blurred, one, later]) == estimated_share([one]) == pytest.approx(0.2, abs=0.01)
+    assert estimated_share([one, later]) == pytest.approx(0.25, abs=0.01)
+    assert estimated_share([blurred, one, later, Sighting(0.0, 0.01, 0.01)]) == estimated_share([one, later])
+    assert estimated_share([blurred, one], later) == estimated_share([one]) == pytest.approx(0.2, abs=0.01)
+    assert estimated_share([blurred], later) == estimated_share([later]) == estimated_share([], later), "blurred"
     assert estimated_share([blurred]) == pytest.approx(0.45, abs=0.03)
     few, many = sighting(0.3, 100, 0.1, 100), sighting(0.02, 400, 0.1, 10_000)
     assert few is not None is not many

@@ -189,28 +189,33 @@ def freshness(examples: float, n: int, queries: float, q: int) -> float:
     return min(1.0, (examples + half) / (queries + half))
 
 
-def estimated_share(sightings: Sequence[Sighting]) -> float | None:
+def estimated_share(sightings: Sequence[Sighting], at_end: Sighting | None = None) -> float | None:
     """The share of wrong labels, given what is seen of it and what is to be expected before; `None` without sightings.
 
         π = E[π | s],   π ~ Beta(0.3, 2.7) on [0, ½],   s ~ N(π, error²)
 
-    s is the first sighting whose error, by the numbers of examples and queries alone, may reach no more than half as
-    much again as that of the sharpest: a model believes the labels of the examples the more the longer it has seen
-    them. Beforehand 8 % of the labels are expected to be wrong, and few examples or queries leave it at that; but half
-    of all data are taken to have less than 3 %, so that a small share has to be seen clearly. (Northcutt et al.,
-    Pervasive Label Errors in Test Sets, NeurIPS 2021, find at least 3.3 % on average in those of ten benchmarks.)
+    s is the mean of the first two sightings whose error, by the numbers of examples and queries alone, may reach no
+    more than half as much again as that of the sharpest; they have the queries in common, so two are hardly sharper
+    than one.
+    A model believes the labels of the examples the more the longer it has seen them, and what is seen at the end of
+    training counts only where nothing else is seen as sharply. Beforehand 8 % of the labels are expected to be wrong,
+    and few examples or queries leave it at that; but half of all data are taken to have less than 3 %, so that a small
+    share has to be seen clearly. (Northcutt et al., Pervasive Label Errors in Test Sets, NeurIPS 2021, find at least
+    3.3 % on average in those of ten benchmarks.)
 
     Args:
-        sightings: In the order of training.
+        sightings: Of epochs, in the order of training.
+        at_end: Of its end.
     """
-    if not sightings:
+    every = [*sightings, *([] if at_end is None else [at_end])]
+    if not every:
         return None
-    sharp = 1.5 * min(one.reach for one in sightings)
-    seen = next(one for one in sightings if one.reach <= sharp)
+    sharp = 1.5 * min(one.reach for one in every)
+    seen = [one for one in sightings if one.reach <= sharp][:2] or every[-1:]
+    middle = sum(one.share for one in seen) / len(seen)
     edges = np.linspace(0, 0.5, 5001)
     share = (edges[1:] + edges[:-1]) / 2
-    before = np.diff(betainc(*PRIOR, edges))
-    weight = before * np.exp(-0.5 * ((share - seen.share) / seen.error) ** 2)
+    weight = np.diff(betainc(*PRIOR, edges)) * np.exp(-0.5 * ((share - middle) / seen[0].error) ** 2)
     return float((share * weight).sum() / weight.sum())
 
 

@@ -65,8 +65,8 @@ class Witness:
         after = epochs[1] if len(epochs) > 1 else None
         seen = [sighting_in_first(one, q, after, turned) for one in epochs[:1]]
         seen += [sighting_in(one, q, turned) for one in epochs[1:]]
-        seen.append(sighting(negative(self.examples), n, error, q, missed))
-        return estimated_share([one for one in seen if one is not None])
+        at_end = sighting(negative(self.examples), n, error, q, missed)
+        return estimated_share([one for one in seen if one is not None], at_end)
 
 
 def witnesses(rows: Selection, last: Selection, ridge: Tensor, signs: Signs) -> tuple[dict[str, Witness], bool]:
