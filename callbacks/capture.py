@@ -17,6 +17,7 @@ from transformers.trainer_utils import SaveStrategy
 
 from hf_influence.callbacks.during import During, DuringTraining, Schedule, check_trainer, endless, trainer_of
 from hf_influence.callbacks.packing import check_packing, prepared
+from hf_influence.callbacks.weighted import WeightedTrainer, soft_cross_entropy
 from hf_influence.errors import BadSetting
 from hf_influence.gradients.batches import forward_arguments
 from hf_influence.gradients.collect import Plan, check_collectable, check_folder, collect, collect_planned
@@ -28,7 +29,7 @@ from hf_influence.gradients.processes import first_process_first, rank, world
 from hf_influence.gradients.sweep import BatchSize
 from hf_influence.gradients.taps import Modules
 from hf_influence.store import GradientStore, check_room
-from hf_influence.task import LABELS, Reduction
+from hf_influence.task import LABELS, Reduction, unwrapped
 
 logger = logging.getLogger(__name__)
 
@@ -171,6 +172,7 @@ class GradientCapture(TrainerCallback):
                 split: self._planned(args, state, model, split, dataset, options)
                 for split, dataset, options in self._splits(args, trainer, train_dataloader)
             }
+            self._check_believed(trainer)
             need = {split: plan.size for split, plan in self._plans.items() if isinstance(plan, Plan)}
             at_end = sum(need.values()) * int(self.at_end)
             need.pop(SPLIT.format("query"), None)  # collected at the end alone
@@ -205,6 +207,18 @@ class GradientCapture(TrainerCallback):
         plan = StreamPlan.of(model, **self.settings)
         check_folder(self.path, plan.header, **places)
         return plan
+
+    def _check_believed(self, trainer: Trainer) -> None:
+        """Vectors of class probabilities look like the labels of another problem, and have another loss."""
+        own = trainer.compute_loss_func is soft_cross_entropy or isinstance(trainer, WeightedTrainer)
+        problem = self._plans["train"].header.task.get("problem_type")
+        named = getattr(unwrapped(trainer.model).config, "problem_type", None)
+        if own and problem == "multi_label_classification" and named is None and self.settings["task"] is None:
+            raise BadSetting(
+                "the labels are vectors of class probabilities, whose loss is not that of several labels an example. "
+                "For rows of it pass GradientCapture(…, task=own_loss(torch.nn.functional.cross_entropy, "
+                'reduction="none")).'
+            )
 
     def _check_stream(self, dataset: Any) -> None:
         kind = type(dataset).__name__

@@ -206,6 +206,8 @@ class DuringTraining:
         if self.trainer.args.fp16:  # the loss scale is too high now and then; the optimizer skips such a step as well
             self.lost += 1
             return
+        assert self._writer is not None
+        self._writer.flush()
         position, ids = found[row], self.positions.ids
         name = position if ids is None or position is None else ids[position]
         raise BadExample(

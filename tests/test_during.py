@@ -285,6 +285,21 @@ def test_every_row_equals_autograd(tmp_path: Path, name: str) -> None:
         assert (rows.stats["epoch"] == epoch).all()
 
 
+def test_padding_that_sees_the_example_behind_it_is_refused(tmp_path: Path) -> None:
+    """Eager attention lets a masked token attend to all; it predicts the first token, if that has a label."""
+    first_labelled = [{**row, "labels": list(row["input_ids"])} for row in EXAMPLES]
+    for attention, side in (("sdpa", "left"), ("eager", "right"), ("eager", "left")):
+        model = lora(llama(attn_implementation=attention), ["q_proj", "v_proj"], dtype=torch.float32)
+        folder = tmp_path / f"{attention}-{side}"
+        capture = GradientCapture(folder, during="epochs", at_end=False)
+        if (attention, side) == ("eager", "left"):
+            with pytest.raises(UnsupportedModel, match="padding on the left sees the example behind it"):
+                train(model, tmp_path, capture, data=first_labelled, collate=padding(side))
+            continue
+        run = train(model, tmp_path, capture, data=first_labelled, collate=padding(side))
+        assert_exact(run, GradientStore.open(folder).rows("train", 1), first_labelled, 1, 1e-5)
+
+
 def test_a_step_that_overflows_in_fp16_is_left_out_and_counted(tmp_path: Path) -> None:
     capture = GradientCapture(tmp_path / "rows", during="epochs", at_end=False)
     run = train(tiny(torch.float32), tmp_path, capture, kind=Overflowing, fp16=True)

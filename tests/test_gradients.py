@@ -11,6 +11,7 @@ import models
 import pytest
 import torch
 from models import (
+    PAD,
     all_rows,
     autograd_row,
     bert,
@@ -63,12 +64,18 @@ def classifier(**config: Any) -> nn.Module:
     return lora(bert(**config), ["query", "dense"], modules_to_save=["classifier"])
 
 
+def with_padding_token() -> list[dict[str, Any]]:
+    """Whose end is the padding token, as where one token stands for both; embeddings keep its row."""
+    return [{name: [*values, PAD] for name, values in row.items()} for row in prompts(4)]
+
+
 KINDS: dict[str, Callable[[], Made]] = {
     "linear": lambda: (lora(llama(), ["q_proj", "v_proj", "down_proj"]), prompts()),
     "all linear": lambda: (lora(llama(), "all-linear"), prompts()),
     "Conv1D": lambda: (lora(gpt2(), ["c_attn", "c_proj"], fan_in_fan_out=True), prompts()),
     "OPT": lambda: (lora(opt(), ["q_proj", "v_proj"]), prompts()),
     "embedding": lambda: (lora(llama(), ["embed_tokens", "q_proj"]), prompts()),
+    "embedding, padding token in the text": lambda: (lora(llama(), ["embed_tokens", "q_proj"]), with_padding_token()),
     "embedding tied with the head": lambda: (lora(gpt2(), ["wte", "c_attn"], fan_in_fan_out=True), prompts()),
     "adapter on the head": lambda: (lora(llama(), ["lm_head", "q_proj"]), prompts()),
     "whole head": lambda: (lora(llama(), ["q_proj"], modules_to_save=["lm_head"]), prompts()),

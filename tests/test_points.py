@@ -313,6 +313,8 @@ def test_checkpoints_by_name_and_those_that_are_none(tmp_path: Path) -> None:
     train(model, tmp_path / "run", data)
     named = checkpoints([tmp_path / "run" / "checkpoint-6", tmp_path / "run" / "checkpoint-2"])
     assert [point.details()["step"] for point in named] == [6, 2]
+    model.save_pretrained(tmp_path / "run")  # as Trainer.save_model does after training
+    assert [point.details()["step"] for point in checkpoints(tmp_path / "run")] == [2, 4, 6]
     with pytest.raises(BadSetting, match=r"no checkpoint.*no folders checkpoint-\*.*save_strategy"):
         checkpoints(tmp_path)
     with pytest.raises(BadSetting, match="name the Trainer's output folder"):

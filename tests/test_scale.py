@@ -64,6 +64,21 @@ def test_single_precision_keeps_its_digits() -> None:
         torch.testing.assert_close(single.stats[name].double(), exact.stats[name], rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("level", [15.0, 55.0, -145.0])
+def test_an_answer_that_is_known_well_is_cross_entropy_whatever_the_level_of_its_logits(level: float) -> None:
+    """One token of which 1 − p is some 1e-4, at which the difference of large logits has no digits left."""
+    generator = torch.Generator().manual_seed(0)
+    targets, owner = torch.tensor([[-100, 7]]), torch.zeros(1, 2, dtype=torch.long)
+    for missing in torch.linspace(1.05e-4, 4e-4, 30):
+        z = torch.randn(1, 2, VOCABULARY, generator=generator)
+        z[0, 1, 7] = -torch.inf
+        z[0, 1, 7] = z[0, 1].logsumexp(0) + ((1 - missing) / missing).log()
+        z = (z + level - z[0, 1, 7]).requires_grad_()
+        F.cross_entropy(z[0, 1:], targets[0, 1:]).backward()
+        measured = of_tokens(z.detach(), targets, owner, 1, z.grad, "mean")
+        assert measured.scale.item() == pytest.approx(1, rel=2e-2)
+
+
 @pytest.mark.parametrize("factor", [1.0, -1.0, 0.0])
 def test_what_is_no_cross_entropy_is_refused(factor: float) -> None:
     logits, targets, owner = world(4.0, 1.0)

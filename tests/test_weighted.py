@@ -7,13 +7,16 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from datasets import Dataset
 from models import bert, labelled, lora, padding, prompts, tiny
 from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
 
-from hf_influence.callbacks import WeightedTrainer, soft_cross_entropy
+from hf_influence.callbacks import GradientCapture, WeightedTrainer, soft_cross_entropy
 from hf_influence.errors import BadExample, BadSetting
+from hf_influence.gradients import own_loss
+from hf_influence.store import GradientStore
 
 TEXTS, CLASSES = prompts(8), labelled(lambda i: i % 2, 8)
 
@@ -163,6 +166,26 @@ def test_weights_count_once_and_in_training_alone(tmp_path: Path, training: bool
     torch.manual_seed(1)
     expected = model(**with_weights(CLASSES)).loss
     assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("during", [None, "epochs"])
+def test_rows_of_vectors_need_to_be_told_their_loss(tmp_path: Path, during: Any) -> None:
+    """They look like several labels an example, and have another loss."""
+    soft = Dataset.from_list([{**row, "labels": [0.3, 0.7]} for row in CLASSES])
+
+    def run(folder: str, **settings: Any) -> nn.Module:
+        capture = GradientCapture(tmp_path / folder, during=during, **settings)
+        model = classifier()
+        trained(Trainer, model, soft, tmp_path, 1, compute_loss_func=soft_cross_entropy, callbacks=[capture])
+        return model.eval()
+
+    with pytest.raises(BadSetting, match=r"vectors of class probabilities.*task=own_loss"):
+        run("untold")
+    model = run("told", task=own_loss(F.cross_entropy, reduction="none"))
+    found = GradientStore.open(tmp_path / "told").rows().stats["loss"]
+    for loss, row in zip(found, soft, strict=True):
+        logits = model(input_ids=torch.tensor([row["input_ids"]])).logits
+        assert loss.item() == pytest.approx(F.cross_entropy(logits, torch.tensor([row["labels"]])).item(), rel=1e-4)
 
 
 def test_a_stream_brings_its_weights_along_and_has_no_rows_to_draw(tmp_path: Path) -> None:

@@ -88,8 +88,8 @@ class Auto(OverTraining, name="auto"):
     π is an estimate of the share of wrong labels, from the signs of the scores that tell better: at the end of the
     first epoch, of examples never seen before, if these are many, and in later epochs, where the model was not learning
     too fast to say; the mean of the first two, before it has learnt the labels by heart; or else at the end of
-    training; and from the expectation that some 8 % are wrong, mostly less, which few examples or queries hardly move. It may be
-    far off: who has looked at rows says what was found (`share_wrong`). So 0 is even odds:
+    training; and from the expectation that some 8 % are wrong, mostly less, which few examples or queries hardly move.
+    It may be far off: who has looked at rows says what was found (`share_wrong`). So 0 is even odds:
     `Relabel(how="posterior")` gives labels for training on the probabilities, `DatasetFilter(drop="doubtful")` drops
     what is not twice as probably right as wrong. Elsewhere no probability is known, and no score is negative.
 

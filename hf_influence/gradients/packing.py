@@ -75,6 +75,11 @@ class Packing:
         first = self.owner.masked_fill(self.owner < 0, len(self.source)).amin(1, keepdim=True)
         return self.owner > first
 
+    def apart(self) -> Tensor:
+        """The tokens that must not see the first example of their row, `[b, t]`: those of others, or else padding."""
+        seconds = self.seconds()
+        return seconds if bool(seconds.any()) else self.owner < 0
+
     def unpack(self, values: Tensor) -> Tensor:
         """One example a row, zeros behind its end: `[b, t, …] -> [n, l, …]`."""
         flat = values.flatten(0, 1)
@@ -83,7 +88,7 @@ class Packing:
 
 @contextmanager
 def kept_apart(model: nn.Module, packing: Packing) -> Iterator[None]:
-    """See to it that the examples of a packed batch do not see each other, in the first call of the model.
+    """See to it that the examples of a packed batch do not see each other, nor padding them, in the model's first call.
 
     Whether they do depends on the attention, on the cache and on the version of both, so it is tried out: the backbone
     runs once more on what it was called with, and again with other tokens in the first example of each row. Neither
@@ -100,6 +105,14 @@ def kept_apart(model: nn.Module, packing: Packing) -> Iterator[None]:
         ids = args[0] if args else kwargs.get("input_ids")
         if isinstance(ids, Tensor) and ids.shape == packing.owner.shape:
             changes.append(_leak(module, ids, args[1:], {k: v for k, v in kwargs.items() if k != "input_ids"}, packing))
+            if not changes[0] <= LEAK and not packing.seconds().any():
+                raise UnsupportedModel(
+                    "padding on the left sees the example behind it: with other tokens in that, the hidden states of "
+                    f"the padding change by up to {changes[0]:.0%}. Padding predicts the first token, which has a "
+                    "label, so training depends on how much there is of it, and no row would be the gradient of its "
+                    "example alone. Set the label of the first token to -100, pad on the right, or load the model with "
+                    'attn_implementation="sdpa".'
+                )
             if not changes[0] <= LEAK:
                 raise UnsupportedModel(
                     "the examples of a packed batch see each other: with other tokens in the first one, the hidden "
@@ -123,10 +136,11 @@ def kept_apart(model: nn.Module, packing: Packing) -> Iterator[None]:
 
 
 def _leak(module: nn.Module, ids: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any], packing: Packing) -> float:
-    """How much the hidden state of any later example changes with the first of its row, relative to its length."""
-    seconds = packing.seconds()
-    other = torch.where(seconds | (packing.owner < 0), ids, (ids + 1) % (ids.max() + 1))
+    """How much a hidden state that should not changes with the first example of its row, relative to its length."""
+    apart = packing.apart()
+    other = torch.where(apart | (packing.owner < 0), ids, (ids + 1) % (ids.max() + 1))
     randomness = torch.random.fork_rng([ids.device] if ids.device.type == "cuda" else [])
     with torch.no_grad(), randomness, evaluating(module):
-        was, now = (module(tokens, *args, **kwargs)[0][seconds].float() for tokens in (ids, other))  # [k, d]
-    return float(((now - was).norm(dim=1) / was.norm(dim=1)).max())
+        was, now = (module(tokens, *args, **kwargs)[0][apart].float() for tokens in (ids, other))  # [k, d]
+    tiny = torch.finfo(was.dtype).tiny
+    return float(((now - was).norm(dim=1) / was.norm(dim=1).clamp(min=tiny)).max())

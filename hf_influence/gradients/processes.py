@@ -29,9 +29,11 @@ def first_process_first() -> Iterator[None]:
     """Process 0 runs the block, then all others do."""
     if rank() != 0:
         wait_for_all()
-    yield
-    if rank() == 0:
-        wait_for_all()
+    try:
+        yield
+    finally:
+        if rank() == 0:
+            wait_for_all()
 
 
 def _several() -> bool:

@@ -144,15 +144,19 @@ def bias() -> Rule:
     return Rule(lambda x, keep: x.new_empty(*x.shape[:2], 0), _on_the_left, lambda g, nothing, keep: g.sum(1))
 
 
-def one_hot(left: Callable[[Tensor], Tensor], size: int) -> Rule:
-    """A weight `[m, size]` whose columns are chosen by token ids; `left(g)` is `[b, t, m]`."""
+def one_hot(left: Callable[[Tensor], Tensor], size: int, padding: int | None = None) -> Rule:
+    """A weight `[m, size]` whose columns are chosen by token ids; `left(g)` is `[b, t, m]`.
+
+    The column of the token `padding` gets no gradient, wherever the token stands.
+    """
 
     def of_input(ids: Tensor, keep: Keep | None) -> Tensor:
+        counts = ids != (size if padding is None else padding)  # [b, t]
         if isinstance(keep, Entries):
-            return ids[..., None] == keep.j
+            return (ids[..., None] == keep.j) & counts[..., None]
         if isinstance(keep, Projections) and keep.right is not None:
-            return keep.right[ids]  # a token picks its row of the projection, [b, t, n']
-        return ids
+            return keep.right[ids] * counts[..., None]  # a token picks its row of the projection, [b, t, n']
+        return ids.masked_fill(~counts, size)
 
     def of_gradient(g: Tensor, keep: Keep | None) -> Tensor:
         a = left(g)
@@ -163,6 +167,7 @@ def one_hot(left: Callable[[Tensor], Tensor], size: int) -> Rule:
             return (a * ids).sum(1)  # [b, t, k] both; ids say which of the entries a token is
         if isinstance(keep, Projections) and keep.right is not None:
             return outer(a, ids.to(a), keep)
+        a, ids = a.masked_fill((ids == size)[..., None], 0), ids.clamp(max=size - 1)
         rows = a.new_zeros(len(ids), a.shape[2], size)
         return rows.scatter_add_(2, ids[:, None, :].expand(-1, a.shape[2], -1), a.transpose(1, 2)).flatten(1)
 

@@ -88,8 +88,10 @@ def _rules_of(module: nn.Module) -> list[tuple[Tensor, Rule]]:
         for adapter in module.active_adapters:
             if adapter in module.lora_embedding_A:
                 down, _, _ = embedding_factors(module, adapter)  # [r, vocabulary]
+                padding = getattr(module.get_base_layer(), "padding_idx", None)
+                left = partial(_before_up, module, adapter)
                 rules += [
-                    (module.lora_embedding_A[adapter], one_hot(partial(_before_up, module, adapter), down.shape[1])),
+                    (module.lora_embedding_A[adapter], one_hot(left, down.shape[1], padding)),
                     (module.lora_embedding_B[adapter], looked_up(partial(_scaled_down, module, adapter))),
                 ]
     return [(weight, rule) for weight, rule in rules if weight is not None]

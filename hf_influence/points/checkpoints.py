@@ -85,9 +85,9 @@ def checkpoints(folders: Folder | Sequence[Folder]) -> list[Point]:
 
 
 def _checkpoints_in(folder: Path) -> list[Path]:
-    if any((folder / name).is_file() for name in (ADAPTER, WHOLE, INDEX)):
-        return [folder]
     inside = [one for one in folder.glob("checkpoint-*") if one.name.partition("-")[2].isdigit()]
+    if not inside and any((folder / name).is_file() for name in (ADAPTER, WHOLE, INDEX)):
+        return [folder]
     if not inside:
         raise BadSetting(
             f"{folder} is no checkpoint ({ADAPTER} or {WHOLE}) and has no folders checkpoint-* in it. Name the "

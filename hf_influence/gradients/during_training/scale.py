@@ -111,8 +111,8 @@ def of_tokens(
     error, arrived = _error(z, at[token], y[token]), g[at[token]].double()  # [n, v]
     c = _factor_of(error, arrived, some, n)[who].to(g)  # [k]
     loss, margin, el2n = _read_off(z, g, at, y, length, g_top, c) or _judge(z, at, y)
-    p_y = torch.exp(-loss)
-    seen, own = g[at, y].to(p_y), p_y - 1  # [k], gradient at the label: c (p_y − 1)
+    own = torch.expm1(-loss)  # [k], p_y − 1
+    seen = g[at, y].to(own)  # [k], gradient at the label: c (p_y − 1)
     count = torch.bincount(who, minlength=n)
     mean = lambda values: _total(values, who, n) / count.clamp(min=1)  # noqa: E731  (the one thing it is used for)
     square = _total(own.double().square(), who, n)  # [n]
@@ -207,7 +207,8 @@ def _read_off(
     first = z_y >= z_top
     normalizer = torch.where(first, z_y - own.log1p(), z_top - log_p_top)  # log Σ exp z
     margin = z_y - torch.where(first, normalizer + log_p_top, z_top)
-    judged = normalizer - z_y, margin, length / c
+    loss = torch.where(first, -own.log1p(), normalizer - z_y)  # the difference of large logits would round it away
+    judged = loss, margin, length / c
     lost = ((g_top <= 0) | (first & (own < RARE - 1))).nonzero()[:, 0]
     if len(lost):
         for values, exact in zip(judged, _judge(z, at[lost], y[lost]), strict=True):

@@ -88,7 +88,7 @@ class Batch:
                     "the batch it is in. Set the labels of padding to -100; a collator that copies input_ids does not."
                 )
             if packing is None and bool(((CausalLM.targets(labels, None) != IGNORED) & (mask == 0)).any()):
-                # padding on the left predicts the first token; nothing of that flows to the example, so cut it off
+                # padding on the left predicts the first token; what flows from there to the example is none of its own
                 packing = Packing.one_a_row(mask)
         if packing is not None:
             first = (packing.place == 0) & (packing.owner >= 0)
@@ -142,7 +142,7 @@ class TrainingWatch:
         self.catcher.recomputed = any(module.gradient_checkpointing for module in self._recomputing)
         # below PEFT, as accelerate turns the outputs of the outermost model into float32 copies
         handle = unwrapped(self.model).register_forward_hook(self._watch_output)
-        untried = batch.packing if not self._tried and batch.packing and batch.packing.seconds().any() else None
+        untried = batch.packing if not self._tried and batch.packing and batch.packing.apart().any() else None
         try:
             self.catcher.attach()
             with kept_apart(self.model, untried) if untried else nullcontext():
