@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
 import torch
 from scipy.integrate import quad
@@ -401,6 +402,50 @@ def test_what_a_part_refuses_is_said_in_its_name(tmp_path: Path) -> None:
         attribute(path, parts=["loss_mean"])
     with pytest.raises(BadSetting, match="method 'auto' goes over several points"):
         attribute(path, point=1)
+
+
+def test_examples_and_parts_without_a_number_are_no_best_ones(tmp_path: Path) -> None:
+    for point in (0, 1, 2):
+        seen = {"present": range(N - 2)} if point else {}
+        stats = losses(point) | ({"step": torch.arange(N)} if point else {})
+        make_store(tmp_path / "short", blocks(N, point), blocks(M, 50), stats=stats, point=point, task=TEXTS, **seen)
+    with pytest.raises(MissingRows, match=f"scores the example {N - 2}, which training did not see"):
+        attribute(tmp_path / "short", parts=["loss_mean", "vote_mean"])
+    assert attribute(tmp_path / "short").values.isfinite().all()
+
+    path = store(tmp_path / "whole", CLASSES, training=False)
+    with pytest.raises(BadSetting, match=r"part 'fisher' gives no number.*damping"):
+        attribute(path, parts={"fisher": {"damping": 1e-45, "side": "gram"}})
+    bad = losses(0)
+    bad["loss"][3] = torch.nan
+    make_store(tmp_path / "nan", blocks(N, 0), blocks(M, 50), stats=bad, task=TEXTS)
+    with pytest.raises(BadSetting, match="3"):
+        attribute(tmp_path / "nan")
+
+
+def test_an_empty_point_of_training_does_not_silence_the_others(tmp_path: Path) -> None:
+    """As where all examples of a step overflowed in half precision."""
+    path = store(tmp_path, CLASSES, training=True)
+    stats = losses(3) | {"step": torch.arange(N)}
+    expected = set(attribute(path).report["parts"])
+    make_store(path, blocks(N, 3), blocks(M, 53), stats=stats, point=3, task=CLASSES, present=[])
+    assert set(attribute(path).report["parts"]) == expected
+
+
+def test_points_that_were_asked_for_hold_for_parts_of_ones_own(tmp_path: Path) -> None:
+    path = store(tmp_path, CLASSES, training=True)
+    for points in ([0], [1], [1, 2]):
+        scores = attribute(path, parts=["loss_mean"], points=points)
+        torch.testing.assert_close(ranked(scores), ranked(attribute(path, "loss_mean", points=points)))
+
+
+def test_groups_go_by_place_whatever_the_index_of_their_column(tmp_path: Path) -> None:
+    path = store(tmp_path, CLASSES, training=False)
+    groups = [at % 3 for at in range(N)]
+    column = pd.Series(groups, index=list(range(N))[::-1])
+    torch.testing.assert_close(attribute(path, groups=column).values, attribute(path, groups=groups).values)
+    with pytest.raises(BadSetting, match="is not a sequence of"):
+        attribute(path, groups=dict(enumerate(groups)))
 
 
 def test_a_store_without_any_rows_says_so(tmp_path: Path) -> None:

@@ -83,6 +83,17 @@ def test_both_sides_of_the_fisher_matrix_agree_in_float32(tmp_path: Path) -> Non
     assert (gram - dense).norm() / dense.norm() < 1e-5
 
 
+def test_the_fisher_matrix_of_a_wide_block_keeps_the_order_of_float64(tmp_path: Path) -> None:
+    """All rows share a direction, so the largest eigenvalue is some d times the damping."""
+    generator = torch.Generator().manual_seed(0)
+    common = torch.randn(60_000, generator=generator)
+    train, query = ({"block": common + torch.randn(n, 60_000, generator=generator)} for n in (40, 6))
+    single = attribute(make_store(tmp_path / "single", train, query), "fisher").values
+    double = [{name: g.double() for name, g in side.items()} for side in (train, query)]
+    exact = attribute(make_store(tmp_path / "double", *double), "fisher").values
+    assert ((single - exact).abs().max() / exact.abs().max()).item() < 0.05
+
+
 @pytest.mark.parametrize("method", [*INVERSES, "cosine", "dropout"])
 def test_the_mean_query_has_the_mean_score(tmp_path: Path, method: str) -> None:
     store = make_store(tmp_path, TRAIN, QUERY)

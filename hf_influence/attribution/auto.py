@@ -9,13 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hf_influence.attribution.finite import check_finite
 from hf_influence.attribution.given import fingerprint, one_for_each
 from hf_influence.attribution.method import Method, class_of, make_method
 from hf_influence.attribution.over_points import OverPoints, OverTraining
 from hf_influence.attribution.selection import Selection
 from hf_influence.attribution.trust import Epoch, log_odds, normal_scores
 from hf_influence.attribution.witnesses import Signs, of_prompts, witnesses
-from hf_influence.errors import BadSetting
+from hf_influence.errors import BadSetting, MissingRows
 from hf_influence.scores import LOG_ODDS, mean_ranks
 
 Parts = Mapping[str, Mapping[str, Any]]
@@ -152,7 +153,7 @@ class Auto(OverTraining, name="auto"):
             method, own = self._looked_at(rows, name, settings)
             places = torch.searchsorted(rows.positions, own.positions)
             ranks[name] = torch.full((len(rows.ids),), torch.nan, dtype=torch.float64)
-            scores[name] = method.score(own).double().mean(1)
+            scores[name] = _finite(name, method.score(own).double().mean(1), own)
             if "signs" in method.report:
                 signs = {point: Epoch(**shares) for point, shares in method.report["signs"].items()}
             ranks[name][places] = ranks_within(scores[name], [groups[at] for at in places.tolist()])
@@ -163,6 +164,12 @@ class Auto(OverTraining, name="auto"):
         self.report["agreement"] = {name: agreement(name, ranks) for name in ranks if len(ranks) > 1}
         values = torch.stack(list(ranks.values()), 1)  # [n, parts]
         weight = torch.tensor(list(weights.values()), dtype=values.dtype) * ~values.isnan()
+        if bool((weight.sum(1) == 0).any()):
+            raise MissingRows(
+                f"method 'auto': none of {list(ranks)} scores the example "
+                f"{rows.ids[int((weight.sum(1) == 0).nonzero()[0])]!r}, which training did not see. Capture at the end "
+                "as well (at_end=True), or leave parts out for those that suit the store."
+            )
         ranking = (values.nan_to_num() * weight).sum(1) / weight.sum(1)
         if share is None or not auc > 0.5:
             self._refuse_share()
@@ -187,7 +194,8 @@ class Auto(OverTraining, name="auto"):
             return method, method.select(rows, end(rows))
         points = {}
         if issubclass(kind, OverTraining):  # the end as well, but where it was asked for a method by name
-            points = {"points": rows.points if self.parts is None else of_training(rows) or None}
+            asked = rows.points if self.points is not None else None
+            points = {"points": rows.points if self.parts is None else of_training(rows) or asked}
         method = make_method(name, {**points, **settings})
         return method, method.select(rows, None)
 
@@ -226,7 +234,7 @@ class Auto(OverTraining, name="auto"):
         """The parts that were asked for, or the first that the rows allow."""
         if self.parts is not None:
             return with_settings(self.parts)
-        words = {part.points[0]: part.words() for part in rows.parts}
+        words = {part.points[0]: part.words() for part in rows.parts if part.points[0] == end(rows) or len(part.train)}
 
         def allowed(name: str) -> bool:
             needs = set(class_of(name).needs)
@@ -249,6 +257,23 @@ class Auto(OverTraining, name="auto"):
         if self.groups is None:
             return [None] * len(rows.positions)
         return one_for_each(self.groups, rows, self.name, "groups", "groups", "training example")
+
+
+def _finite(name: str, scores: Tensor, rows: Selection) -> Tensor:
+    """The scores of a part, as ranks would hide what is no number.
+
+    Raises:
+        BadExample: A row is not finite; or else BadSetting.
+    """
+    if not bool(torch.isfinite(scores).all()):
+        queries = [part.query for part in rows.parts] if "queries" in class_of(name).needs else []
+        check_finite(scores, *(part.train for part in rows.parts), *queries)
+        bad = rows.ids[int((~torch.isfinite(scores)).nonzero()[0])]
+        raise BadSetting(
+            f"method 'auto': its part {name!r} gives no number for {bad!r}, though its rows are finite. Look at its "
+            "loss, or at the settings of that part, such as damping."
+        )
+    return scores
 
 
 def with_settings(parts: Parts | Sequence[str]) -> Parts:

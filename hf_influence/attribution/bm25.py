@@ -67,7 +67,7 @@ class BM25(Method, name="bm25"):
 
     def record(self, rows: Selection) -> dict[str, Any]:
         """The settings, with fingerprints in place of the texts."""
-        given = {"texts": list(self.texts or ()), "query_texts": list(self.query_texts or ())}
+        given = {name: list(getattr(self, name)) for name in ("texts", "query_texts")}
         settings = asdict(replace(self, texts=None, query_texts=None))
         return settings | {name: f"{len(texts)} texts, {fingerprint(texts)}" for name, texts in given.items()}
 

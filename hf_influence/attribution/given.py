@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import reprlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -70,16 +70,18 @@ def one_for_each(values: Any, rows: Examples, method: str, setting: str, what: s
         BadSetting: They are not as many, or no sequence.
     """
     values = values.tolist() if isinstance(values, Tensor | np.ndarray) else values
-    if not isinstance(values, str) and hasattr(values, "__len__") and len(values) == rows.dataset_size:
-        values = [values[position] for position in rows.positions.tolist()]
-    if isinstance(values, str) or not hasattr(values, "__len__") or len(values) != len(rows.positions):
+    plain = hasattr(values, "__len__") and not isinstance(values, str | Mapping | Set)
+    listed = list(values) if plain else None  # by place: a column of pandas would be asked for its labels
+    if listed is not None and len(listed) == rows.dataset_size:
+        listed = [listed[position] for position in rows.positions.tolist()]
+    if listed is None or len(listed) != len(rows.positions):
         recorded = isinstance(values, str) and "sha256" in values
         hint = f" That is the fingerprint that scores keep of them: pass the {what} themselves." if recorded else ""
         raise BadSetting(
             f"method '{method}': {setting}={reprlib.repr(values)} is not a sequence of {len(rows.positions)} {what}, "
             f"one for each {whose} in dataset order.{hint}"
         )
-    return list(values)
+    return listed
 
 
 def fingerprint(values: Sequence[Any]) -> str:

@@ -96,7 +96,7 @@ class KernelRidgeMean(OverTraining, KernelRidge, name="kernel_ridge_mean"):
     """Kernel ridge regression on the directions of the gradients, on average over training.
 
         score[i] = Σ_c w_c s_c[i] / Σ_c w_c,   s_c the score of `kernel_ridge` at point c, over those that hold i
-        w_c = max(0, share of s_c > 0 − ½)² / std(s_c), or 1 for all where these are all 0
+        w_c = max(0, share of s_c > 0 − ½)² / std(s_c), or 1 where these are 0 at all points that hold i
 
     Each point asks the queries with other weights, and what only one of them believes is averaged away. Most examples
     are right, so at a point that tells right from wrong most scores are positive; where half of them are, the model had
@@ -134,11 +134,15 @@ class KernelRidgeMean(OverTraining, KernelRidge, name="kernel_ridge_mean"):
                 earlier = query
         weights = [weight_of(score) if self.weighted else 1.0 for score in scores]
         weights = weights if any(weights) else [1.0] * len(weights)
-        total, times = torch.zeros(2, len(rows.ids), dtype=torch.float64)  # each [n]
+        total, times, plain, count = torch.zeros(4, len(rows.ids), dtype=torch.float64)  # each [n]
         for part, score, weight in zip(rows.parts, scores, weights, strict=True):
-            total[rows.places(part)] += weight * score
-            times[rows.places(part)] += weight
-        return (total / times.clamp(min=torch.finfo(times.dtype).tiny)).to(rows.train.dtype)[:, None]
+            at = rows.places(part)
+            total[at] += weight * score
+            times[at] += weight
+            plain[at] += score
+            count[at] += 1
+        mean = torch.where(times > 0, total / times, plain / count)
+        return mean.to(rows.train.dtype)[:, None]
 
 
 def weight_of(score: Tensor) -> float:

@@ -12,6 +12,10 @@ from torch import Tensor
 from hf_influence.curvature.curvature import DampedPath, Solve
 from hf_influence.store import Rows
 
+WIDE = 10_000
+"""Columns of a block from which on products of the Gram side are taken in float64: λ is relative to the mean
+eigenvalue, so the largest one over λ, which multiplies the rounding, grows with the columns."""
+
 TILE = 256  # rows in a tile of the Gram matrix: large enough for fast products, small enough to skip half of them
 
 
@@ -22,7 +26,8 @@ class EmpiricalFisher(DampedPath):
         P v = (λI + GᵀG/n)⁻¹ v                         dense side, d × d
             = (v − Gᵀ (nλI + GGᵀ)⁻¹ G v) / λ           Gram side, n × n
 
-    Products are taken in the precision of the rows and summed, factored and solved in float64.
+    Products are taken in the precision of the rows, on the Gram side of blocks of over 10,000 columns in float64, and
+    summed, factored and solved in float64.
 
     Cost: Gram side O(n² d / 2 + n³ / 3 + n q (n + d)) and n² numbers; dense side the same with n and d exchanged.
     Source: Toward Efficient Influence Function: Dropout as a Compression Tool, eq. 1; Woodbury for the Gram side.
@@ -51,7 +56,8 @@ class EmpiricalFisher(DampedPath):
 
     def _gram(self, rows: Rows, block: str) -> Callable[[float], Solve]:
         tiles = [g for _, g in rows.chunks(block, TILE)]  # views of the mapped files
-        gram, spans = gram_matrix(tiles, rows.dtype)
+        exact = torch.float64 if rows.blocks[block] > WIDE else rows.dtype
+        gram, spans = gram_matrix(tiles, exact)
         square = gram.diagonal().sum(dtype=torch.float64).item()
 
         def at_damping(damping: float) -> Solve:
@@ -61,12 +67,12 @@ class EmpiricalFisher(DampedPath):
             factor = _factor(gram, len(rows) * lam)
 
             def solve(v: Tensor) -> Tensor:
-                product = torch.cat([g @ v.T for g in tiles])  # [n, q]
-                weight = torch.cholesky_solve(product.double(), factor).to(v.dtype)  # [n, q]
-                rest = v.clone()  # [q, d]
+                rest = v.to(exact, copy=True)  # [q, d]
+                product = torch.cat([g.to(exact) @ rest.T for g in tiles])  # [n, q]
+                weight = torch.cholesky_solve(product.double(), factor).to(exact)  # [n, q]
                 for span, g in zip(spans, tiles, strict=True):
-                    rest.addmm_(weight[span].T, g, alpha=-1)
-                return rest / lam
+                    rest.addmm_(weight[span].T, g.to(exact), alpha=-1)
+                return (rest / lam).to(v.dtype)
 
             return solve
 
@@ -82,13 +88,17 @@ def scatter_matrix(pieces: Iterable[Tensor], width: int) -> Tensor:
 
 
 def gram_matrix(tiles: Sequence[Tensor], dtype: torch.dtype) -> tuple[Tensor, list[slice]]:
-    """`GGᵀ`, the lower half of `[n, n]`, from the rows in tiles `[b, d]`, and where the rows of each tile are in it."""
+    """`GGᵀ`, the lower half of `[n, n]`, from the rows in tiles `[b, d]`, and where the rows of each tile are in it.
+
+    Products are taken in this precision.
+    """
     ends = torch.tensor([0, *map(len, tiles)]).cumsum(0).tolist()
     spans = [slice(start, stop) for start, stop in pairwise(ends)]
     gram = torch.zeros(ends[-1], ends[-1], dtype=dtype)
-    for i, g in enumerate(tiles):
+    for i, tile in enumerate(tiles):
+        g = tile.to(dtype)
         for j in range(i + 1):
-            torch.mm(g, tiles[j].T, out=gram[spans[i], spans[j]])
+            torch.mm(g, tiles[j].to(dtype).T, out=gram[spans[i], spans[j]])
     return gram, spans
 
 
