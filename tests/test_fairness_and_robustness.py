@@ -141,11 +141,8 @@ def test_the_benchmark_tells_every_text_both_ways(monkeypatch: pytest.MonkeyPatc
         ]
         assert [fairness.GROUPS[k] for k in sexes] == [both["group"][i], both["group"][40 + i]]
         assert sorted(sexes) == [0, 1]
-        assert (one.split(" ", 2)[2], other.split(" ", 2)[2]) == (f"said : he is there {i}", f"said : she is there {i}")
+        assert one.split(" ", 2)[2] == other.split(" ", 2)[2] == f"said : he is there {i}", "the speaker alone"
     assert 10 < told["group"][:].count("woman") < 30
-    assert set(fairness.swap_terms(fairness.swap_terms(told["sentence"], fairness.PAIRS), fairness.PAIRS)) == set(
-        told["sentence"]
-    )
 
 
 def attacked(model: nn.Module, x: torch.Tensor, y: torch.Tensor, epsilon: float, steps: int, sign: bool) -> float:
