@@ -157,9 +157,11 @@ def _train(make: MakeTrainer, dataset: Dataset, callbacks: list[TrainerCallback]
 
 def _asked(method: str, settings: Mapping[str, Any]) -> dict[str, Any]:
     """What tells scores that were asked for in another way, as it comes back from a file."""
-    plain = {name: isinstance(value, (bool, int, float, str)) or value is None for name, value in settings.items()}
-    given = {name: value if plain[name] else fingerprint(list(value)) for name, value in settings.items()}
-    return {"method": method, **given}
+    given: dict[str, Any] = {"method": method}
+    for name, value in settings.items():
+        plain = value is None or isinstance(value, (bool, int, float, str))
+        given[name] = value if plain else fingerprint(list(value.items() if isinstance(value, Mapping) else value))
+    return given
 
 
 def _keep(decision: Decision, file: Path) -> None:

@@ -591,6 +591,11 @@ def test_a_round_scored_with_other_settings_is_refused(tmp_path: Path) -> None:
     for other in ({}, {"groups": groups[::-1]}):
         with pytest.raises(StoreMismatch, match=r"was scored by auto with .*groups"):
             curate_and_retrain(Makes(tmp_path), data, rule, folder, **other)
+    parts = ({"vote": {"k": k}, "loss": {}} for k in (1, 2))
+    folder = tmp_path / "parts"
+    curate_and_retrain(Makes(tmp_path), data, rule, folder, query_dataset=QUERIES, parts=next(parts))
+    with pytest.raises(StoreMismatch, match=r"was scored by auto with .*parts"):
+        curate_and_retrain(Makes(tmp_path), data, rule, folder, query_dataset=QUERIES, parts=next(parts))
 
 
 def test_rows_that_a_round_has_not_scored_stay(tmp_path: Path) -> None:

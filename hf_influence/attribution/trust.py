@@ -197,12 +197,12 @@ def estimated_share(sightings: Sequence[Sighting], at_end: Sighting | None = Non
 
     s is the mean of the first two sightings whose error, by the numbers of examples and queries alone, may reach no
     more than half as much again as that of the sharpest; they have the queries in common, so two are hardly sharper
-    than one.
-    A model believes the labels of the examples the more the longer it has seen them, and what is seen at the end of
-    training counts only where nothing else is seen as sharply. Beforehand 8 % of the labels are expected to be wrong,
-    and few examples or queries leave it at that; but half of all data are taken to have less than 3 %, so that a small
-    share has to be seen clearly. (Northcutt et al., Pervasive Label Errors in Test Sets, NeurIPS 2021, find at least
-    3.3 % on average in those of ten benchmarks.)
+    than one. A model believes the labels of the examples the more the longer it has seen them, and what is seen at the
+    end of training counts only where nothing else is seen as sharply.
+
+    Beforehand 8 % of the labels are expected to be wrong, and few examples or queries leave it at that; but half of all
+    data are taken to have less than 3 %, so that a small share has to be seen clearly. (Northcutt et al., Pervasive
+    Label Errors in Test Sets, NeurIPS 2021, find at least 3.3 % on average in those of ten benchmarks.)
 
     Args:
         sightings: Of epochs, in the order of training.
