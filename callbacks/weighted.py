@@ -81,7 +81,7 @@ class WeightedTrainer(Trainer):
                 "Reweight().apply(dataset, scores), or name yours with weight_column=…."
             )
         if listed:
-            weights = torch.as_tensor(self.train_dataset.with_format(None)[self.weight_column][:])
+            weights = self._column()
             if not bool((weights >= 0).all()) or not bool(torch.isfinite(weights).all()) or weights.sum() == 0:
                 raise BadExample(
                     f"the column {self.weight_column!r} must hold finite weights of at least 0, not all of them 0 "
@@ -92,8 +92,13 @@ class WeightedTrainer(Trainer):
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int] | None:
         if self.by == "loss":
             return super()._get_train_sampler(train_dataset)
-        weights = torch.as_tensor(self.train_dataset.with_format(None)[self.weight_column][:]).double()
-        return InProportion(weights, self.args.seed if self.args.data_seed is None else self.args.data_seed)
+        return InProportion(
+            self._column().double(), self.args.seed if self.args.data_seed is None else self.args.data_seed
+        )
+
+    def _column(self) -> Tensor:
+        """The weight of each row, `[n]`."""
+        return torch.as_tensor(self.train_dataset.with_format(None)[self.weight_column][:])
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         """The weighted loss in training, the plain one in evaluation and where weights say how often a row comes."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,6 +16,46 @@ from hf_influence.attribution.selection import Selection
 from hf_influence.attribution.trust import Epoch
 from hf_influence.errors import MissingRows, StoreMismatch
 from hf_influence.store import Rows
+
+
+class Fitted(NamedTuple):
+    """The regression on some queries.
+
+    Attributes:
+        query: Their rows.
+        inverse: (K + λI)⁻¹, `[q, q]` in float64.
+    """
+
+    query: Rows
+    inverse: Tensor
+
+    @property
+    def weight(self) -> Tensor:
+        """α, `[q]`."""
+        return self.inverse.sum(1)
+
+    @property
+    def left_out(self) -> Tensor:
+        """What the score of each query would be by the others, 1 − α_q / (K + λI)⁻¹_qq, `[q]`."""
+        return 1 - self.weight / self.inverse.diagonal()
+
+    def turned(self, wrong: Rows) -> Tensor:
+        """What the score of each query would be with the row that it has in `wrong`, by the other queries, `[q]`.
+
+        That may be the row of the same query under another label, or of another point of training.
+
+        Raises:
+            StoreMismatch: `wrong` does not hold the same queries.
+        """
+        if not torch.equal(self.query.positions, wrong.positions):
+            raise StoreMismatch(
+                f"{wrong.folder} does not hold the queries of {self.query.folder}, under other labels. Collect both "
+                "anew."
+            )
+        across = cosines(wrong, self.query).double()  # [q, q]
+        check_finite(across, wrong)
+        # α without query q is α − (α_q / inverse_qq) inverse_q
+        return across @ self.weight - self.weight / self.inverse.diagonal() * (across * self.inverse).sum(1)
 
 
 @dataclass(kw_only=True)
@@ -44,44 +84,21 @@ class KernelRidge(Method, name="kernel_ridge"):
 
     def score(self, rows: Selection) -> Tensor:
         """Scores `[n, 1]`; MissingRows if there are no queries."""
-        weight, _ = self.fit(rows.query)
-        return self._applied(rows, weight)[:, None]
+        return self._applied(rows, self.fit(rows.query).weight)[:, None]
 
-    def fit(self, query: Rows) -> tuple[Tensor, Tensor]:
-        """α, and what the score of each query would be by the others, 1 − α_q / (K + λI)⁻¹_qq, both `[q]`.
+    def fit(self, query: Rows) -> Fitted:
+        """The regression on these queries.
 
         Raises:
             MissingRows: There are no queries.
         """
-        inverse = self._inverse(query)
-        weight = inverse.sum(1)
-        return weight, 1 - weight / inverse.diagonal()
-
-    def turned(self, query: Rows, wrong: Rows) -> Tensor:
-        """What the score of each query would be with the row that it has in `wrong`, by the other queries, `[q]`.
-
-        That may be the row of the same query under another label, or of another point of training.
-
-        Raises:
-            StoreMismatch: `wrong` does not hold the same queries.
-        """
-        if not torch.equal(query.positions, wrong.positions):
-            raise StoreMismatch(
-                f"{wrong.folder} does not hold the queries of {query.folder}, under other labels. Collect both anew."
-            )
-        across, inverse = cosines(wrong, query).double(), self._inverse(query)  # [q, q] each
-        check_finite(across, wrong)
-        weight = inverse.sum(1)
-        # α without query q is α − (α_q / inverse_qq) inverse_q
-        return across @ weight - weight / inverse.diagonal() * (across * inverse).sum(1)
-
-    def _inverse(self, query: Rows) -> Tensor:
-        """(K + λI)⁻¹, `[q, q]` in float64; errors as in `fit`."""
         if not len(query):
             raise MissingRows(f"{query.folder} holds no examples, so there is nothing to fit. Collect some queries.")
         kernel = cosines(query, query)  # [q, q]
         check_finite(kernel, query)
-        return torch.linalg.inv(kernel.double() + self.ridge * torch.eye(len(query), dtype=torch.float64))
+        return Fitted(
+            query, torch.linalg.inv(kernel.double() + self.ridge * torch.eye(len(query), dtype=torch.float64))
+        )
 
     def _applied(self, rows: Selection, weight: Tensor) -> Tensor:
         """The scores of the examples, `[n]`."""
@@ -122,14 +139,13 @@ class KernelRidgeMean(OverTraining, KernelRidge, name="kernel_ridge_mean"):
         self.report["signs"] = {}
         earlier: Rows | None = None
         for part in rows.parts:
-            query = part.query
-            alpha, left_out = self.fit(query)
-            scores.append(self._applied(part, alpha).double())
+            query, fitted = part.query, self.fit(part.query)
+            scores.append(self._applied(part, fitted.weight).double())
             if part.points[0]:  # 0 is the end
                 before = None
                 if earlier is not None and torch.equal(earlier.positions, query.positions):
-                    before = self.turned(query, earlier)
-                epoch = Epoch.of(scores[-1], part.train.stats.get("step"), left_out, before)
+                    before = fitted.turned(earlier)
+                epoch = Epoch.of(scores[-1], part.train.stats.get("step"), fitted.left_out, before)
                 self.report["signs"][part.points[0]] = epoch._asdict()
                 earlier = query
         weights = [weight_of(score) if self.weighted else 1.0 for score in scores]

@@ -83,9 +83,9 @@ def witnesses(rows: Selection, last: Selection, ridge: Tensor, signs: Signs) -> 
         two classes.
     """
     query, other = last.query, _under_wrong_labels(last)
-    _, left_out = KernelRidge().fit(query)
-    turned = -left_out if other is None else KernelRidge().turned(query, other)
-    found = {"kernel_ridge": Witness(left_out, turned, ridge, signs)}
+    fitted = KernelRidge().fit(query)
+    turned = -fitted.left_out if other is None else fitted.turned(other)
+    found = {"kernel_ridge": Witness(fitted.left_out, turned, ridge, signs)}
     if (margins := query.stats.get("margin")) is not None:
         wrong = -margins if other is None else other.stats["margin"]
         examples = last.train.stats.get("margin", margins[:0])
