@@ -1,4 +1,4 @@
-"""Curation while training and from round to round: what is dropped is gone, and all else is as ever."""
+"""Curation while training: what is dropped is gone, and all else is as ever."""
 
 from __future__ import annotations
 
@@ -11,72 +11,22 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset, IterableDataset
-from models import Example, bert, labelled, lora, padding, prompts, state_of, tiny
-from torch import Tensor, nn
+from models import padding, state_of, tiny
+from torch import Tensor
 from torch.utils.data import SequentialSampler
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from trainers import EXAMPLES, QUERIES, trainer, weights
+from transformers import Trainer
 
 from hf_influence import DatasetFilter, attribute
 from hf_influence.callbacks import (
     CurateEachEpoch,
     GradientCapture,
-    WeightedTrainer,
-    curate_and_retrain,
-    soft_cross_entropy,
 )
 from hf_influence.callbacks.draws import Draws, drawn
-from hf_influence.errors import BadExample, BadSetting, StoreMismatch
-from hf_influence.filter import Decision, Prune, Relabel, Reweight
+from hf_influence.errors import BadExample, BadSetting
+from hf_influence.filter import Relabel, Reweight
 from hf_influence.filter.thresholds import doubtful
-from hf_influence.filter.whole import decide_on_scored, on_whole
-from hf_influence.scores import Scores
 from hf_influence.store import GradientStore
-
-EXAMPLES = prompts(12, seed=3)
-PLACE = {tuple(row["input_ids"]): at for at, row in enumerate(EXAMPLES)}
-QUERIES = Dataset.from_list(prompts(3, seed=1))
-
-
-class Recording(Trainer):
-    """Notes which examples every batch held."""
-
-    batches: list[list[int]]
-
-    def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
-        rows = zip(inputs["input_ids"], inputs["attention_mask"].bool(), strict=True)
-        self.batches.append([PLACE[tuple(ids[real].tolist())] for ids, real in rows])
-        return super().training_step(model, inputs, *args, **kwargs)
-
-
-def trainer(
-    folder: Path,
-    callbacks: list[TrainerCallback],
-    data: Any = None,
-    kind: type[Trainer] = Recording,
-    collate: Any = None,
-    dropout: float = 0.1,
-    **options: Any,
-) -> Any:
-    settings = {
-        "num_train_epochs": 4,
-        "per_device_train_batch_size": 2,
-        "gradient_accumulation_steps": 2,
-        "learning_rate": 1e-2,
-        "logging_steps": 1,
-        "save_strategy": "no",
-        **options,
-    }
-    args = TrainingArguments(str(folder), use_cpu=True, report_to=[], disable_tqdm=True, **settings)
-    data = Dataset.from_list(EXAMPLES) if data is None else data
-    run = kind(
-        tiny(torch.float32, lora_dropout=dropout),
-        args,
-        data_collator=collate or padding(),
-        train_dataset=data,
-        callbacks=callbacks,
-    )
-    run.batches = []
-    return run
 
 
 def curated(
@@ -97,10 +47,6 @@ def epochs_of(run: Any, batches: int = 6) -> list[list[int]]:
         [at for batch in run.batches[start : start + batches] for at in batch]
         for start in range(0, len(run.batches), batches)
     ]
-
-
-def weights(run: Any) -> dict[str, Tensor]:
-    return {name: w.detach().clone() for name, w in run.model.named_parameters() if w.requires_grad}
 
 
 def losses(run: Any) -> list[dict[str, float]]:
@@ -457,230 +403,3 @@ def test_examples_of_packed_rows_cannot_be_left_out(tmp_path: Path) -> None:
     run = trainer_of(tmp_path, completions(), curate, capture, packing=True, max_length=32)
     with pytest.raises(BadSetting, match="a row that is trained on holds several examples"):
         run.train()
-
-
-# ------------------------------------------------------------------------------------------------ decisions on parts
-
-
-def test_a_decision_on_a_part_becomes_one_on_the_whole(tmp_path: Path) -> None:
-    data = Dataset.from_dict({"text": list("abcdef"), "source": list("xxyyxy")})
-    scores = Scores(torch.tensor([[0.5], [0.1], [0.9]]), ids=[1, 4, 5], method="ip")
-    decision = decide_on_scored(DatasetFilter(drop=1), data, scores)
-    assert decision.actions == ["keep"] * 4 + ["drop", "keep"]
-    assert [decision.ranks[i] for i in (4, 1, 5, 0, 2, 3)] == list(range(6))
-    assert decision.groups == {"x": (3, 2), "y": (3, 3)}
-    assert decision.replay(data)["text"][:] == list("abcdf")
-    later = DatasetFilter(drop=2).decide(
-        data.select(decision.kept), Scores(torch.arange(5.0)[:, None], ids=[0, 1, 2, 3, 4], method="ip")
-    )
-    both = on_whole(later, data, decision.kept, decision)
-    assert both.replay(data)["text"][:] == list("cdf")
-    assert [row.id for row in both.removed] == [4, 0, 1]
-    assert "drop=1" in both.explain(4)
-    assert "drop=2" in both.explain(0)
-    assert sorted(both.ranks) == list(range(6))
-    assert both.explain(0).endswith("ranks 1 of 6, the rule drop=2 drops 2 of the 5 rows")
-    named = Scores(torch.tensor([[0.5], [0.1]]), ids=["c", "a"], method="ip", id_column="text")
-    assert decide_on_scored(DatasetFilter(drop=1), data, named).replay(data)["text"][:] == list("bcdef")
-    doubled = Dataset.from_dict({"text": list("pqdrds")})
-    few = Scores(torch.zeros(4, 1), ids=[2, 3, 4, 5], method="self_ip")
-    pruned = decide_on_scored(Prune(), doubled, few)
-    pruned.save(tmp_path / "pruned.json")
-    for one in (pruned, Decision.load(tmp_path / "pruned.json")):
-        assert one.explain(4).endswith("it has the contents of row 2")
-    weighted = decide_on_scored(Reweight(), data, scores)
-    assert weighted.writes[0].new[0] == 1.0
-    assert len(weighted.replay(data)["weight"]) == 6
-
-
-# ------------------------------------------------------------------------------------------------ rounds
-
-
-class Makes:
-    """Makes Trainers, and remembers them."""
-
-    def __init__(self, folder: Path, kind: type[Trainer] = Recording, **options: Any):
-        self.folder, self.kind, self.options = folder, kind, options
-        self.made: list[Any] = []
-
-    def __call__(self, data: Dataset, callbacks: list[TrainerCallback]) -> Any:
-        self.made.append(trainer(self.folder, callbacks, data, self.kind, num_train_epochs=1, **self.options))
-        return self.made[-1]
-
-
-def test_one_round_is_train_score_drop_and_train_anew(tmp_path: Path) -> None:
-    data = Dataset.from_list(EXAMPLES)
-    make = Makes(tmp_path)
-    done = curate_and_retrain(make, data, DatasetFilter(drop=0.25), tmp_path / "r", "datainf", query_dataset=QUERIES)
-
-    capture = GradientCapture(tmp_path / "by-hand", QUERIES)
-    trainer(tmp_path, [capture], num_train_epochs=1).train()
-    by_hand = DatasetFilter(drop=0.25).apply(data, attribute(capture.path, "datainf"))
-    last = trainer(tmp_path, [], by_hand, num_train_epochs=1)
-    last.train()
-
-    assert done.dataset.to_list() == by_hand.to_list()
-    torch.testing.assert_close(weights(done.trainer), weights(last), rtol=0, atol=0)
-    assert done.trainer is make.made[-1]
-    assert len(make.made) == 2
-
-
-def test_ids_stay_those_of_the_original_dataset(tmp_path: Path) -> None:
-    data = Dataset.from_list(EXAMPLES)
-    make = Makes(tmp_path)
-    done = curate_and_retrain(make, data, DatasetFilter(drop=2), tmp_path / "r", "loss", rounds=3)
-    assert [len(run.train_dataset) for run in make.made] == [12, 10, 8, 6]
-    for run, decision in zip(make.made[1:], done.decisions, strict=True):
-        assert {at for batch in run.batches for at in batch} == set(decision.kept)
-        assert decision.replay(data).to_list() == run.train_dataset.to_list()
-    assert [len(set(decision.ids)) for decision in done.decisions] == [12] * 3
-    gone = [row.id for row in done.decisions[-1].removed]
-    assert gone[:4] == [row.id for row in done.decisions[1].removed]
-    assert sorted(gone + done.decisions[-1].kept) == list(range(12))
-    assert done.dataset.to_list() == [EXAMPLES[at] for at in done.decisions[-1].kept]
-    loaded = Decision.load(tmp_path / "r/round-03/decision.json")
-    assert loaded.replay(data).to_list() == done.dataset.to_list()
-
-
-def with_weights(features: list[Example]) -> dict[str, Tensor]:
-    batch = padding()(features)
-    if "weight" in features[0]:
-        batch["weight"] = torch.tensor([row["weight"] for row in features])
-    return batch
-
-
-def told_by_a_token(n: int, seed: int) -> list[Example]:
-    """Sequences of class 1 that begin with token 5, and of class 0 that begin with token 6."""
-    rows = labelled(lambda i: i % 2, n, seed)
-    return [{**row, "input_ids": [5 if row["labels"] else 6] * 6 + row["input_ids"][:1]} for row in rows]
-
-
-def test_one_round_may_relabel_and_train_on_what_is_believed(tmp_path: Path) -> None:
-    right, clean = told_by_a_token(40, 0), Dataset.from_list(told_by_a_token(12, 1))
-    wrong = [{**row, "labels": 1 - row["labels"]} for row in right[:6]]
-    data = Dataset.from_list([*wrong, *right[6:]])
-    made: list[Any] = []
-
-    def make(rows: Dataset, callbacks: list[TrainerCallback]) -> Any:
-        torch.manual_seed(0)
-        model = lora(bert(), ["query", "value"], dtype=torch.float32, modules_to_save=["classifier"])
-        settings: dict[str, Any] = {"num_train_epochs": 8, "learning_rate": 3e-2, "save_strategy": "no"}
-        args = TrainingArguments(str(tmp_path), use_cpu=True, report_to=[], disable_tqdm=True, **settings)
-        loss: Any = {"compute_loss_func": soft_cross_entropy}
-        made.append(Trainer(model, args, padding(), rows, callbacks=callbacks, **loss))
-        return made[-1]
-
-    capture = {"during": "epochs"}
-    rule = Relabel(how="posterior", label="labels")
-    done = curate_and_retrain(make, data, rule, tmp_path / "r", query_dataset=clean, capture=capture)
-    scores = Scores.load(tmp_path / "r/round-01/scores.safetensors")
-    assert done.dataset["labels"][:] == rule.apply(data, scores)["labels"][:] == made[1].train_dataset["labels"][:]
-    assert sorted(scores.lowest(6)) == list(range(6))
-    believed = scores.probability_wrong()
-    assert believed[:6].mean() > 0.15
-    assert believed[:6].min() > 0.03 > believed[6:].mean()
-    with pytest.raises(BadSetting, match="wants to relabel rows"):
-        curate_and_retrain(make, data, rule, tmp_path / "two", query_dataset=clean, capture=capture, rounds=2)
-
-
-def test_a_round_scored_with_other_settings_is_refused(tmp_path: Path) -> None:
-    data, groups = Dataset.from_list(EXAMPLES), [0, 1] * 6
-    rule, folder = DatasetFilter(drop=2), tmp_path / "r"
-    curate_and_retrain(Makes(tmp_path), data, rule, folder, groups=groups)
-    assert len(curate_and_retrain(Makes(tmp_path), data, rule, folder, groups=tuple(groups)).dataset) == 10
-    for other in ({}, {"groups": groups[::-1]}):
-        with pytest.raises(StoreMismatch, match=r"was scored by auto with .*groups"):
-            curate_and_retrain(Makes(tmp_path), data, rule, folder, **other)
-    parts = ({"vote": {"k": k}, "loss": {}} for k in (1, 2))
-    folder = tmp_path / "parts"
-    curate_and_retrain(Makes(tmp_path), data, rule, folder, query_dataset=QUERIES, parts=next(parts))
-    with pytest.raises(StoreMismatch, match=r"was scored by auto with .*parts"):
-        curate_and_retrain(Makes(tmp_path), data, rule, folder, query_dataset=QUERIES, parts=next(parts))
-
-
-def test_rows_that_a_round_has_not_scored_stay(tmp_path: Path) -> None:
-    data = Dataset.from_list(EXAMPLES)
-    make = Makes(tmp_path, per_device_train_batch_size=5, dataloader_drop_last=True)
-    capture = {"during": "epochs", "at_end": False}
-    done = curate_and_retrain(make, data, DatasetFilter(drop=3), tmp_path / "r", "loss_mean", capture=capture)
-    missed = sorted(set(range(12)) - {at for batch in make.made[0].batches for at in batch})
-    assert len(missed) == 2
-    assert set(missed) < set(done.decisions[0].kept)
-    assert "has no score yet" in done.decisions[0].explain(missed[0])
-    assert len(done.dataset) == 9
-
-
-def test_weights_are_made_anew_each_round(tmp_path: Path) -> None:
-    data = Dataset.from_list(EXAMPLES)
-    made: list[Any] = []
-
-    def make(rows: Dataset, callbacks: list[TrainerCallback]) -> Any:
-        kind = WeightedTrainer if "weight" in rows.column_names else Trainer
-        made.append(trainer(tmp_path, callbacks, rows, kind, with_weights, num_train_epochs=1))
-        return made[-1]
-
-    done = curate_and_retrain(make, data, Reweight(), tmp_path / "r", "loss", rounds=2)
-    assert [type(run) for run in made] == [Trainer, WeightedTrainer, WeightedTrainer]
-    first, second = (run.train_dataset["weight"][:] for run in made[1:])
-    assert first != second
-    assert second == done.decisions[1].writes[0].new == done.dataset["weight"][:]
-
-
-def test_an_interrupted_call_goes_on_after_its_last_finished_round(tmp_path: Path) -> None:
-    data = Dataset.from_list(EXAMPLES)
-    whole = curate_and_retrain(Makes(tmp_path), data, DatasetFilter(drop=2), tmp_path / "a", "loss", rounds=2)
-
-    class Stops(Makes):
-        def __call__(self, rows: Dataset, callbacks: list[TrainerCallback]) -> Any:
-            if len(self.made) == 1:
-                raise KeyboardInterrupt
-            return super().__call__(rows, callbacks)
-
-    with pytest.raises(KeyboardInterrupt):
-        curate_and_retrain(Stops(tmp_path), data, DatasetFilter(drop=2), tmp_path / "b", "loss", rounds=2)
-    make = Makes(tmp_path)
-    done = curate_and_retrain(make, data, DatasetFilter(drop=2), tmp_path / "b", "loss", rounds=2)
-    assert [len(run.train_dataset) for run in make.made] == [10, 8]
-    assert done.dataset.to_list() == whole.dataset.to_list()
-    torch.testing.assert_close(weights(done.trainer), weights(whole.trainer), rtol=0, atol=0)
-
-    with pytest.raises(StoreMismatch, match="with another outcome"):
-        curate_and_retrain(make, data, DatasetFilter(drop=3), tmp_path / "b", "loss", rounds=2)
-    with pytest.raises(StoreMismatch, match=r"was scored by loss.*'method': 'margin'"):
-        curate_and_retrain(make, data, DatasetFilter(drop=2), tmp_path / "b", "margin", rounds=2)
-    other = Dataset.from_list(prompts(12, seed=9))
-    with pytest.raises(StoreMismatch, match="other contents"):
-        curate_and_retrain(make, other, DatasetFilter(drop=2), tmp_path / "b", "loss", rounds=2)
-
-
-def test_rounds_that_cannot_work_are_refused(tmp_path: Path) -> None:
-    data, rule = Dataset.from_list(EXAMPLES), DatasetFilter(drop=2)
-    with pytest.raises(BadSetting, match="at least 1"):
-        curate_and_retrain(Makes(tmp_path), data, rule, tmp_path, "loss", rounds=0)
-    with pytest.raises(BadSetting, match="which each round sets"):
-        curate_and_retrain(Makes(tmp_path), data, rule, tmp_path, "loss", capture={"path": "x"})
-    with pytest.raises(BadExample, match="is not a datasets"):
-        curate_and_retrain(Makes(tmp_path), EXAMPLES, rule, tmp_path, "loss")
-    with pytest.raises(BadSetting, match="without these callbacks"):
-        curate_and_retrain(lambda rows, _: Makes(tmp_path)(rows, []), data, rule, tmp_path / "a", "loss")
-    model = tiny(torch.float32)
-
-    def same_model(rows: Dataset, callbacks: list[TrainerCallback]) -> Any:
-        run = trainer(tmp_path, callbacks, rows, num_train_epochs=1)
-        run.model = run.model_wrapped = model
-        return run
-
-    with pytest.raises(BadSetting, match="trained before"):
-        curate_and_retrain(same_model, data, rule, tmp_path / "b", "loss")
-    kinds = data.add_column("kind", [0, 1] * 6)
-    with pytest.raises(BadSetting, match="relabel rows"):
-        curate_and_retrain(
-            Makes(tmp_path),
-            kinds,
-            Relabel(suspects=DatasetFilter(drop=2), how="flip", label="kind"),
-            tmp_path / "c",
-            "loss",
-            rounds=2,
-        )
-    with pytest.raises(BadSetting, match="without queries"):
-        curate_and_retrain(Makes(tmp_path), data, Prune(), tmp_path / "d", "ip", query_dataset=QUERIES)

@@ -1,0 +1,210 @@
+"""Curation from round to round: what is dropped is gone, and a call that was cut short goes on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from datasets import Dataset
+from models import Example, bert, labelled, lora, padding, prompts, tiny
+from torch import Tensor
+from trainers import EXAMPLES, QUERIES, Recording, trainer, weights
+from transformers import Trainer, TrainerCallback, TrainingArguments
+
+from hf_influence import DatasetFilter, attribute
+from hf_influence.callbacks import GradientCapture, WeightedTrainer, curate_and_retrain, soft_cross_entropy
+from hf_influence.errors import BadExample, BadSetting, StoreMismatch
+from hf_influence.filter import Decision, Prune, Relabel, Reweight
+from hf_influence.scores import Scores
+
+
+class Makes:
+    """Makes Trainers, and remembers them."""
+
+    def __init__(self, folder: Path, kind: type[Trainer] = Recording, **options: Any):
+        self.folder, self.kind, self.options = folder, kind, options
+        self.made: list[Any] = []
+
+    def __call__(self, data: Dataset, callbacks: list[TrainerCallback]) -> Any:
+        self.made.append(trainer(self.folder, callbacks, data, self.kind, num_train_epochs=1, **self.options))
+        return self.made[-1]
+
+
+def test_one_round_is_train_score_drop_and_train_anew(tmp_path: Path) -> None:
+    data = Dataset.from_list(EXAMPLES)
+    make = Makes(tmp_path)
+    done = curate_and_retrain(make, data, DatasetFilter(drop=0.25), tmp_path / "r", "datainf", query_dataset=QUERIES)
+
+    capture = GradientCapture(tmp_path / "by-hand", QUERIES)
+    trainer(tmp_path, [capture], num_train_epochs=1).train()
+    by_hand = DatasetFilter(drop=0.25).apply(data, attribute(capture.path, "datainf"))
+    last = trainer(tmp_path, [], by_hand, num_train_epochs=1)
+    last.train()
+
+    assert done.dataset.to_list() == by_hand.to_list()
+    torch.testing.assert_close(weights(done.trainer), weights(last), rtol=0, atol=0)
+    assert done.trainer is make.made[-1]
+    assert len(make.made) == 2
+
+
+def test_ids_stay_those_of_the_original_dataset(tmp_path: Path) -> None:
+    data = Dataset.from_list(EXAMPLES)
+    make = Makes(tmp_path)
+    done = curate_and_retrain(make, data, DatasetFilter(drop=2), tmp_path / "r", "loss", rounds=3)
+    assert [len(run.train_dataset) for run in make.made] == [12, 10, 8, 6]
+    for run, decision in zip(make.made[1:], done.decisions, strict=True):
+        assert {at for batch in run.batches for at in batch} == set(decision.kept)
+        assert decision.replay(data).to_list() == run.train_dataset.to_list()
+    assert [len(set(decision.ids)) for decision in done.decisions] == [12] * 3
+    gone = [row.id for row in done.decisions[-1].removed]
+    assert gone[:4] == [row.id for row in done.decisions[1].removed]
+    assert sorted(gone + done.decisions[-1].kept) == list(range(12))
+    assert done.dataset.to_list() == [EXAMPLES[at] for at in done.decisions[-1].kept]
+    loaded = Decision.load(tmp_path / "r/round-03/decision.json")
+    assert loaded.replay(data).to_list() == done.dataset.to_list()
+
+
+def with_weights(features: list[Example]) -> dict[str, Tensor]:
+    batch = padding()(features)
+    if "weight" in features[0]:
+        batch["weight"] = torch.tensor([row["weight"] for row in features])
+    return batch
+
+
+def told_by_a_token(n: int, seed: int) -> list[Example]:
+    """Sequences of class 1 that begin with token 5, and of class 0 that begin with token 6."""
+    rows = labelled(lambda i: i % 2, n, seed)
+    return [{**row, "input_ids": [5 if row["labels"] else 6] * 6 + row["input_ids"][:1]} for row in rows]
+
+
+def test_one_round_may_relabel_and_train_on_what_is_believed(tmp_path: Path) -> None:
+    right, clean = told_by_a_token(40, 0), Dataset.from_list(told_by_a_token(12, 1))
+    wrong = [{**row, "labels": 1 - row["labels"]} for row in right[:6]]
+    data = Dataset.from_list([*wrong, *right[6:]])
+    made: list[Any] = []
+
+    def make(rows: Dataset, callbacks: list[TrainerCallback]) -> Any:
+        torch.manual_seed(0)
+        model = lora(bert(), ["query", "value"], dtype=torch.float32, modules_to_save=["classifier"])
+        settings: dict[str, Any] = {"num_train_epochs": 8, "learning_rate": 3e-2, "save_strategy": "no"}
+        args = TrainingArguments(str(tmp_path), use_cpu=True, report_to=[], disable_tqdm=True, **settings)
+        loss: Any = {"compute_loss_func": soft_cross_entropy}
+        made.append(Trainer(model, args, padding(), rows, callbacks=callbacks, **loss))
+        return made[-1]
+
+    capture = {"during": "epochs"}
+    rule = Relabel(how="posterior", label="labels")
+    done = curate_and_retrain(make, data, rule, tmp_path / "r", query_dataset=clean, capture=capture)
+    scores = Scores.load(tmp_path / "r/round-01/scores.safetensors")
+    assert done.dataset["labels"][:] == rule.apply(data, scores)["labels"][:] == made[1].train_dataset["labels"][:]
+    assert sorted(scores.lowest(6)) == list(range(6))
+    believed = scores.probability_wrong()
+    assert believed[:6].mean() > 0.15
+    assert believed[:6].min() > 0.03 > believed[6:].mean()
+    with pytest.raises(BadSetting, match="wants to relabel rows"):
+        curate_and_retrain(make, data, rule, tmp_path / "two", query_dataset=clean, capture=capture, rounds=2)
+
+
+def test_a_round_scored_with_other_settings_is_refused(tmp_path: Path) -> None:
+    data, groups = Dataset.from_list(EXAMPLES), [0, 1] * 6
+    rule, folder = DatasetFilter(drop=2), tmp_path / "r"
+    curate_and_retrain(Makes(tmp_path), data, rule, folder, groups=groups)
+    assert len(curate_and_retrain(Makes(tmp_path), data, rule, folder, groups=tuple(groups)).dataset) == 10
+    for other in ({}, {"groups": groups[::-1]}):
+        with pytest.raises(StoreMismatch, match=r"was scored by auto with .*groups"):
+            curate_and_retrain(Makes(tmp_path), data, rule, folder, **other)
+    parts = ({"vote": {"k": k}, "loss": {}} for k in (1, 2))
+    folder = tmp_path / "parts"
+    curate_and_retrain(Makes(tmp_path), data, rule, folder, query_dataset=QUERIES, parts=next(parts))
+    with pytest.raises(StoreMismatch, match=r"was scored by auto with .*parts"):
+        curate_and_retrain(Makes(tmp_path), data, rule, folder, query_dataset=QUERIES, parts=next(parts))
+
+
+def test_rows_that_a_round_has_not_scored_stay(tmp_path: Path) -> None:
+    data = Dataset.from_list(EXAMPLES)
+    make = Makes(tmp_path, per_device_train_batch_size=5, dataloader_drop_last=True)
+    capture = {"during": "epochs", "at_end": False}
+    done = curate_and_retrain(make, data, DatasetFilter(drop=3), tmp_path / "r", "loss_mean", capture=capture)
+    missed = sorted(set(range(12)) - {at for batch in make.made[0].batches for at in batch})
+    assert len(missed) == 2
+    assert set(missed) < set(done.decisions[0].kept)
+    assert "has no score yet" in done.decisions[0].explain(missed[0])
+    assert len(done.dataset) == 9
+
+
+def test_weights_are_made_anew_each_round(tmp_path: Path) -> None:
+    data = Dataset.from_list(EXAMPLES)
+    made: list[Any] = []
+
+    def make(rows: Dataset, callbacks: list[TrainerCallback]) -> Any:
+        kind = WeightedTrainer if "weight" in rows.column_names else Trainer
+        made.append(trainer(tmp_path, callbacks, rows, kind, with_weights, num_train_epochs=1))
+        return made[-1]
+
+    done = curate_and_retrain(make, data, Reweight(), tmp_path / "r", "loss", rounds=2)
+    assert [type(run) for run in made] == [Trainer, WeightedTrainer, WeightedTrainer]
+    first, second = (run.train_dataset["weight"][:] for run in made[1:])
+    assert first != second
+    assert second == done.decisions[1].writes[0].new == done.dataset["weight"][:]
+
+
+def test_an_interrupted_call_goes_on_after_its_last_finished_round(tmp_path: Path) -> None:
+    data = Dataset.from_list(EXAMPLES)
+    whole = curate_and_retrain(Makes(tmp_path), data, DatasetFilter(drop=2), tmp_path / "a", "loss", rounds=2)
+
+    class Stops(Makes):
+        def __call__(self, rows: Dataset, callbacks: list[TrainerCallback]) -> Any:
+            if len(self.made) == 1:
+                raise KeyboardInterrupt
+            return super().__call__(rows, callbacks)
+
+    with pytest.raises(KeyboardInterrupt):
+        curate_and_retrain(Stops(tmp_path), data, DatasetFilter(drop=2), tmp_path / "b", "loss", rounds=2)
+    make = Makes(tmp_path)
+    done = curate_and_retrain(make, data, DatasetFilter(drop=2), tmp_path / "b", "loss", rounds=2)
+    assert [len(run.train_dataset) for run in make.made] == [10, 8]
+    assert done.dataset.to_list() == whole.dataset.to_list()
+    torch.testing.assert_close(weights(done.trainer), weights(whole.trainer), rtol=0, atol=0)
+
+    with pytest.raises(StoreMismatch, match="with another outcome"):
+        curate_and_retrain(make, data, DatasetFilter(drop=3), tmp_path / "b", "loss", rounds=2)
+    with pytest.raises(StoreMismatch, match=r"was scored by loss.*'method': 'margin'"):
+        curate_and_retrain(make, data, DatasetFilter(drop=2), tmp_path / "b", "margin", rounds=2)
+    other = Dataset.from_list(prompts(12, seed=9))
+    with pytest.raises(StoreMismatch, match="other contents"):
+        curate_and_retrain(make, other, DatasetFilter(drop=2), tmp_path / "b", "loss", rounds=2)
+
+
+def test_rounds_that_cannot_work_are_refused(tmp_path: Path) -> None:
+    data, rule = Dataset.from_list(EXAMPLES), DatasetFilter(drop=2)
+    with pytest.raises(BadSetting, match="at least 1"):
+        curate_and_retrain(Makes(tmp_path), data, rule, tmp_path, "loss", rounds=0)
+    with pytest.raises(BadSetting, match="which each round sets"):
+        curate_and_retrain(Makes(tmp_path), data, rule, tmp_path, "loss", capture={"path": "x"})
+    with pytest.raises(BadExample, match="is not a datasets"):
+        curate_and_retrain(Makes(tmp_path), EXAMPLES, rule, tmp_path, "loss")
+    with pytest.raises(BadSetting, match="without these callbacks"):
+        curate_and_retrain(lambda rows, _: Makes(tmp_path)(rows, []), data, rule, tmp_path / "a", "loss")
+    model = tiny(torch.float32)
+
+    def same_model(rows: Dataset, callbacks: list[TrainerCallback]) -> Any:
+        run = trainer(tmp_path, callbacks, rows, num_train_epochs=1)
+        run.model = run.model_wrapped = model
+        return run
+
+    with pytest.raises(BadSetting, match="trained before"):
+        curate_and_retrain(same_model, data, rule, tmp_path / "b", "loss")
+    kinds = data.add_column("kind", [0, 1] * 6)
+    with pytest.raises(BadSetting, match="relabel rows"):
+        curate_and_retrain(
+            Makes(tmp_path),
+            kinds,
+            Relabel(suspects=DatasetFilter(drop=2), how="flip", label="kind"),
+            tmp_path / "c",
+            "loss",
+            rounds=2,
+        )
+    with pytest.raises(BadSetting, match="without queries"):
+        curate_and_retrain(Makes(tmp_path), data, Prune(), tmp_path / "d", "ip", query_dataset=QUERIES)
