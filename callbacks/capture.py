@@ -15,9 +15,17 @@ from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import SaveStrategy
 
-from hf_influence.callbacks.during import During, DuringTraining, Schedule, check_trainer, endless, trainer_of
-from hf_influence.callbacks.packing import check_packing, prepared
-from hf_influence.callbacks.weighted import WeightedTrainer, soft_cross_entropy
+from hf_influence.callbacks.checks import (
+    check_believed,
+    check_kind,
+    check_places,
+    check_resumed,
+    check_stream,
+    check_trainer,
+    warn_of_rates,
+)
+from hf_influence.callbacks.during import During, DuringTraining, Schedule, endless, trainer_of
+from hf_influence.callbacks.packing import check_ids, check_packing, prepared
 from hf_influence.errors import BadSetting
 from hf_influence.gradients.batches import forward_arguments
 from hf_influence.gradients.collect import Plan, check_collectable, check_folder, collect, collect_planned
@@ -25,11 +33,11 @@ from hf_influence.gradients.compress import Compressor
 from hf_influence.gradients.during_training.stream import StreamPlan, is_stream
 from hf_influence.gradients.mislabelled import SPLIT, mislabelled
 from hf_influence.gradients.own_loss import OwnTask
-from hf_influence.gradients.processes import first_process_first, rank, world
+from hf_influence.gradients.processes import first_process_first, rank
 from hf_influence.gradients.sweep import BatchSize
 from hf_influence.gradients.taps import Modules
 from hf_influence.store import GradientStore, check_room
-from hf_influence.task import LABELS, Reduction, unwrapped
+from hf_influence.task import LABELS, Reduction
 
 logger = logging.getLogger(__name__)
 
@@ -142,6 +150,8 @@ class GradientCapture(TrainerCallback):
         self.other_prompts = other_prompts
         self.overwrite = overwrite
 
+        self._train: Any = None  # as the Trainer prepares them
+        self._query: Any = None
         self._during: DuringTraining | None = None
         self._plans: dict[str, Plan | StreamPlan] = {}
 
@@ -161,18 +171,25 @@ class GradientCapture(TrainerCallback):
                 "of an example never exists in one place. Train with DDP (torchrun without it), or train without the "
                 "callback and call collect(model, dataset, path) on the saved adapter."
             )
+        trainer = trainer_of(state)
+        check_kind(trainer)
+        overwrite = self.overwrite
         if self._during is not None:  # an earlier run ended in an error
             self._during.stop()
+            overwrite |= args.auto_find_batch_size and self._during.trainer is trainer  # out of memory, and begun anew
             self._during = None
-        trainer = trainer_of(state)
+        check_ids(trainer, self.id_column)
+        if self.train_dataset is None:
+            check_places(trainer, self.id_column)
         with _undisturbed_randomness():
-            self.train_dataset = prepared(trainer, self.train_dataset)
-            self.query_dataset = prepared(trainer, self.query_dataset)
+            self._train = prepared(trainer, self.train_dataset)
+            self._query = prepared(trainer, self.query_dataset)
             self._plans = {
-                split: self._planned(args, state, model, split, dataset, options)
+                split: self._planned(state, model, split, dataset, {**options, "overwrite": overwrite})
                 for split, dataset, options in self._splits(args, trainer, train_dataloader)
             }
-            self._check_believed(trainer)
+            if self.settings["task"] is None:
+                check_believed(trainer, self._plans["train"].header.task.get("problem_type"))
             need = {split: plan.size for split, plan in self._plans.items() if isinstance(plan, Plan)}
             at_end = sum(need.values()) * int(self.at_end)
             need.pop(SPLIT.format("query"), None)  # collected at the end alone
@@ -187,74 +204,56 @@ class GradientCapture(TrainerCallback):
                 during = schedule.size(state, need)
             check_room(self.path, at_end + during)
             logger.info("the gradients will take up to %.2f GiB in %s", (at_end + during) / 2**30, self.path)
+            self._drop_outdated(state)
             if schedule is not None:
-                self._start(trainer, schedule, args, state, model)
+                self._start(trainer, schedule, args, state, model, train_dataloader, overwrite)
 
     def _planned(
+        self, state: TrainerState, model: nn.Module, split: str, dataset: Any, options: dict[str, Any]
+    ) -> Plan | StreamPlan:
+        """How the rows of a split are made; says now what would not work later."""
+        resumed = state.global_step > 0
+        if split != "train" or not is_stream(dataset):
+            return check_collectable(model, dataset, self.path, split, resumed=resumed, **options)
+        check_stream(dataset, self.at_end or self.schedule is None, self.budget)
+        plan = StreamPlan.of(model, **self.settings)
+        check_folder(self.path, plan.header, resumed=resumed, overwrite=options["overwrite"])
+        return plan
+
+    def _drop_outdated(self, state: TrainerState) -> None:
+        """The rows at the end of a run that now goes on."""
+        if 0 < state.global_step < state.max_steps and (self.path / "store.json").is_file():
+            with first_process_first():
+                store = GradientStore.open(self.path)
+                if rank() == 0 and 0 in store.points():
+                    store.drop(0)
+
+    def _start(
         self,
+        trainer: Trainer,
+        schedule: Schedule,
         args: TrainingArguments,
         state: TrainerState,
         model: nn.Module,
-        split: str,
-        dataset: Any,
-        options: dict[str, Any],
-    ) -> Plan | StreamPlan:
-        """How the rows of a split are made; says now what would not work later."""
-        places: dict[str, Any] = {"resumed": state.global_step > 0, "overwrite": self.overwrite}
-        if split != "train" or not is_stream(dataset):
-            return check_collectable(model, dataset, self.path, split, **places, **options)
-        self._check_stream(dataset)
-        plan = StreamPlan.of(model, **self.settings)
-        check_folder(self.path, plan.header, **places)
-        return plan
-
-    def _check_believed(self, trainer: Trainer) -> None:
-        """Vectors of class probabilities look like the labels of another problem, and have another loss."""
-        own = trainer.compute_loss_func is soft_cross_entropy or isinstance(trainer, WeightedTrainer)
-        problem = self._plans["train"].header.task.get("problem_type")
-        named = getattr(unwrapped(trainer.model).config, "problem_type", None)
-        if own and problem == "multi_label_classification" and named is None and self.settings["task"] is None:
-            raise BadSetting(
-                "the labels are vectors of class probabilities, whose loss is not that of several labels an example. "
-                "For rows of it pass GradientCapture(…, task=own_loss(torch.nn.functional.cross_entropy, "
-                'reduction="none")).'
-            )
-
-    def _check_stream(self, dataset: Any) -> None:
-        kind = type(dataset).__name__
-        instead = "Or pass train_dataset=… with the same examples, map-style (Dataset.from_generator makes one)."
-        if self.at_end or self.schedule is None:
-            raise BadSetting(
-                f"train_dataset is a {kind}, without a length, and at the end (at_end=True) each of its examples is to "
-                'get a row: nobody knows which those are. Pass during="epochs" (or "steps") and at_end=False for the '
-                f"rows of the examples that training sees. {instead}"
-            )
-        if self.budget is not None:
-            raise BadSetting(
-                f"budget={self.budget} chooses how often to capture by the number of examples, and a {kind} has none. "
-                f"Set every=… instead. {instead}"
-            )
-        if world() > 1:
-            raise BadSetting(
-                f"train_dataset is a {kind}, whose examples are numbered as they turn up, and {world()} processes "
-                f"would give the same numbers to different ones. {instead}"
-            )
-
-    def _start(
-        self, trainer: Trainer, schedule: Schedule, args: TrainingArguments, state: TrainerState, model: nn.Module
+        train_dataloader: Any,
+        overwrite: bool,
     ) -> None:
-        check_trainer(trainer, args, own_task=self.settings["task"] is not None)
-        check_packing(trainer, self.train_dataset)
         plan = self._plans["train"]
+        check_trainer(trainer, args, plan.task, own_task=self.settings["task"] is not None)
+        check_packing(trainer, self._train)
+        warn_of_rates(trainer)
+        if state.global_step > 0 and not endless(state):
+            check_resumed(state, args, len(train_dataloader))
         with first_process_first():
-            store = GradientStore.create(self.path, plan.header, overwrite=self.overwrite)
-            if rank() == 0:
+            store = GradientStore.create(self.path, plan.header, overwrite=overwrite)
+            if rank() == 0 and state.global_step == 0:
                 for point in store.points():
-                    if state.global_step == 0 or (point == 0 and state.global_step < state.max_steps):
-                        store.drop(point)  # checked above: they are to be replaced, or come once more
-        self._during = during = DuringTraining(trainer, plan, store, schedule, self.id_column)
+                    store.drop(point)  # checked above: they are to be replaced
+        during = DuringTraining(trainer, plan, store, schedule, self.id_column)
         if state.global_step > 0:
             self._finish_point(during.resume(state), model)
+        during.start()
+        self._during = during
 
     def on_epoch_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -271,6 +270,10 @@ class GradientCapture(TrainerCallback):
             self._finish_point(self._during.close(), model)
         if control.should_save or (control.should_evaluate and args.save_strategy == SaveStrategy.BEST):
             self._during.flush()  # before the checkpoint from which training may be resumed
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if self._during is not None:
+            self._during.flush()  # a callback after this one may have asked for the checkpoint
 
     def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, *, model: nn.Module, **kwargs: Any
@@ -328,7 +331,7 @@ class GradientCapture(TrainerCallback):
     ) -> Iterator[tuple[str, Any, dict[str, Any]]]:
         common = {"data_collator": train_dataloader.collate_fn, "remove_unused_columns": args.remove_unused_columns}
         common |= self.settings
-        train, own = self.train_dataset, {}
+        train, own = self._train, {}
         if train is None:  # the Trainer has taken the columns away that its collator does not need
             train, own = train_dataloader.dataset, {"remove_unused_columns": False}
             whole = trainer.train_dataset
@@ -338,10 +341,10 @@ class GradientCapture(TrainerCallback):
                 train, own = whole, {}
         others = {"other_prompts": self.other_prompts} if self.at_end else {}
         yield "train", train, {**common, **own, **others, "id_column": self.id_column}
-        if self.query_dataset is not None:
-            has_ids = self.id_column in getattr(self.query_dataset, "column_names", ())
-            yield "query", self.query_dataset, {**common, **others, "id_column": self.id_column if has_ids else None}
-            if self.at_end and not self.settings["task"] and (wrong := mislabelled(trainer.model, self.query_dataset)):
+        if self._query is not None:
+            has_ids = self.id_column in getattr(self._query, "column_names", ())
+            yield "query", self._query, {**common, **others, "id_column": self.id_column if has_ids else None}
+            if self.at_end and not self.settings["task"] and (wrong := mislabelled(trainer.model, self._query)):
                 yield SPLIT.format("query"), wrong, {**common, "id_column": None}
 
 

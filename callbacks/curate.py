@@ -18,7 +18,7 @@ from hf_influence.attribution.method import class_of, make_method
 from hf_influence.attribution.over_points import OverPoints
 from hf_influence.callbacks.capture import GradientCapture
 from hf_influence.callbacks.draws import Draws, drawn_through
-from hf_influence.callbacks.during import trainer_of
+from hf_influence.callbacks.during import log, trainer_of
 from hf_influence.dataset.matching import ids_of
 from hf_influence.errors import BadSetting, StoreMismatch
 from hf_influence.filter.decision import Decision
@@ -138,7 +138,7 @@ class CurateEachEpoch(TrainerCallback):
 
         self._dataset: Dataset | None = None
         self._draws: Draws | None = None
-        self._begun = False
+        self._ended: int | None = None
 
     @property
     def folder(self) -> Path:
@@ -158,16 +158,17 @@ class CurateEachEpoch(TrainerCallback):
         self._dataset = self._check(trainer, train_dataloader)
         seed = args.seed if args.data_seed is None else args.data_seed
         self._draws = drawn_through(train_dataloader, seed)
-        self._begun = False
+        self._ended = None
 
     def on_epoch_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         # Not at the end of the epoch before: by now the capture has closed it, whichever callback comes first.
         assert self._draws is not None
-        ended = int(state.epoch + 1e-6)
-        if not self._begun:
-            self._begun = True
+        # counted, as in the capture: a callback may end an epoch before `state.epoch` has a whole number
+        first = self._ended is None
+        self._ended = ended = int(state.epoch + 1e-6) if self._ended is None else self._ended + 1
+        if first:
             self._take_up(ended)
         if self._due(ended):
             started = time.perf_counter()
@@ -269,7 +270,7 @@ class CurateEachEpoch(TrainerCallback):
         numbers = {"kept": decision.after, "dropped": decision.before - decision.after, "returned": len(returned)}
         logger.info("after epoch %d (%.1f s): %s", ended, seconds, numbers)
         wanted = control.should_log
-        trainer.log({f"curate/{name}": float(value) for name, value in numbers.items()})
+        log(trainer, {f"curate/{name}": value for name, value in numbers.items()})
         control.should_log = wanted
 
     def _read(self, epoch: int) -> Decision:

@@ -12,9 +12,8 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments
+from transformers import Trainer, TrainerControl, TrainerState
 
-from hf_influence.callbacks.weighted import soft_cross_entropy
 from hf_influence.errors import BadExample, BadSetting, StoreError
 from hf_influence.gradients.collect import Plan
 from hf_influence.gradients.during_training.positions import Positions
@@ -145,14 +144,22 @@ class DuringTraining:
         self.epoch = 0
         self._point: int | None = None
         self._writer: RowWriter | None = None
+        self._state = trainer.state
+        self._before = vars(trainer).get("training_step")
         self._plain_step: Callable[..., Tensor] = trainer.training_step
-        trainer.training_step = self._training_step
+
+    def start(self) -> None:
+        """From now on the steps are watched."""
+        self.trainer.training_step = self._training_step
 
     def begin_epoch(self, state: TrainerState) -> None:
         """Another pass over the data begins."""
-        self.epoch = self.epoch + 1 if endless(state) else int(state.epoch + 1e-6) + 1
+        # counted, as a callback may end one before `state.epoch` has a whole number
+        self.epoch = self.epoch + 1 if self.epoch or endless(state) else int(state.epoch + 1e-6) + 1
 
     def _training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
+        if self.trainer.state is not self._state:  # of another run: this one ended in an error, and nobody took it off
+            return self._plain_step(model, inputs, *args, **kwargs)
         names = None
         if self.id_column is not None and self.id_column in inputs:  # no model takes it
             names = list(inputs[self.id_column])
@@ -186,7 +193,8 @@ class DuringTraining:
         good = (torch.isfinite(caught.stats["loss"]) & torch.isfinite(caught.stats["grad_norm"])).tolist()
         if not all(good):
             self._not_finite(caught, found, good.index(False))
-        at = [row for row, position in enumerate(found) if position is not None and good[row]]
+        seen = (~caught.missing).tolist()
+        at = [row for row, position in enumerate(found) if position is not None and good[row] and seen[row]]
         if not at:
             return
         rows, stats = caught.rows, caught.stats
@@ -271,20 +279,23 @@ class DuringTraining:
         Returns:
             A point that ends at this very step: the earlier run may have died before it was complete.
         """
-        captured = [point for point in self.store.points("weights") if point and "train" in self.store.splits(point)]
+        captured = self._captured()
         with first_process_first():
             if rank() == 0:
                 for point in captured:
-                    writer = self._writer_of(point)
-                    for part in (writer, *writer.parts()):
-                        part.forget_after(state.global_step)
+                    self._forget_after(point, state.global_step)
+        captured = self._captured()
         if isinstance(self.positions, Sightings):
             self.positions.restore(self.store)
         if endless(state) and self.schedule.during == "epochs":
-            begun = [point for point in captured if self._writer_of(point).done]
-            self.epoch = max(begun, default=1) - 1  # the last pass goes on
-            if begun:
-                self.open(begun[-1])
+            if not captured:
+                return None
+            self.epoch = captured[-1]
+            if self.trainer.args.ignore_data_skip:  # another pass begins
+                self._complete(self._writer_of(captured[-1]))
+                return captured[-1]
+            self.epoch -= 1  # the last one goes on
+            self.open(captured[-1])
             return None
         ended = self.schedule.ended(state)
         if ended not in captured:
@@ -292,16 +303,44 @@ class DuringTraining:
         self._complete(self._writer_of(ended))
         return ended
 
+    def _captured(self) -> list[int]:
+        """The points of this run that have rows."""
+        return [point for point in self.store.points("weights") if point and "train" in self.store.splits(point)]
+
+    def _forget_after(self, point: int, step: int) -> None:
+        """Leave of a point what was captured up to a step; nothing, if that is nothing."""
+        writer = self._writer_of(point)
+        parts = [writer, *writer.parts()]
+        cut = [part.forget_after(step) for part in parts]
+        if not any(part.done for part in parts):
+            self.store.drop(point)
+        elif any(cut):
+            for split in self.store.splits(point):
+                if split != "train":  # taken at weights that training has left again
+                    self.store.drop(point, split)
+
     def log(self, control: TrainerControl) -> None:
         """Say through the Trainer what has been captured; its own logging goes on as it would."""
         wanted = control.should_log
         numbers = {"capture/rows": self.rows, "capture/seconds": round(self.seconds, 3), "capture/lost": self.lost}
-        self.trainer.log({name: float(value) for name, value in numbers.items()})
+        log(self.trainer, numbers)
         control.should_log = wanted
 
     def stop(self) -> None:
-        """The Trainer is as it was."""
-        vars(self.trainer).pop("training_step", None)
+        """The Trainer is as it was, and nothing more is written."""
+        own = vars(self.trainer)
+        if own.get("training_step") == self._training_step:  # or another capture stands around this one
+            del own["training_step"]
+            if self._before is not None and not isinstance(getattr(self._before, "__self__", None), DuringTraining):
+                own["training_step"] = self._before
+        if self._writer is not None:
+            self._writer.abandon()
+            self._point = self._writer = None
+
+
+def log(trainer: Trainer, numbers: Mapping[str, float]) -> None:
+    """Log numbers of our own, past a subclass that would add its own to them and begin those anew (SFTTrainer)."""
+    Trainer.log(trainer, {name: float(value) for name, value in numbers.items()})
 
 
 def endless(state: TrainerState) -> bool:
@@ -325,41 +364,3 @@ def trainer_of(state: TrainerState) -> Trainer:
             return caller
         frame = frame.f_back  # type: ignore[assignment]
     raise BadSetting("rows during training need transformers.Trainer (or a subclass) to run the callback.")
-
-
-def check_trainer(trainer: Trainer, args: TrainingArguments, own_task: bool) -> None:
-    """Refuse what changes the loss or hides the passes.
-
-    Args:
-        trainer: The one that is to be watched.
-        args: Its arguments.
-        own_task: The user has said what the loss of an example is.
-
-    Raises:
-        BadSetting: Says what and why.
-    """
-    kind = type(trainer).__name__
-    reasons = {
-        "label_smoothing_factor": (
-            args.label_smoothing_factor > 0 and not own_task,
-            "label smoothing makes the loss another one. For rows of that loss pass "
-            f"GradientCapture(…, task=label_smoothing({args.label_smoothing_factor}))",
-        ),
-        "compute_loss_func": (
-            trainer.compute_loss_func not in (None, soft_cross_entropy) and not own_task,
-            "the loss is one of your own. Say what it is of one example: GradientCapture(…, task=own_loss(function))",
-        ),
-        "torch_compile": (args.torch_compile, "a compiled model hides the passes of its modules"),
-        "n_gpu": (args.n_gpu > 1, "DataParallel runs copies of the model; start one process a GPU with torchrun"),
-    }
-    for setting, (found, why) in reasons.items():
-        if found:
-            raise BadSetting(
-                f"rows during training cannot be captured with {setting}={getattr(args, setting, '…')!r}: {why}. "
-                "Or change it, or capture at the end alone (during=None)."
-            )
-    if any(name in kind for name in ("DPO", "KTO", "GRPO", "RLOO", "Reward", "Distillation", "ORPO", "CPO")):
-        raise BadSetting(
-            f"{kind} does not train on the examples' own cross-entropy, so there is no gradient of a single example to "
-            "capture. Supported are Trainer, Seq2SeqTrainer and SFTTrainer."
-        )

@@ -91,3 +91,18 @@ def _pieces(rows: dict[str, list[list[int]]], at: list[int], length: int) -> dic
         name: [rows[name][row][start : start + length] for row, start in cuts] for name in ("input_ids", "labels")
     }
     return {**tokens, "source": [at[row] for row, _ in cuts]}
+
+
+def check_ids(trainer: Any, id_column: str | None) -> None:
+    """Refuse an id column where the examples are pieces of those that it names.
+
+    Raises:
+        BadSetting: Says so.
+    """
+    args = trainer.args
+    if id_column is not None and getattr(args, "packing", False) and args.packing_strategy == "bfd_split":
+        raise BadSetting(
+            f'id_column={id_column!r} with packing_strategy="bfd_split": a row of gradients is that of a piece, and '
+            'several pieces have one id. Use packing_strategy="bfd", or leave id_column out: `prepared` says in its '
+            "column `source` which row each piece is of."
+        )

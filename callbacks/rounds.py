@@ -150,6 +150,11 @@ def _train(make: MakeTrainer, dataset: Dataset, callbacks: list[TrainerCallback]
             "make_trainer gave a model that was trained before, and a round that goes on with it has seen what was "
             "dropped. Make a new model in make_trainer each time."
         )
+    if callbacks and getattr(trainer.args, "packing", False) and trainer.args.packing_strategy == "bfd_split":
+        raise BadSetting(
+            'packing_strategy="bfd_split" trains on pieces of long examples, each with a score of its own, and a round '
+            'decides on whole ones. Use packing_strategy="bfd", with a max_length that holds them.'
+        )
     models.append(ref(trainer.model))
     trainer.train()
     return trainer

@@ -15,7 +15,7 @@ from transformers import Trainer
 
 from hf_influence.errors import BadExample, BadSetting
 from hf_influence.gradients.objective import own_losses
-from hf_influence.task import IGNORED, Classification, LanguageModel, task_of
+from hf_influence.task import IGNORED, Classification, LanguageModel, Seq2SeqLM, task_of, unwrapped
 
 By = Literal["loss", "sampling"]
 
@@ -110,6 +110,10 @@ class WeightedTrainer(Trainer):
                 "by='sampling'."
             )
         self._weights = weights if count else None
+        if isinstance(self._task, Seq2SeqLM) and "labels" in inputs and "decoder_input_ids" not in inputs:
+            # the Trainer takes the labels away, of which the model would make them
+            shifted = unwrapped(self.model).prepare_decoder_input_ids_from_labels(inputs["labels"])
+            inputs = {**inputs, "decoder_input_ids": shifted}
         return super().compute_loss(model, inputs, *args, **kwargs)
 
     def _loss(self, outputs: Any, labels: Tensor, num_items_in_batch: Tensor | int | None = None) -> Tensor:

@@ -264,7 +264,8 @@ from pathlib import Path
 sys.path.insert(0, {tests!r})
 import torch
 torch.set_num_threads(1)
-from test_curate import curated, weights
+from test_curate import curated
+from trainers import weights
 folder = Path(sys.argv[1])
 run, curate = curated(folder, per_device_train_batch_size=1, num_train_epochs=2)
 torch.save({{"batches": run.batches, "decisions": {{e: d.kept for e, d in curate.decisions.items()}},

@@ -11,173 +11,36 @@ from typing import Any
 import models
 import pytest
 import torch
-from datasets import Dataset
-from models import bert, labelled, llama, lora, padding, prompts, tiny
+from models import labelled, llama, lora, padding, tiny
 from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
-from torch import Tensor, nn
+from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from transformers import (
     AutoModelForCausalLM,
     BitsAndBytesConfig,
     DataCollatorWithFlattening,
     Trainer,
-    TrainerCallback,
-    TrainingArguments,
+)
+from watched import (
+    EXAMPLES,
+    QUERIES,
+    HalfPrecision,
+    Overflowing,
+    Recording,
+    adapted,
+    assert_exact,
+    classifier,
+    key,
+    own_gradients,
+    packed_llama,
+    train,
+    weights_and_logs,
 )
 
 from hf_influence.callbacks import GradientCapture
-from hf_influence.errors import BadExample, BadSetting, StoreError, UnsupportedModel
+from hf_influence.errors import StoreError, UnsupportedModel
 from hf_influence.gradients import dropout, gaussian, logra, sparse_jl
-from hf_influence.store import GradientStore, Rows
-
-EXAMPLES = prompts(10)
-QUERIES = prompts(3, seed=1)
-
-
-@dataclass
-class Micro:
-    """A micro-batch before its training step: weights, randomness and what the model is given."""
-
-    epoch: int
-    weights: dict[str, Tensor]
-    randomness: Tensor
-    inputs: dict[str, Tensor]
-
-
-class Recording(Trainer):
-    """A Trainer that remembers what every step started from."""
-
-    micros: list[Micro]
-
-    def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
-        weights = {name: w.detach().clone() for name, w in self.model.named_parameters() if w.requires_grad}
-        self.micros.append(Micro(int(self.state.epoch + 1e-6) + 1, weights, torch.get_rng_state(), dict(inputs)))
-        return super().training_step(model, inputs, *args, **kwargs)
-
-
-class HalfPrecision(Recording):
-    """A Trainer for fp16 on the CPU, where accelerate leaves out what it does on a GPU: autocast and scaled losses."""
-
-    scale = 2.0**10
-
-    def create_accelerator_and_postprocess(self) -> None:
-        super().create_accelerator_and_postprocess()
-        self.accelerator.native_amp = True
-        self.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=self.scale, backoff_factor=2.0**-30)
-
-
-class Overflowing(HalfPrecision):
-    """Its first step overflows, as happens until the scale has come down."""
-
-    scale = 2.0**40
-
-
-def train(
-    model: nn.Module,
-    folder: Path,
-    *callbacks: TrainerCallback,
-    data: Any = EXAMPLES,
-    collate: Any = None,
-    kind: type[Trainer] = Recording,
-    resume: str | None = None,
-    **options: Any,
-) -> Any:
-    settings = {
-        "num_train_epochs": 2,
-        "per_device_train_batch_size": 3,
-        "learning_rate": 1e-2,
-        "logging_steps": 1,
-        "save_strategy": "no",
-        **options,
-    }
-    args = TrainingArguments(str(folder), use_cpu=True, report_to=[], disable_tqdm=True, **settings)
-    data = Dataset.from_list(data) if isinstance(data, list) else data
-    run = kind(model, args, data_collator=collate or padding(), train_dataset=data, callbacks=list(callbacks))
-    run.micros = []
-    run.train(resume_from_checkpoint=resume)
-    return run
-
-
-def key(example: dict[str, Any]) -> tuple[Any, ...]:
-    """What tells the examples of a test apart."""
-    return tuple(example["input_ids"])
-
-
-def examples_of(inputs: dict[str, Tensor]) -> list[tuple[tuple[int, ...], tuple[int, slice]]]:
-    """The examples of a batch, padded or packed, and where they are in it."""
-    found = []
-    for row, ids in enumerate(inputs["input_ids"]):
-        if "attention_mask" in inputs:
-            real = inputs["attention_mask"][row].nonzero()[:, 0].tolist()
-            found.append((tuple(ids[real].tolist()), (row, slice(real[0], real[-1] + 1))))
-            continue
-        starts = (inputs["position_ids"][row] == 0).nonzero()[:, 0].tolist()
-        for start, end in zip(starts, [*starts[1:], len(ids)], strict=True):
-            found.append((tuple(ids[start:end].tolist()), (row, slice(start, end))))
-    return found
-
-
-def own_gradients(model: nn.Module, micro: Micro, autocast: torch.dtype | None = None) -> dict[Any, dict[str, Tensor]]:
-    """The gradient of each example's own loss in this batch, by plain autograd under the dropout of the step."""
-    weights = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
-    with torch.no_grad():
-        for name, value in micro.weights.items():
-            weights[name].copy_(value)
-    torch.set_rng_state(micro.randomness)
-    model.train()
-    labels = micro.inputs["labels"]
-    inputs = {name: value for name, value in micro.inputs.items() if name != "labels"}
-    with torch.autocast("cpu", autocast or torch.bfloat16, enabled=autocast is not None):
-        logits = model(**inputs, use_cache=False).logits if "position_ids" in inputs else model(**inputs).logits
-    rows = {}
-    for ids, (row, place) in examples_of(micro.inputs):
-        if logits.ndim == 2:
-            loss = nn.functional.cross_entropy(logits[row, None].float(), labels[row, None])
-        else:
-            z, y = logits[row, place], labels[row, place]
-            loss = nn.functional.cross_entropy(z[:-1].float(), y[1:])
-        gradients = torch.autograd.grad(loss, list(weights.values()), retain_graph=True)
-        rows[ids] = dict(zip(weights, gradients, strict=True))
-    return rows
-
-
-def assert_exact(
-    run: Any, rows: Rows, data: list[dict[str, Any]], epoch: int, tolerance: float = 1e-5, **settings: Any
-) -> None:
-    """Every row of an epoch against autograd."""
-    seen = {}
-    model = run.model
-    model.activation_checkpointing_disable()  # the gradients are the same, and autograd.grad works
-    after = {name: w.detach().clone() for name, w in model.named_parameters()}
-    for micro in run.micros:
-        if micro.epoch == epoch:
-            seen |= own_gradients(model, micro, **settings)
-    model.load_state_dict(after, strict=False)  # tied weights have one name
-    want = [seen[key(data[position])] for position in rows.positions.tolist()]
-    assert len(want) == len(seen)
-    assert models.worst_error(rows, want) <= tolerance
-
-
-def packed_llama(**config: Any) -> Any:
-    torch.manual_seed(0)
-    base = llama(attn_implementation="eager")
-    base.config.use_cache = False
-    return lora(base, ["q_proj", "v_proj"], dtype=torch.float32, **config)
-
-
-def classifier() -> Any:
-    torch.manual_seed(0)
-    return lora(
-        bert(num_labels=3), ["query", "value"], dtype=torch.float32, modules_to_save=["classifier"], task_type="SEQ_CLS"
-    )
-
-
-def adapted(targets: list[str], make: Callable[[], nn.Module] = llama, **config: Any) -> Callable[[], Any]:
-    def made() -> Any:
-        torch.manual_seed(0)
-        return lora(make(), targets, dtype=torch.float32, **config)
-
-    return made
+from hf_influence.store import GradientStore
 
 
 def two_adapters() -> Any:
@@ -307,12 +170,6 @@ def test_a_step_that_overflows_in_fp16_is_left_out_and_counted(tmp_path: Path) -
     assert [len(store.rows("train", epoch)) for epoch in (1, 2)] == [len(EXAMPLES) - 3, len(EXAMPLES)]
     assert_exact(run, store.rows("train", 2), EXAMPLES, 2, 2e-2, autocast=torch.float16)
     assert [log["capture/lost"] for log in run.state.log_history if "capture/lost" in log][-1] == 1
-
-
-def weights_and_logs(run: Any) -> tuple[dict[str, Tensor], Any, list[Any]]:
-    optimizer = run.optimizer.state_dict()["state"]
-    logs = [(log["loss"], log["grad_norm"]) for log in run.state.log_history if "loss" in log]
-    return {name: w.detach().clone() for name, w in run.model.named_parameters()}, optimizer, logs
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
@@ -445,139 +302,3 @@ def test_what_was_captured_is_logged_beside_the_losses(tmp_path: Path, strategy:
     captured = [log for log in run.state.log_history if "capture/rows" in log]
     assert [log["capture/rows"] for log in captured] == [10, 20]
     assert [log for log in logs[1] if "loss" in log] == [log for log in logs[0] if "loss" in log]
-
-
-class Stumbling(Trainer):
-    """Fails in the middle of a step."""
-
-    error: BaseException
-    where = "forward"
-    steps = 0
-
-    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
-        type(self).steps += 1
-        if type(self).steps % 3 == 0 and self.where == "step":
-            raise self.error
-        return super().training_step(*args, **kwargs)
-
-    def compute_loss(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-        out = super().compute_loss(model, inputs, *args, **kwargs)
-        if type(self).steps % 3 == 0 and self.where == "forward":
-            raise self.error
-        return out
-
-
-@pytest.mark.parametrize("where", ["forward", "step"])
-@pytest.mark.parametrize("error", [KeyboardInterrupt(), RuntimeError("no")])
-def test_no_hook_is_left_when_training_is_cut_short(tmp_path: Path, where: str, error: BaseException) -> None:
-    model = tiny(torch.float32)
-    hooks = models.state_of(model)["hooks"]
-    capture = GradientCapture(tmp_path / "rows", during="epochs")
-    kind = type("Fails", (Stumbling,), {"error": error, "where": where, "steps": 0})
-    with pytest.raises(type(error)):
-        train(model, tmp_path, capture, kind=kind)
-    assert models.state_of(model)["hooks"] == hooks
-
-
-def test_a_callback_can_be_used_again_after_an_error(tmp_path: Path) -> None:
-    capture = GradientCapture(tmp_path / "rows", during="epochs", at_end=False)
-    kind = type("Fails", (Stumbling,), {"error": RuntimeError("no"), "steps": 0})
-    with pytest.raises(RuntimeError, match="no"):
-        train(tiny(torch.float32), tmp_path, capture, kind=kind)
-    capture.overwrite = True
-    train(tiny(torch.float32), tmp_path, capture, kind=Trainer)
-    assert len(GradientStore.open(capture.path).rows("train", 2)) == len(EXAMPLES)
-
-
-def test_training_that_stops_early_keeps_what_was_seen(tmp_path: Path) -> None:
-    capture = GradientCapture(tmp_path / "rows", during="epochs", at_end=False)
-    train(tiny(torch.float32), tmp_path, capture, max_steps=6)
-    store = GradientStore.open(capture.path)
-    assert len(store.rows("train", 1)) == 10
-    assert len(store.rows("train", 2)) == 6
-
-
-class OwnLoss(Trainer):
-    """A loss that is not the examples' cross-entropy."""
-
-    def compute_loss(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-        logits = model(**inputs).logits
-        return logits.square().mean()
-
-
-class TokenWeights(Trainer):
-    """Cross-entropy that weighs later tokens more."""
-
-    def compute_loss(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-        labels = inputs.pop("labels")[:, 1:]
-        logits = model(**inputs).logits[:, :-1]
-        loss = nn.functional.cross_entropy(logits.transpose(1, 2), labels, reduction="none")
-        return (loss * torch.arange(loss.shape[1])).mean()
-
-
-class Weighted(Trainer):
-    """Cross-entropy that weighs whole examples."""
-
-    def compute_loss(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-        labels = inputs.pop("labels")[:, 1:]
-        logits = model(**inputs).logits[:, :-1]
-        loss = nn.functional.cross_entropy(logits.transpose(1, 2), labels, reduction="none").sum(1)
-        return (loss * torch.tensor([0.5, 3.0, 7.0])[: len(loss)]).sum()
-
-
-def test_weights_of_whole_examples_are_divided_out(tmp_path: Path) -> None:
-    capture = GradientCapture(tmp_path / "rows", during="epochs", at_end=False)
-    kind = type("WeightedRecording", (Recording, Weighted), {})
-    run = train(tiny(torch.float32), tmp_path, capture, kind=kind)
-    assert_exact(run, GradientStore.open(capture.path).rows("train", 2), EXAMPLES, 2)
-
-
-def shuffling(features: list[dict[str, Any]]) -> dict[str, Tensor]:
-    """A collator that changes the examples at random."""
-    batch = padding()(features)
-    return {**batch, "input_ids": torch.where(torch.rand(batch["input_ids"].shape) < 0.5, 7, batch["input_ids"])}
-
-
-def padded_labels(features: list[dict[str, Any]]) -> dict[str, Tensor]:
-    batch = padding()(features)
-    return {**batch, "labels": batch["input_ids"].clone()}
-
-
-REFUSED: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
-    "label smoothing": ({"label_smoothing_factor": 0.1}, BadSetting, "label smoothing makes the loss another one"),
-    "own loss": ({"kind": OwnLoss}, UnsupportedModel, "not the mean or sum of the examples' own losses"),
-    "token weights": ({"kind": TokenWeights}, UnsupportedModel, "not the mean or sum of the examples' own losses"),
-    "dora": ({"model": adapted(["q_proj"], use_dora=True)}, UnsupportedModel, "lora_magnitude_vector"),
-    "compile": ({"torch_compile": True}, BadSetting, "torch_compile=True.*hides the passes"),
-    "random collator": ({"collate": shuffling}, BadExample, "not in the dataset of 10"),
-    "labels on padding": ({"collate": padded_labels}, BadExample, "labels other than -100 stand on padding"),
-}
-
-
-@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")  # from the set-up for torch_compile
-@pytest.mark.parametrize("case", REFUSED)
-def test_what_would_make_rows_wrong_is_refused_with_a_reason(tmp_path: Path, case: str) -> None:
-    options, error, message = REFUSED[case]
-    capture = GradientCapture(tmp_path / "rows", during="epochs", at_end=False)
-    options = {"kind": Trainer, **options}
-    model = options.pop("model", lambda: tiny(torch.float32))()
-    hooks = models.state_of(model)["hooks"]
-    with pytest.raises(error, match=f"(?s){message}"):
-        train(model, tmp_path, capture, **options)
-    assert models.state_of(model)["hooks"] == hooks
-
-
-@pytest.mark.parametrize(
-    "settings",
-    [
-        {"during": "batches"},
-        {"during": None, "at_end": False},
-        {"during": "epochs", "every": 0},
-        {"every": 2},
-        {"during": "steps", "epochs": [1]},
-        {"during": "epochs", "epochs": []},
-    ],
-)
-def test_settings_that_make_no_sense_are_refused(tmp_path: Path, settings: dict[str, Any]) -> None:
-    with pytest.raises(BadSetting):
-        GradientCapture(tmp_path, **settings)

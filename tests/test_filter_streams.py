@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import torch
 from datasets import ClassLabel, Dataset, Features, IterableDataset, IterableDatasetDict, List, Value
-from models import Example, bert, labelled, lora, prompts, tiny
-from test_during import padding, train
+from models import Example, bert, labelled, lora, padding, prompts, tiny
 from test_streams import keeping
+from watched import train
 
 from hf_influence.attribution import attribute
 from hf_influence.callbacks import GradientCapture
@@ -202,6 +202,7 @@ def test_what_a_stream_cannot_tell_is_refused(captured: tuple[Path, Scores]) -> 
     path, scores = captured
     stream, by = of_rows(ROWS, True), StreamRows(store=path)
     other = Scores(scores.values, list(range(1, 11)), "ip_other", scores.settings)
+    named = Scores(scores.values, [row["name"] for row in ROWS], "ip", scores.settings, id_column="name")
     cases: list[tuple[Any, str]] = [
         (lambda: DatasetFilter(drop=3).apply(stream, scores), r"by=StreamRows\(store="),
         (lambda: DatasetFilter(drop=3, within="name").apply(stream, scores, by=by), "within='name'.*at its end"),
@@ -209,6 +210,7 @@ def test_what_a_stream_cannot_tell_is_refused(captured: tuple[Path, Scores]) -> 
         (lambda: DatasetFilter(drop=3).apply(stream, [scores, other], by=by), "of different examples"),
         (lambda: DatasetFilter(drop=3).apply(stream, other, by=by), "1 of the 10 scored examples are not in"),
         (lambda: Relabel(suspects=DatasetFilter(drop=3), label="labels").apply(stream, scores, None, by), "'label'"),
+        (lambda: Relabel(suspects=DatasetFilter(drop=3), label="labels").apply(stream, named), "labels of a stream"),
     ]
     for refused, message in cases:
         with pytest.raises(BadSetting, match=message):

@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 import torch
 from models import Example, labelled, lora, prompts, tiny, worst_error
-from test_during import EXAMPLES, Micro, Recording, classifier, key, packed_llama, train
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from transformers import DataCollatorWithFlattening, T5Config, T5ForConditionalGeneration
 from transformers.trainer_pt_utils import LabelSmoother
+from watched import EXAMPLES, Micro, Recording, classifier, key, packed_llama, train
 
 from hf_influence.attribution import attribute
 from hf_influence.callbacks import GradientCapture

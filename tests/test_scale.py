@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hf_influence.errors import UnsupportedModel
-from hf_influence.gradients.during_training.scale import of_tokens
+from hf_influence.gradients.during_training.scale import of_log_probabilities, of_outcome, of_tokens
+from hf_influence.task import Classification
 
 EXAMPLES, LENGTH, VOCABULARY = 5, 12, 40
 
@@ -79,7 +80,7 @@ def test_an_answer_that_is_known_well_is_cross_entropy_whatever_the_level_of_its
         assert measured.scale.item() == pytest.approx(1, rel=2e-2)
 
 
-@pytest.mark.parametrize("factor", [1.0, -1.0, 0.0])
+@pytest.mark.parametrize("factor", [1.0, -1.0])
 def test_what_is_no_cross_entropy_is_refused(factor: float) -> None:
     logits, targets, owner = world(4.0, 1.0)
     g = sent_back(logits, targets, factor, smoothing=0.1 if factor > 0 else 0.0)
@@ -93,3 +94,27 @@ def test_token_weights_are_refused() -> None:
     g[2, 5] *= 1.5
     with pytest.raises(UnsupportedModel, match="example 2 of the batch"):
         of_tokens(logits, targets, owner, EXAMPLES, g, "mean")
+
+
+def test_an_example_of_which_nothing_comes_back_is_missing() -> None:
+    """Its weight is 0. The others have their scales as ever."""
+    logits, targets, owner = world(4.0, 1.0)
+    g = sent_back(logits, targets, 0.037)
+    whole = of_tokens(logits, targets, owner, EXAMPLES, g, "mean")
+    assert not whole.missing.any()
+    g[2] = 0
+    part = of_tokens(logits, targets, owner, EXAMPLES, g, "mean")
+    others = torch.arange(EXAMPLES) != 2
+    assert part.missing.tolist() == (~others).tolist()
+    torch.testing.assert_close(part.scale[others], whole.scale[others])
+    task = Classification("single_label_classification", VOCABULARY)
+    z, y = logits[:, 3], torch.arange(EXAMPLES)
+    arrived = (z.softmax(1) - F.one_hot(y, VOCABULARY)) * (y != 1)[:, None]
+    measured = of_outcome(task, z, y, arrived)
+    assert measured.missing.tolist() == (y == 1).tolist()
+    torch.testing.assert_close(measured.scale[y != 1], torch.ones(EXAMPLES - 1).to(measured.scale))
+    log_p = logits.log_softmax(2).gather(2, targets.clamp(min=0)[..., None])[..., 0]
+    sent = torch.where(targets != -100, -0.5, 0.0).to(log_p)
+    sent[2] = 0
+    seen = of_log_probabilities(log_p, targets != -100, owner, EXAMPLES, sent, "mean", None)
+    assert seen.missing.tolist() == (~others).tolist()

@@ -10,8 +10,11 @@ import datasets
 import pytest
 import torch
 from datasets import Dataset
-from models import Example, all_rows, labelled, prompts, tiny
-from test_during import (
+from models import Example, all_rows, labelled, padding, prompts, tiny
+from torch import Tensor
+from torch.utils.data import IterableDataset
+from transformers import Trainer
+from watched import (
     EXAMPLES,
     QUERIES,
     Recording,
@@ -19,13 +22,9 @@ from test_during import (
     assert_exact,
     classifier,
     own_gradients,
-    padding,
     train,
     weights_and_logs,
 )
-from torch import Tensor
-from torch.utils.data import IterableDataset
-from transformers import Trainer
 
 from hf_influence.attribution import attribute
 from hf_influence.callbacks import GradientCapture

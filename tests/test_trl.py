@@ -11,15 +11,15 @@ import pytest
 import torch
 from datasets import Dataset
 from models import VOCABULARY, Example, autograd_row, llama, lora, prompts, tiny, worst_error
-from test_during import EXAMPLES, train
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from torch import Tensor, nn
 from transformers import DataCollatorWithFlattening, MixtralConfig, MixtralForCausalLM, PreTrainedTokenizerFast
+from watched import EXAMPLES, train
 
-from hf_influence import collect
-from hf_influence.callbacks import GradientCapture, prepared
+from hf_influence import DatasetFilter, collect
+from hf_influence.callbacks import GradientCapture, curate_and_retrain, prepared
 from hf_influence.errors import BadSetting, UnsupportedModel
 from hf_influence.gradients.packing import Packing, kept_apart
 from hf_influence.store import GradientStore, Rows
@@ -279,3 +279,53 @@ def test_a_loss_of_the_experts_is_refused(tmp_path: Path) -> None:
     model = lora(MixtralForCausalLM(config), ["q_proj"], dtype=torch.float32)
     with pytest.raises(UnsupportedModel, match="output_router_logits"):
         train(model, tmp_path, GradientCapture(tmp_path / "rows", during="epochs"))
+
+
+def test_rows_that_the_trainer_has_shuffled_are_refused(tmp_path: Path) -> None:
+    capture = GradientCapture(tmp_path / "rows")
+    with pytest.raises(BadSetting, match=r"shuffle_dataset=True.*train_dataset="):
+        trainer_of(tmp_path, texts(), capture, shuffle_dataset=True).train()
+    data = texts()
+    given = GradientCapture(tmp_path / "given", train_dataset=data)
+    run = trainer_of(tmp_path, data, given, shuffle_dataset=True)
+    run.train()
+    rows = GradientStore.open(given.path).rows("train")
+    assert rows.stats["length"].tolist() == [len(row["input_ids"]) for row in prepared(run, data)]
+
+
+def test_ids_of_examples_that_are_cut_to_pieces_are_refused(tmp_path: Path) -> None:
+    data = texts().add_column("name", [f"row-{i}" for i in range(9)])
+    capture = GradientCapture(tmp_path / "rows", train_dataset=data, id_column="name")
+    with pytest.raises(BadSetting, match=r"several pieces have one id.*source"):
+        trainer_of(tmp_path, data, capture, **packing("bfd_split", 8)).train()
+
+
+def test_a_round_on_pieces_of_examples_is_refused_before_training(tmp_path: Path) -> None:
+    runs: list[Any] = []
+
+    def make(data: Dataset, callbacks: list[Any]) -> Any:
+        runs.append(trainer_of(tmp_path, data, *callbacks, **packing("bfd_split", 8)))
+        return runs[-1]
+
+    with pytest.raises(BadSetting, match=r"bfd_split.* trains on pieces"):
+        curate_and_retrain(make, texts(), DatasetFilter(drop=2), tmp_path / "rounds", "loss")
+    assert runs[0].state.global_step == 0
+
+
+def test_a_capture_prepares_its_datasets_for_each_trainer(tmp_path: Path) -> None:
+    capture = GradientCapture(tmp_path / "rows", texts(3, seed=1), train_dataset=texts(), overwrite=True)
+    for length in (4, 6):
+        trainer_of(tmp_path, texts(), capture, max_length=length).train()
+        store = GradientStore.open(capture.path)
+        assert store.rows("train").stats["length"].max() == store.rows("query").stats["length"].max() == length
+
+
+def test_what_is_logged_leaves_the_metrics_of_the_trainer_alone(tmp_path: Path) -> None:
+    logs = []
+    for callbacks in ([], [GradientCapture(tmp_path / "rows", during="epochs", at_end=False)]):
+        run = trainer_of(tmp_path, texts(), *callbacks, logging_strategy="steps", logging_steps=2)
+        run.train()
+        logs.append([log for log in run.state.log_history if "loss" in log])
+    assert logs[0]
+    assert "mean_token_accuracy" in logs[0][0]
+    assert logs[1] == logs[0]

@@ -9,9 +9,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from datasets import Dataset
-from models import bert, labelled, lora, padding, prompts, tiny
+from models import VOCABULARY, bert, labelled, lora, padding, prompts, tiny
 from torch import Tensor, nn
-from transformers import Trainer, TrainingArguments
+from transformers import T5Config, T5ForConditionalGeneration, Trainer, TrainingArguments
 
 from hf_influence.callbacks import GradientCapture, WeightedTrainer, soft_cross_entropy
 from hf_influence.errors import BadExample, BadSetting
@@ -224,3 +224,19 @@ def test_bad_weights_are_refused(tmp_path: Path) -> None:
     args = TrainingArguments(str(tmp_path), max_steps=1, use_cpu=True, report_to=[], disable_tqdm=True)
     with pytest.raises(BadExample, match="the collator has dropped it"):
         WeightedTrainer(classifier(), args, data_collator=padding(), train_dataset=dropped).train()
+
+
+def test_an_encoder_decoder_gets_its_decoder_inputs(tmp_path: Path) -> None:
+    """The collator makes none: a plain Trainer leaves that to the model, which sees the labels."""
+    rows = [{"input_ids": ids["input_ids"], "labels": ids["input_ids"], "weight": 1.0} for ids in TEXTS]
+    config = T5Config(vocab_size=VOCABULARY, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2, dropout_rate=0.0)
+    config.decoder_start_token_id = 0
+
+    def model() -> nn.Module:
+        torch.manual_seed(0)
+        return lora(T5ForConditionalGeneration(config), ["q", "v"], lora_dropout=0.0, dtype=torch.float32)
+
+    plain = Dataset.from_list(rows).remove_columns("weight")
+    weighted = trained(WeightedTrainer, model(), Dataset.from_list(rows), tmp_path, accumulate=1)
+    expected = trained(Trainer, model(), plain, tmp_path, accumulate=1)
+    torch.testing.assert_close(weighted, expected, rtol=1e-5, atol=1e-7)

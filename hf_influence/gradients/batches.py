@@ -16,6 +16,7 @@ from hf_influence.gradients.packing import Packing
 from hf_influence.task import IGNORED, LABELS, CausalLM, Seq2SeqLM, Task, labels_of, unwrapped
 
 SURVEYED = 1024
+TRIED = 32
 PACKED = ("position_ids", "seq_idx", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
 """What a collator adds to tell packed examples apart."""
 Collator = Callable[[list[dict[str, Any]]], Any]
@@ -110,6 +111,26 @@ class Examples:
     def collated(self, positions: Sequence[int]) -> dict[str, Any]:
         """What the collator makes of some examples, be it a row each or not."""
         return dict(self._collate(self[positions]))
+
+    def check_order(self) -> None:
+        """Try out on a short and a long example, of the first few, whether the collator leaves a batch in its order.
+
+        Raises:
+            BadSetting: It does not.
+        """
+        if self._collate is self.pad:
+            return
+        lengths = [len(row.get("input_ids", ())) for row in self[range(min(TRIED, len(self)))]]
+        ends = lengths.index(min(lengths)), lengths.index(max(lengths))
+        alone = {position: _contents(self.collated([position])) for position in ends}
+        for pair in (ends, ends[::-1]):
+            together, (one, two) = _contents(self.collated(pair)), (alone[position] for position in pair)
+            if len(one) == len(two) == 1 and one != two and together == two + one:
+                raise BadSetting(
+                    "the data_collator changes the order of the examples of a batch (it sorts them, it seems), so "
+                    "that nobody knows which row is whose. Let it leave them in their order; "
+                    "TrainingArguments(group_by_length=True) brings examples of a length together as well."
+                )
 
     def survey(self) -> tuple[str, list[int]]:
         """One pass over the examples without the model: a hash of their tokens or pixels and labels, and their lengths.
@@ -242,6 +263,16 @@ def padding_to_the_right(batch: dict[str, Tensor]) -> dict[str, Tensor]:
     t = mask.shape[1]
     source = (torch.arange(t, device=mask.device) + lead[:, None]) % t  # [b, t]
     return {**batch, **{name: batch[name].gather(1, source) for name in by_token(batch, mask)}}
+
+
+def _contents(batch: dict[str, Any]) -> list[Any]:
+    """The tokens and labels of each row of a batch, padding left out."""
+    ids, mask, labels = batch.get("input_ids"), batch.get("attention_mask"), labels_of(dict(batch))
+    if not isinstance(ids, Tensor) or len(ids) != len(labels):
+        return []
+    real = mask.bool() if isinstance(mask, Tensor) and mask.shape == ids.shape else torch.ones_like(ids).bool()
+    rows = zip(ids, real, labels, strict=True)
+    return [(row[at].tolist(), label[label != IGNORED].tolist()) for row, at, label in rows]
 
 
 def _plain(value: Any) -> Any:

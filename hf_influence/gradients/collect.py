@@ -220,6 +220,7 @@ class Plan:
         examples = Examples(dataset, model, data_collator, id_column, remove_unused_columns)
         if isinstance(task, Classification):
             task = task.settled(labels_of(examples.batch([0])))
+        examples.check_order()
         return cls(task, examples, taps, header_of(model, taps, task, compress), compress)
 
     @classmethod

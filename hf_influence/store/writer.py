@@ -42,6 +42,7 @@ class RowWriter:
         self._writing: Future[None] | None = None
         begun = (folder / "rows.json").is_file()
         self.manifest = Manifest.read(folder) if begun else about
+        self._number = 1 + max((int(Path(one["file"]).stem[5:]) for one in self.manifest.shards), default=-1)
         stored = self.manifest
         if (stored.dataset, stored.n) != (about.dataset, about.n):
             raise StoreMismatch(
@@ -116,6 +117,11 @@ class RowWriter:
         self.manifest.closed = True
         self._list()
 
+    def abandon(self) -> None:
+        """Write nothing more: what is not handed over yet is given up."""
+        self._pending = []
+        self._thread.shutdown()
+
     def parts(self) -> list[RowWriter]:
         """What other processes have written to this split and is not gathered yet."""
         folders = sorted(self.folder.glob("rank-*"))
@@ -160,30 +166,29 @@ class RowWriter:
             self.manifest.closed = False
             self._list()
 
-    def forget_after(self, step: int) -> None:
+    def forget_after(self, step: int) -> bool:
         """Take back the rows of training steps later than `step`: training goes on from there and makes them again.
 
-        Raises:
-            StoreError: A file holds rows of both sides: it was not written by the run that is continued.
+        Returns:
+            Whether there were any.
         """
-        shards = self.manifest.shards
-        steps = [open_shard(self.folder / shard["file"]).get_tensor("stats.step") for shard in shards]
-        kept = [shard for shard, at in zip(shards, steps, strict=True) if int(at.max()) <= step]
-        gone = [shard for shard in shards if shard not in kept]
-        if not gone:
-            return
-        first = min(int(at.min()) for shard, at in zip(shards, steps, strict=True) if shard in gone)
-        if first <= step or shards[: len(kept)] != kept:
-            raise StoreError(
-                f"{self.folder} holds rows of steps from {first} on in one file and cannot be cut at {step}, where "
-                "training continues. Resume from a checkpoint of the run that wrote it, or pass overwrite=True and "
-                "train from the start."
-            )
+        shards, kept = self.manifest.shards, []
+        for shard in shards:
+            early = open_shard(self.folder / shard["file"]).get_tensor("stats.step") <= step
+            if bool(early.all()):
+                kept.append(shard)
+            elif bool(early.any()):
+                whole = load_file(self.folder / shard["file"])
+                kept.append(self._shard({name: values[early] for name, values in whole.items()}))
+        if kept == shards:
+            return False
         self.manifest.shards, self.manifest.closed = kept, False
         self._list()
-        for shard in gone:
-            (self.folder / shard["file"]).unlink()
+        for shard in shards:
+            if shard not in kept:
+                (self.folder / shard["file"]).unlink()
         self.done = self._listed()
+        return True
 
     def _statistics(self, default: Collection[str]) -> set[str]:
         """The names of the statistics of the rows that are there."""
@@ -214,24 +219,35 @@ class RowWriter:
 
     def _write(self, pending: list[dict[str, Tensor]]) -> None:
         """Write one shard and list it."""
-        shard = {key: torch.cat([part[key] for part in pending]) for key in pending[0]}
-        file = self.folder / f"rows-{len(self.manifest.shards):05d}.safetensors"
+        self.manifest.shards.append(
+            self._shard({key: torch.cat([part[key] for part in pending]) for key in pending[0]})
+        )
+        self._list()
+
+    def _shard(self, rows: dict[str, Tensor]) -> dict[str, Any]:
+        """Write one shard, under a name that none has had; what is to be listed of it."""
+        file = self.folder / f"rows-{self._number:05d}.safetensors"
+        self._number += 1
         part = file.with_suffix(".part")
         try:
-            save_file(shard, part)
+            save_file(rows, part)
             with open(part, "rb+") as handle:
                 os.fsync(handle.fileno())
             part.replace(file)
-            self.manifest.shards.append(
-                {"file": file.name, "rows": len(shard["index"]), "bytes": file.stat().st_size, "sha256": sha256(file)}
-            )
-            self._list()
+            return {"file": file.name, "rows": len(rows["index"]), "bytes": file.stat().st_size, "sha256": sha256(file)}
         except (OSError, SafetensorError) as error:
             part.unlink(missing_ok=True)
-            raise StoreError(
-                f"could not write {file} ({error}). The {self.manifest.stored} rows before it are safe; make room and "
-                "run the same command again to continue."
-            ) from error
+            raise self._not_written(file, error) from error
 
     def _list(self) -> None:
-        write_json(self.folder / "rows.json", asdict(self.manifest))
+        file = self.folder / "rows.json"
+        try:
+            write_json(file, asdict(self.manifest))
+        except OSError as error:
+            raise self._not_written(file, error) from error
+
+    def _not_written(self, file: Path, error: Exception) -> StoreError:
+        return StoreError(
+            f"could not write {file} ({error}). The {self.manifest.stored} rows before it are safe; make room and "
+            "run the same command again to continue."
+        )

@@ -44,10 +44,12 @@ class Measured:
     Attributes:
         scale: `[n]`, turns the gradient that the step makes through an example into that of its own loss.
         stats: Name -> `[n]`, as in `Outcome`.
+        missing: `[n]`, where nothing came back of a loss that is not 0: the example has a weight of 0 in this step.
     """
 
     scale: Tensor
     stats: dict[str, Tensor]
+    missing: Tensor
 
 
 def of_outcome(task: Task, logits: Tensor, labels: Tensor, gradient: Tensor) -> Measured:
@@ -61,13 +63,14 @@ def of_outcome(task: Task, logits: Tensor, labels: Tensor, gradient: Tensor) -> 
     factor = up / down if bool((down > FAINT**2).all()) else _steady(up, down)
     left = square - factor * (2 * up - factor * down)  # of what was seen, without its part along the own gradient
     tolerance = _tolerance(gradient)
+    missing = (square == 0) & (down > FAINT**2)
     if bool(((left <= tolerance**2 * square) & (factor > 0)).all()):
         scale = 1 / factor
     else:
         miss = (left.clamp(min=0) / square.clamp(min=torch.finfo(square.dtype).tiny)).sqrt()
-        _check(miss, down.sqrt(), factor, tolerance, task)
+        _check(miss, down.sqrt().masked_fill(missing, 0), factor, tolerance, task)
         scale = _inverse(factor)
-    return Measured(scale.to(logits.device), {"loss": outcome.loss, **outcome.stats})
+    return Measured(scale.to(logits.device), {"loss": outcome.loss, **outcome.stats}, missing)
 
 
 def of_own_loss(
@@ -118,13 +121,15 @@ def of_tokens(
     square = _total(own.double().square(), who, n)  # [n]
     factor = _steady(_total(seen.double() * own, who, n), square)
     # every token of an example weighs the same
-    heavy = square.sqrt()
+    missing = torch.zeros(n, dtype=torch.bool, device=z.device)
+    missing[some] = (length[token] == 0) & (square[some] > FAINT**2)
+    heavy = square.sqrt().masked_fill(missing, 0)
     off = _total((seen.double() - factor[who] * own).square(), who, n).sqrt() / (factor.abs() * heavy)
     _check(off, heavy / count.clamp(min=1).sqrt(), factor, _tolerance(gradient))
     # and what comes back at the hardest token is an error vector of cross-entropy
     miss = (arrived - factor[some, None] * error).norm(dim=1)
     miss = miss / arrived.norm(dim=1).clamp(min=torch.finfo(miss.dtype).tiny)
-    _check(miss, error.norm(dim=1), factor[some], _tolerance(gradient))
+    _check(miss, error.norm(dim=1).masked_fill(missing[some], 0), factor[some], _tolerance(gradient))
     stats = {
         "loss": mean(loss) if reduction == "mean" else _total(loss, who, n),
         "n_tokens": count,
@@ -132,7 +137,7 @@ def of_tokens(
         "correct": mean((margin > 0).to(loss)),
         "el2n": mean(el2n),
     }
-    return Measured(_own(factor, count, reduction), stats)
+    return Measured(_own(factor, count, reduction), stats, missing)
 
 
 def of_log_probabilities(
@@ -163,11 +168,12 @@ def of_log_probabilities(
     total = _total(loss, who, n)
     factor = _total(seen, who, n) / count.clamp(min=1)
     off = _total((seen - factor[who]).square(), who, n).sqrt() / (factor.abs() * count.sqrt())
-    _check(off, count.to(off), factor, _tolerance(gradient))
+    missing = (_total(seen.abs(), who, n) == 0) & (count > 0)
+    _check(off, count.to(off).masked_fill(missing, 0), factor, _tolerance(gradient))
     stats = {"loss": total / count.clamp(min=1) if reduction == "mean" else total, "n_tokens": count}
     if correct is not None:
         stats["correct"] = _total(correct.flatten()[at].to(loss), who, n) / count.clamp(min=1)
-    return Measured(_own(factor, count, reduction), stats)
+    return Measured(_own(factor, count, reduction), stats, missing)
 
 
 def _factor_of(error: Tensor, arrived: Tensor, some: Tensor, n: int) -> Tensor:

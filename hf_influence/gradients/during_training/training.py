@@ -43,10 +43,12 @@ class Caught:
     Attributes:
         rows: Parameter name -> `[n, d]`.
         stats: Name -> `[n]`, with the `hash` of the contents of each example.
+        missing: `[n]`, where the loss of the step leaves the example out, and there is no row of it.
     """
 
     rows: dict[str, Tensor] = field(default_factory=dict)
     stats: dict[str, Tensor] = field(default_factory=dict)
+    missing: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.bool))
 
 
 @dataclass(frozen=True)
@@ -148,13 +150,13 @@ class TrainingWatch:
             with kept_apart(self.model, untried) if untried else nullcontext():
                 yield caught
             self._tried |= untried is not None
-            caught.rows, caught.stats = self._take(batch)
+            caught.rows, caught.stats, caught.missing = self._take(batch)
         finally:
             handle.remove()
             self.catcher.detach()
             self._batch = self._measured = None
 
-    def _take(self, batch: Batch) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    def _take(self, batch: Batch) -> tuple[dict[str, Tensor], dict[str, Tensor], Tensor]:
         rows = self.catcher.take()
         if self._measured is None:
             raise UnsupportedModel(
@@ -162,7 +164,8 @@ class TrainingWatch:
                 "known. Capture at the end alone (during=None)."
             )
         rows, norm = _scaled(rows, self._measured.scale)
-        return rows, {**self._measured.stats, "length": batch.length, "hash": batch.code, "grad_norm": norm}
+        stats = {**self._measured.stats, "length": batch.length, "hash": batch.code, "grad_norm": norm}
+        return rows, stats, self._measured.missing
 
     def _watch_output(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         if not (torch.is_grad_enabled() and module.training) or self._batch is None:
@@ -188,11 +191,19 @@ class TrainingWatch:
                 '{"fused_linear_cross_entropy": False}), or capture at the end alone (during=None).'
             )
 
+    def _check_once(self) -> None:
+        if self._measured is not None:
+            raise UnsupportedModel(
+                f"the step runs {type(self.model).__name__} forward and backward more than once, as SAM and R-Drop do, "
+                "and its gradients are no longer those of one pass each. Capture at the end alone (during=None)."
+            )
+
     def _watch_logits(self, batch: Batch, logits: Tensor) -> None:
         z = logits.detach()
         task = self.task
 
         def back(g: Tensor) -> None:
+            self._check_once()
             if isinstance(task, LanguageModel):
                 targets, owner, n = self._targets(batch)
                 if z.shape[:2] != targets.shape:
@@ -218,6 +229,7 @@ class TrainingWatch:
         values = log_p.detach()
 
         def back(g: Tensor) -> None:
+            self._check_once()
             targets, owner, n = self._targets(batch)
             targets, owner = targets[:, : values.shape[1]], owner[:, : values.shape[1]]
             self._measured = of_log_probabilities(values, targets != IGNORED, owner, n, g, reduction, top)

@@ -1,0 +1,183 @@
+"""What a Trainer must be for its rows to be right, looked at before the first step."""
+
+from __future__ import annotations
+
+import logging
+import math
+from typing import Any
+
+from datasets import Dataset
+from transformers import Trainer, TrainerState, TrainingArguments
+
+from hf_influence.callbacks.weighted import WeightedTrainer, soft_cross_entropy
+from hf_influence.errors import BadSetting
+from hf_influence.gradients.processes import world
+from hf_influence.task import Classification, Task, unwrapped
+
+logger = logging.getLogger(__name__)
+
+PREFERENCES = ("DPO", "KTO", "GRPO", "RLOO", "Reward", "Distillation", "ORPO", "CPO")
+"""In the names of TRL's Trainers that have no loss of a single example."""
+
+
+def check_kind(trainer: Trainer) -> None:
+    """Refuse a Trainer that does not train on the examples' own losses.
+
+    Raises:
+        BadSetting: Says why.
+    """
+    for kind in type(trainer).__mro__:
+        if kind.__module__.startswith("trl.") and any(name in kind.__name__ for name in PREFERENCES):
+            raise BadSetting(
+                f"{kind.__name__} does not train on the examples' own cross-entropy, so there is no gradient of a "
+                "single example to capture. Supported are Trainer, Seq2SeqTrainer and SFTTrainer."
+            )
+
+
+def check_trainer(trainer: Trainer, args: TrainingArguments, task: Task, own_task: bool) -> None:
+    """Refuse what changes the loss or hides the passes.
+
+    Args:
+        trainer: The one that is to be watched.
+        args: Its arguments.
+        task: What the loss of an example is.
+        own_task: The user has said so.
+
+    Raises:
+        BadSetting: Says what and why.
+    """
+    known = trainer.compute_loss_func in (None, soft_cross_entropy) or isinstance(trainer, WeightedTrainer)
+    reasons = {
+        "label_smoothing_factor": (
+            args.label_smoothing_factor > 0 and not own_task,
+            "label smoothing makes the loss another one. For rows of that loss pass "
+            f"GradientCapture(…, task=label_smoothing({args.label_smoothing_factor}))",
+        ),
+        "compute_loss_func": (
+            not known and not own_task,
+            "the loss is one of your own. Say what it is of one example: GradientCapture(…, task=own_loss(function))",
+        ),
+        "torch_compile": (args.torch_compile, "a compiled model hides the passes of its modules"),
+        "n_gpu": (args.n_gpu > 1, "DataParallel runs copies of the model; start one process a GPU with torchrun"),
+    }
+    for setting, (found, why) in reasons.items():
+        if found:
+            raise BadSetting(
+                f"rows during training cannot be captured with {setting}={getattr(args, setting, '…')!r}: {why}. "
+                "Or change it, or capture at the end alone (during=None)."
+            )
+    owner = next(kind for kind in type(trainer).__mro__ if "compute_loss" in vars(kind))
+    foreign = owner.__module__.split(".")[0] not in ("transformers", "trl", "hf_influence")
+    if foreign and not own_task and isinstance(task, Classification) and _one_direction(task):
+        raise BadSetting(
+            f"{owner.__name__} has a compute_loss of its own, and whatever depends on the probability of the label "
+            "alone (a focal loss, say) sends back a gradient that points the way of cross-entropy's, so it cannot be "
+            "seen what the loss of an example is. Say so: GradientCapture(…, task=own_loss(function)), with "
+            'own_loss(torch.nn.functional.cross_entropy, reduction="none") if it is plain. Or capture at the end alone '
+            "(during=None)."
+        )
+
+
+def _one_direction(task: Classification) -> bool:
+    """Whether other losses have gradients at the logits that point the same way."""
+    return task.classes == 1 or task.problem == "single_label_classification"
+
+
+def warn_of_rates(trainer: Trainer) -> None:
+    """Say that the learning rate that is kept with a row is not that of all weights, if it is not."""
+    groups = [group for group in trainer.optimizer.param_groups if group["params"]]
+    rates = {float(group.get("initial_lr", group["lr"])) for group in groups}
+    if len(rates) > 1:
+        logger.warning(
+            "the optimizer has parameter groups with the learning rates %s, and rows keep that of the first, %g: what "
+            "weighs by learning rates (tracin, tda and their like) takes it for all weights",
+            ", ".join(f"{rate:g}" for rate in sorted(rates)),
+            groups[0].get("initial_lr", groups[0]["lr"]),
+        )
+
+
+def check_believed(trainer: Trainer, problem: str | None) -> None:
+    """Vectors of class probabilities look like the labels of another problem, and have another loss.
+
+    Args:
+        trainer: The one that is to be watched.
+        problem: What the labels were taken for.
+
+    Raises:
+        BadSetting: They were taken for that other problem.
+    """
+    own = trainer.compute_loss_func is soft_cross_entropy or isinstance(trainer, WeightedTrainer)
+    named = getattr(unwrapped(trainer.model).config, "problem_type", None)
+    if own and problem == "multi_label_classification" and named is None:
+        raise BadSetting(
+            "the labels are vectors of class probabilities, whose loss is not that of several labels an example. For "
+            "rows of it pass GradientCapture(…, task=own_loss(torch.nn.functional.cross_entropy, "
+            'reduction="none")).'
+        )
+
+
+def check_stream(dataset: Any, at_end: bool, budget: float | None) -> None:
+    """Refuse of a dataset without a length what takes one.
+
+    Raises:
+        BadSetting: Says what.
+    """
+    kind = type(dataset).__name__
+    instead = "Or pass train_dataset=… with the same examples, map-style (Dataset.from_generator makes one)."
+    if at_end:
+        raise BadSetting(
+            f"train_dataset is a {kind}, without a length, and at the end (at_end=True) each of its examples is to "
+            'get a row: nobody knows which those are. Pass during="epochs" (or "steps") and at_end=False for the '
+            f"rows of the examples that training sees. {instead}"
+        )
+    if budget is not None:
+        raise BadSetting(
+            f"budget={budget} chooses how often to capture by the number of examples, and a {kind} has none. "
+            f"Set every=… instead. {instead}"
+        )
+    if world() > 1:
+        raise BadSetting(
+            f"train_dataset is a {kind}, whose examples are numbered as they turn up, and {world()} processes "
+            f"would give the same numbers to different ones. {instead}"
+        )
+
+
+def check_places(trainer: Trainer, id_column: str | None) -> None:
+    """Refuse a training set whose rows the trainer has put into another order than the user has them in.
+
+    Args:
+        trainer: The one that is to be watched, where the rows are to be those of the dataset that it holds.
+        id_column: What names them otherwise.
+
+    Raises:
+        BadSetting: Their numbers would be those of other rows.
+    """
+    shuffled = getattr(trainer.args, "shuffle_dataset", False) and hasattr(trainer.args, "packing_strategy")
+    dataset = trainer.train_dataset
+    if shuffled and isinstance(dataset, Dataset) and id_column not in dataset.column_names:
+        raise BadSetting(
+            "shuffle_dataset=True: the SFTTrainer holds a shuffled copy of the training set, and the numbers of its "
+            "rows are not those of yours. Pass the dataset that you gave it, GradientCapture(…, train_dataset=…), or "
+            "leave shuffle_dataset out; the order of training is random without it."
+        )
+
+
+def check_resumed(state: TrainerState, args: TrainingArguments, batches: int) -> None:
+    """Refuse a run that is resumed where its steps belong to other epochs than they did.
+
+    Args:
+        state: That of the checkpoint.
+        args: Of the Trainer that goes on.
+        batches: In an epoch, for this process.
+
+    Raises:
+        BadSetting: Says how many steps had how many epochs.
+    """
+    begun = state.global_step // max(1, math.ceil(batches / args.gradient_accumulation_steps))
+    if int((state.epoch or 0) + 1e-6) != begun:
+        raise BadSetting(
+            f"the checkpoint has {state.epoch:g} epochs in {state.global_step} steps, and with these settings as many "
+            f"steps would be {begun} epochs: the batch size, gradient_accumulation_steps, the number of processes or "
+            "the training set have changed, so rows of one epoch would be of two. Resume with the settings of the "
+            "checkpoint, or train into another folder."
+        )

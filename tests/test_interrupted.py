@@ -1,0 +1,194 @@
+"""Training that is cut short, goes on, or is begun again: no row is lost, doubled, or of another run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import models
+import pytest
+import torch
+from models import padding, tiny
+from torch import Tensor, nn
+from transformers import Trainer, TrainerCallback
+from watched import EXAMPLES, QUERIES, Recording, Stumbling, assert_exact, train
+
+from hf_influence import DatasetFilter, attribute
+from hf_influence.callbacks import CurateEachEpoch, GradientCapture, WeightedTrainer
+from hf_influence.store import GradientStore
+
+
+@pytest.mark.parametrize("where", ["forward", "step"])
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), RuntimeError("no")])
+def test_no_hook_is_left_when_training_is_cut_short(tmp_path: Path, where: str, error: BaseException) -> None:
+    model = tiny(torch.float32)
+    hooks = models.state_of(model)["hooks"]
+    capture = GradientCapture(tmp_path / "rows", during="epochs")
+    kind = type("Fails", (Stumbling,), {"error": error, "where": where, "steps": 0})
+    with pytest.raises(type(error)):
+        train(model, tmp_path, capture, kind=kind)
+    assert models.state_of(model)["hooks"] == hooks
+
+
+def test_a_callback_can_be_used_again_after_an_error(tmp_path: Path) -> None:
+    capture = GradientCapture(tmp_path / "rows", during="epochs", at_end=False)
+    kind = type("Fails", (Stumbling,), {"error": RuntimeError("no"), "steps": 0})
+    with pytest.raises(RuntimeError, match="no"):
+        train(tiny(torch.float32), tmp_path, capture, kind=kind)
+    capture.overwrite = True
+    train(tiny(torch.float32), tmp_path, capture, kind=Trainer)
+    assert len(GradientStore.open(capture.path).rows("train", 2)) == len(EXAMPLES)
+
+
+def test_training_that_stops_early_keeps_what_was_seen(tmp_path: Path) -> None:
+    capture = GradientCapture(tmp_path / "rows", during="epochs", at_end=False)
+    train(tiny(torch.float32), tmp_path, capture, max_steps=6)
+    store = GradientStore.open(capture.path)
+    assert len(store.rows("train", 1)) == 10
+    assert len(store.rows("train", 2)) == 6
+
+
+class At(TrainerCallback):
+    """Sets a flag of the control after some step."""
+
+    def __init__(self, step: int, flag: str):
+        self.step, self.flag = step, flag
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == self.step:
+            setattr(control, self.flag, True)
+
+
+def held(path: Path, point: int, split: str = "train") -> list[int]:
+    """The examples of a point."""
+    rows = GradientStore.open(path).rows(split, point)
+    return [int(i) for i in rows.ids]
+
+
+def test_an_epoch_that_a_callback_ends_early_is_a_point_of_its_own(tmp_path: Path) -> None:
+    capture = GradientCapture(tmp_path / "rows", QUERIES, during="epochs", at_end=False)
+    curate = CurateEachEpoch(capture, DatasetFilter(drop=1), "loss")
+    callbacks = [capture, curate, At(2, "should_epoch_stop")]
+    run = train(tiny(torch.float32), tmp_path, *callbacks, num_train_epochs=3)
+    store = GradientStore.open(capture.path)
+    assert store.points() == [1, 2, 3]
+    assert [len(store.rows("train", point)) for point in (1, 2, 3)] == [6, 9, 9]
+    assert [store.rows("train", point).stats["epoch"].unique().tolist() for point in (1, 2, 3)] == [[1], [2], [3]]
+    assert [store.rows("train", point).stats["step"].max().item() for point in (1, 2, 3)] == [2, 6, 10]
+    assert sorted(curate.decisions) == [1, 2]
+    assert run.state.global_step == 10
+
+
+class OutOfMemory(Recording):
+    """Large batches do not fit, which shows in the second step."""
+
+    def training_step(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Tensor:
+        if self._train_batch_size > 3 and len(self.micros) == 1:
+            raise RuntimeError("CUDA out of memory.")
+        return super().training_step(model, inputs, *args, **kwargs)
+
+
+def test_a_run_begun_anew_with_smaller_batches_leaves_its_own_rows_alone(tmp_path: Path) -> None:
+    captures = [GradientCapture(tmp_path / name, QUERIES, during="epochs") for name in ("a", "b")]
+    options: dict[str, Any] = {"auto_find_batch_size": True, "per_device_train_batch_size": 4}
+    run = train(tiny(torch.float32), tmp_path, *captures, kind=OutOfMemory, **options)
+    assert "training_step" not in vars(run)
+    run.micros = run.micros[1:]
+    for capture in captures:
+        assert [len(held(capture.path, point)) for point in (0, 1, 2)] == [10, 10, 10]
+        assert_exact(run, GradientStore.open(capture.path).rows("train", 2), EXAMPLES, 2)
+
+
+def test_a_capture_that_was_taken_off_after_an_error_sees_nothing(tmp_path: Path) -> None:
+    capture = GradientCapture(tmp_path / "rows", during="epochs", at_end=False)
+    kind = type("Fails", (Stumbling,), {"error": KeyboardInterrupt(), "steps": 0})
+    runs: list[Any] = []
+    remember = type("Remember", (TrainerCallback,), {"on_train_begin": lambda *_, **__: runs.append(None)})()
+    made: dict[str, Any] = {}
+
+    def keep(self: Any, *args: Any, **kwargs: Any) -> None:
+        made["run"] = self
+        Trainer.__init__(self, *args, **kwargs)
+
+    kind.__init__ = keep  # type: ignore[method-assign]
+    with pytest.raises(KeyboardInterrupt):
+        train(tiny(torch.float32), tmp_path, capture, remember, kind=kind)
+    run = made["run"]
+    run.remove_callback(capture)
+    kind.where = "nowhere"
+    before = sorted(path.stat().st_mtime_ns for path in capture.path.rglob("*") if path.is_file())
+    run.train()
+    assert sorted(path.stat().st_mtime_ns for path in capture.path.rglob("*") if path.is_file()) == before
+    assert len(runs) == 2
+
+
+@pytest.mark.parametrize("during", ["epochs", None])
+def test_a_run_that_ended_early_and_goes_on_replaces_its_rows_at_the_end(tmp_path: Path, during: Any) -> None:
+    options: dict[str, Any] = {"save_strategy": "steps", "save_steps": 2}
+    first = GradientCapture(tmp_path / "rows", QUERIES, during=during)
+    train(tiny(torch.float32), tmp_path, first, At(4, "should_training_stop"), **options)
+    losses = GradientStore.open(first.path).rows("train").stats["loss"]
+    again = GradientCapture(tmp_path / "rows", QUERIES, during=during)
+    train(tiny(torch.float32), tmp_path, again, resume=str(tmp_path / "checkpoint-4"), **options)
+    rows = GradientStore.open(first.path).rows("train")
+    assert len(rows) == 10
+    assert rows.stats["loss"].mean() < losses.mean()
+
+
+def test_a_checkpoint_that_a_later_callback_asks_for_has_all_rows_before_it(tmp_path: Path) -> None:
+    capture = GradientCapture(tmp_path / "rows", QUERIES, during="epochs", at_end=False)
+    save, kind = At(2, "should_save"), type("Fails", (Stumbling,), {"error": RuntimeError("no"), "steps": 0})
+    with pytest.raises(RuntimeError, match="no"):
+        train(tiny(torch.float32), tmp_path, capture, save, kind=kind, save_strategy="steps", save_steps=100)
+    again = GradientCapture(tmp_path / "rows", QUERIES, during="epochs", at_end=False)
+    train(tiny(torch.float32), tmp_path, again, resume=str(tmp_path / "checkpoint-2"))
+    assert held(capture.path, 1) == held(capture.path, 2) == list(range(10))
+
+
+def test_a_file_of_rows_is_cut_where_training_goes_on(tmp_path: Path) -> None:
+    """A checkpoint that is written without telling callbacks, as just-in-time checkpoints are, falls into a file."""
+    taken: dict[str, Any] = {"during": "epochs", "at_end": False}
+    options: dict[str, Any] = {"save_strategy": "steps", "save_steps": 4, "num_train_epochs": 2}
+    whole = train(
+        tiny(torch.float32), tmp_path / "a", GradientCapture(tmp_path / "a/rows", QUERIES, **taken), **options
+    )
+    path = tmp_path / "b/rows"
+    train(tiny(torch.float32), tmp_path / "b", GradientCapture(path, QUERIES, **taken), num_train_epochs=2)
+    again = GradientCapture(path, QUERIES, **taken)  # its first epoch lies in one file, of steps 1 to 4
+    state = tmp_path / "a/checkpoint-4"
+    file = state / "trainer_state.json"
+    file.write_text(
+        file.read_text().replace('"global_step": 4', '"global_step": 2').replace('"epoch": 1.0', '"epoch": 0.5')
+    )
+    run = train(tiny(torch.float32), tmp_path / "b", again, resume=str(state), num_train_epochs=2)
+    steps = GradientStore.open(path).rows("train", 1).stats["step"]
+    assert sorted(steps.tolist()) == [1, 1, 1, 2, 2, 2, 3, 3, 3, 4]
+    assert run.state.global_step == whole.state.global_step
+
+
+def test_points_that_training_does_not_reach_again_are_gone(tmp_path: Path) -> None:
+    taken: dict[str, Any] = {"during": "epochs", "at_end": False}
+    options: dict[str, Any] = {"save_strategy": "steps", "save_steps": 4}
+    path = tmp_path / "rows"
+    train(tiny(torch.float32), tmp_path, GradientCapture(path, QUERIES, **taken), num_train_epochs=3, **options)
+    again, resume = GradientCapture(path, QUERIES, **taken), str(tmp_path / "checkpoint-4")
+    train(tiny(torch.float32), tmp_path, again, num_train_epochs=2, resume=resume, **options)
+    assert GradientStore.open(path).points() == [1, 2]
+    assert len(attribute(path, "tracin")) == 10
+
+
+def test_a_weight_of_0_leaves_an_example_out(tmp_path: Path) -> None:
+    data = [{**row, "weight": float(i % 5 > 0)} for i, row in enumerate(EXAMPLES)]
+
+    def collate(features: list[dict[str, Any]]) -> dict[str, Tensor]:
+        batch = padding()([{name: row[name] for name in row if name != "weight"} for row in features])
+        return {**batch, "weight": torch.tensor([row["weight"] for row in features])}
+
+    capture = GradientCapture(tmp_path / "rows", during="epochs", at_end=False)
+    kind = type("Weighing", (Recording, WeightedTrainer), {})
+    run = train(tiny(torch.float32), tmp_path, capture, data=data, collate=collate, kind=kind)
+    for micro in run.micros:
+        micro.inputs.pop("weight", None)
+    rows = GradientStore.open(capture.path).rows("train", 2)
+    assert held(capture.path, 2) == [i for i in range(10) if i % 5]
+    assert_exact(run, rows, EXAMPLES, 2, missing=2)
