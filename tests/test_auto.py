@@ -24,7 +24,7 @@ from hf_influence.attribution.trust import (
     estimated_share,
     sighting,
 )
-from hf_influence.errors import BadSetting, MissingRows
+from hf_influence.errors import BadExample, BadSetting, MissingRows
 from hf_influence.store import GradientStore
 
 N, M = 12, 6
@@ -404,7 +404,7 @@ def test_examples_and_parts_without_a_number_are_no_best_ones(tmp_path: Path) ->
     bad = losses(0)
     bad["loss"][3] = torch.nan
     make_store(tmp_path / "nan", blocks(N, 0), blocks(M, 50), stats=bad, task=TEXTS)
-    with pytest.raises(BadSetting, match="3"):
+    with pytest.raises(BadExample, match="'loss' of example 3"):
         attribute(tmp_path / "nan")
 
 

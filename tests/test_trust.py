@@ -54,6 +54,8 @@ def test_the_share_of_wrong_labels_is_found_where_the_scores_of_queries_and_exam
     assert few is not None
     assert 0.07 < few < 0.2  # half of them are wrong, but twenty hardly count
     assert estimated_share([]) is None
+    assert estimated_share([], sighting(0.0, 20_000, 0.3, 5000)) == pytest.approx(0, abs=1e-3), "far below 0"
+    assert estimated_share([], sighting(0.9, 20_000, 0.3, 5000)) == pytest.approx(0.5, abs=1e-3)
 
 
 def test_scores_are_divided_where_right_and_wrong_ones_part_best() -> None:

@@ -16,6 +16,7 @@ from hf_influence.attribution.over_points import OverPoints, OverTraining
 from hf_influence.attribution.selection import Selection
 from hf_influence.attribution.trust import Epoch, log_odds, normal_scores
 from hf_influence.attribution.witnesses import Signs, of_prompts, witnesses
+from hf_influence.dataset.groups import group_of
 from hf_influence.errors import BadSetting, MissingRows
 from hf_influence.scores import LOG_ODDS, mean_ranks
 
@@ -43,6 +44,10 @@ OF_PROMPTS = "prompt_gain"
 
 AT_REST = 4
 """How much more the regression at the end counts than its mean over training, whose rows carry dropout."""
+
+
+DIGITS = 2.0**16
+"""Of scores that are ranked."""
 
 
 @dataclass(kw_only=True)
@@ -256,7 +261,8 @@ class Auto(OverTraining, name="auto"):
     def _groups(self, rows: Selection) -> list[Any]:
         if self.groups is None:
             return [None] * len(rows.positions)
-        return one_for_each(self.groups, rows, self.name, "groups", "groups", "training example")
+        given = one_for_each(self.groups, rows, self.name, "groups", "groups", "training example")
+        return [group_of(value) for value in given]
 
 
 def _finite(name: str, scores: Tensor, rows: Selection) -> Tensor:
@@ -300,10 +306,17 @@ def ranks_within(values: Tensor, groups: Sequence[Any]) -> Tensor:
     members: dict[Any, list[int]] = {}
     for place, group in enumerate(groups):
         members.setdefault(group, []).append(place)
+    values = digits(values)
     ranks = torch.zeros(len(values), dtype=torch.float64)
     for at in members.values():
         ranks[at] = (mean_ranks(values[at]) - 0.5) / len(at)
     return ranks
+
+
+def digits(values: Tensor) -> Tensor:
+    """The values without their last digits, in which equal examples differ by rounding."""
+    mantissa, exponent = torch.frexp(values)
+    return torch.ldexp((mantissa * DIGITS).round(), exponent) / DIGITS
 
 
 def agreement(name: str, ranks: Mapping[str, Tensor]) -> float | None:

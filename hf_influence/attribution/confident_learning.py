@@ -12,6 +12,7 @@ from hf_influence.attribution.extras import package
 from hf_influence.attribution.method import Method
 from hf_influence.attribution.selection import Selection
 from hf_influence.attribution.statistic import statistic
+from hf_influence.errors import BadExample
 
 
 @dataclass(kw_only=True)
@@ -41,12 +42,18 @@ class ConfidentLearning(Method, name="confident_learning"):
 
         Raises:
             MissingPackage: cleanlab is not installed.
+            BadExample: A label is none of the classes.
         """
         find_label_issues = package("cleanlab.filter", self.name).find_label_issues
         p = statistic(rows.train, "probabilities", self.name).double()  # [n, c]
         y = statistic(rows.train, "label", self.name).long()[:, None]
         if not len(y):
             return torch.zeros(0, 1, dtype=rows.train.dtype)
+        if int(y.min()) < 0 or int(y.max()) >= p.shape[1]:
+            raise BadExample(
+                f"method '{self.name}' compares classes, and the labels in {rows.train.folder} go from {int(y.min())} "
+                f"to {int(y.max())} for {p.shape[1]} probabilities: it takes labels from 0 to {p.shape[1] - 1}."
+            )
         margin = p.gather(1, y) - p.scatter(1, y, -torch.inf).amax(1, keepdim=True)  # [n, 1]
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "May not flag all label issues", UserWarning)  # said in the docstring

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from hf_influence.attribution.method import Method
 from hf_influence.attribution.selection import Selection
+from hf_influence.dataset.groups import group_of
 from hf_influence.errors import BadSetting
 from hf_influence.store import Rows
 
@@ -48,7 +49,8 @@ class Labelled(Method):
                 f"method '{self.name}' needs the class of each training example, and {train.folder} does not hold the "
                 "statistic 'label'. Pass labels=[...], one for each example in dataset order."
             )
-        return one_for_each(labels, train, self.name, "labels", "classes", "training example")
+        given = one_for_each(labels, train, self.name, "labels", "classes", "training example")
+        return [group_of(label) for label in given]
 
 
 class Examples(Protocol):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, NamedTuple
 
@@ -17,6 +18,9 @@ from hf_influence.attribution.trust import Epoch
 from hf_influence.errors import MissingRows, StoreMismatch
 from hf_influence.store import Rows
 
+SAME = 1e-4
+"""Of 1: how far a cosine, or a statistic, may be off between two gradients of one example."""
+
 
 class Fitted(NamedTuple):
     """The regression on some queries.
@@ -24,10 +28,12 @@ class Fitted(NamedTuple):
     Attributes:
         query: Their rows.
         inverse: (K + λI)⁻¹, `[q, q]` in float64.
+        copies: Places of queries that are the same one, for each that is there several times.
     """
 
     query: Rows
     inverse: Tensor
+    copies: Sequence[Tensor] = ()
 
     @property
     def weight(self) -> Tensor:
@@ -36,8 +42,19 @@ class Fitted(NamedTuple):
 
     @property
     def left_out(self) -> Tensor:
-        """What the score of each query would be by the others, 1 − α_q / (K + λI)⁻¹_qq, `[q]`."""
-        return 1 - self.weight / self.inverse.diagonal()
+        """What the score of each query would be by the others, `[q]`; copies of it are not among those.
+
+        1 − α_q / (K + λI)⁻¹_qq, or 1 − ((K + λI)⁻¹_SS)⁻¹ α_S for copies S.
+        """
+        return 1 - self._own
+
+    @property
+    def _own(self) -> Tensor:
+        """By how much each query and its copies raise its score, `[q]`."""
+        own = self.weight / self.inverse.diagonal()
+        for same in self.copies:
+            own[same] = torch.linalg.solve(self.inverse[same][:, same], self.weight[same])
+        return own
 
     def turned(self, wrong: Rows) -> Tensor:
         """What the score of each query would be with the row that it has in `wrong`, by the other queries, `[q]`.
@@ -54,8 +71,12 @@ class Fitted(NamedTuple):
             )
         across = cosines(wrong, self.query).double()  # [q, q]
         check_finite(across, wrong)
-        # α without query q is α − (α_q / inverse_qq) inverse_q
-        return across @ self.weight - self.weight / self.inverse.diagonal() * (across * self.inverse).sum(1)
+        # α without query q is α − (α_q / inverse_qq) inverse_q, without copies S α − inverse_S (inverse_SS)⁻¹ α_S
+        own = self._own
+        share = own * (across * self.inverse).sum(1)
+        for same in self.copies:
+            share[same] = across[same] @ self.inverse[:, same] @ own[same]
+        return across @ self.weight - share
 
 
 @dataclass(kw_only=True)
@@ -96,9 +117,8 @@ class KernelRidge(Method, name="kernel_ridge"):
             raise MissingRows(f"{query.folder} holds no examples, so there is nothing to fit. Collect some queries.")
         kernel = cosines(query, query)  # [q, q]
         check_finite(kernel, query)
-        return Fitted(
-            query, torch.linalg.inv(kernel.double() + self.ridge * torch.eye(len(query), dtype=torch.float64))
-        )
+        inverse = torch.linalg.inv(kernel.double() + self.ridge * torch.eye(len(query), dtype=torch.float64))
+        return Fitted(query, inverse, copies(query, kernel))
 
     def _applied(self, rows: Selection, weight: Tensor) -> Tensor:
         """The scores of the examples, `[n]`."""
@@ -159,6 +179,23 @@ class KernelRidgeMean(OverTraining, KernelRidge, name="kernel_ridge_mean"):
             count[at] += 1
         mean = torch.where(times > 0, total / times, plain / count)
         return mean.to(rows.train.dtype)[:, None]
+
+
+def copies(rows: Rows, kernel: Tensor) -> list[Tensor]:
+    """Places of rows that are of the same example, for each that is there several times.
+
+    Args:
+        rows: The rows.
+        kernel: Their cosines, `[q, q]`.
+    """
+    same = kernel > 1 - SAME
+    for name in ("loss", "length", "grad_norm"):
+        if (values := rows.stats.get(name)) is not None:
+            values = values.double()
+            same &= (values - values[:, None]).abs() <= SAME * values.abs()
+    same.fill_diagonal_(True)
+    first = same.int().argmax(1)
+    return [(first == one).nonzero()[:, 0] for one in first.unique() if int((first == one).sum()) > 1]
 
 
 def weight_of(score: Tensor) -> float:

@@ -53,6 +53,8 @@ class OutlierForest(Method, name="outlier_iforest"):
 
         The forest draws examples by their place, so they are put in an order that depends on nothing but themselves.
         """
+        scale = np.ldexp(fitted.dtype.type(1), -np.frexp(np.abs(fitted).max(initial=0))[1])
+        fitted, scored = fitted * scale, scored * scale  # by a power of two: what is near 0 would count as constant
         key = fitted @ np.random.default_rng(self.seed).standard_normal(fitted.shape[1:], fitted.dtype)
         forest = IsolationForest(n_estimators=self.trees, random_state=self.seed).fit(fitted[key.argsort()])
         return torch.from_numpy(forest.score_samples(scored)) if len(scored) else torch.zeros(0)

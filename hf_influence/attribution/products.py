@@ -35,9 +35,9 @@ def inner_products(train: Rows, query: Rows, width: int, prepare: Prepare) -> Te
 
 
 def inverse_norms(rows: Rows) -> Tensor:
-    """`1 / ‖g_i‖` over all blocks together, `[n]`; 0 for a zero gradient."""
+    """`1 / ‖g_i‖` over all blocks together, `[n]` in the precision of the rows; 0 for a zero gradient."""
     norms = row_norms(rows)
-    return torch.where(norms == 0, 0, norms.reciprocal())
+    return torch.where(norms == 0, 0, norms.reciprocal()).to(rows.dtype)
 
 
 def cosines(one: Rows, other: Rows) -> Tensor:

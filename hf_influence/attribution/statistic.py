@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from hf_influence.errors import MissingRows
+from hf_influence.errors import BadExample, MissingRows
 from hf_influence.store import Rows
 
 _HOW = {
@@ -20,6 +20,7 @@ def statistic(rows: Rows, name: str, method: str) -> Tensor:
 
     Raises:
         MissingRows: It was not collected.
+        BadExample: It is not finite.
     """
     stats = rows.stats
     if len(rows) and name not in stats:
@@ -27,4 +28,13 @@ def statistic(rows: Rows, name: str, method: str) -> Tensor:
             f"{rows.folder} does not hold the statistic {name!r} that method '{method}' needs (it has: "
             f"{', '.join(sorted(stats)) or 'none'}). {_HOW.get(name, 'It is collected where the task has it.')}"
         )
-    return stats.get(name, torch.zeros(0))
+    values = stats.get(name, torch.zeros(0))
+    finite = torch.isfinite(values)
+    finite = finite.flatten(1).all(1) if values.ndim > 1 else finite
+    if not bool(finite.all()):
+        raise BadExample(
+            f"the statistic {name!r} of example {rows.ids[int((~finite).nonzero()[0])]!r} in {rows.folder} is not "
+            f"finite, and method '{method}' would rank it all the same. Look at the example, and collect again without "
+            "it."
+        )
+    return values

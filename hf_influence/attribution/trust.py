@@ -216,7 +216,8 @@ def estimated_share(sightings: Sequence[Sighting], at_end: Sighting | None = Non
     middle = sum(one.share for one in seen) / len(seen)
     edges = np.linspace(0, 0.5, 5001)
     share = (edges[1:] + edges[:-1]) / 2
-    weight = np.diff(betainc(*PRIOR, edges)) * np.exp(-0.5 * ((share - middle) / seen[0].error) ** 2)
+    likely = -0.5 * ((share - middle) / seen[0].error) ** 2
+    weight = np.diff(betainc(*PRIOR, edges)) * np.exp(likely - likely.max())  # or all are 0 far outside of [0, ½]
     return float((share * weight).sum() / weight.sum())
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from hf_influence.attribution.kernel_ridge import KernelRidge
 from hf_influence.attribution.prompt_gain import gain
 from hf_influence.attribution.selection import Selection
+from hf_influence.attribution.statistic import statistic
 from hf_influence.attribution.trust import (
     Epoch,
     auc_of,
@@ -86,7 +87,8 @@ def witnesses(rows: Selection, last: Selection, ridge: Tensor, signs: Signs) -> 
     fitted = KernelRidge().fit(query)
     turned = -fitted.left_out if other is None else fitted.turned(other)
     found = {"kernel_ridge": Witness(fitted.left_out, turned, ridge, signs)}
-    if (margins := query.stats.get("margin")) is not None:
+    if "margin" in query.stats:
+        margins = statistic(query, "margin", "auto")
         wrong = -margins if other is None else other.stats["margin"]
         examples = last.train.stats.get("margin", margins[:0])
         found["margin"] = Witness(margins, wrong, examples, _signs_of_margins(rows) if len(examples) else {})
@@ -103,10 +105,10 @@ def of_prompts(last: Selection, scores: Tensor) -> Witness | None:
         last: The end.
         scores: Of the examples, `[n]`.
     """
-    query = last.query.stats
-    if STATISTIC not in query or query[STATISTIC].ndim != 2 or query[STATISTIC].shape[1] < 2:
+    query = last.query
+    if STATISTIC not in query.stats or query.stats[STATISTIC].ndim != 2 or query.stats[STATISTIC].shape[1] < 2:
         return None
-    loss, others = query["loss"].double(), query[STATISTIC].double()
+    loss, others = (statistic(query, name, "auto").double() for name in ("loss", STATISTIC))
     rest = (others.sum(1, keepdim=True) - others) / (others.shape[1] - 1)  # [q, k], the mean of the others of each
     right, wrong = gain(loss, others), gain(others.flatten(), rest.flatten())
     zero = divide(right, wrong)

@@ -8,10 +8,14 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 
-from hf_influence.errors import BadSetting
+from hf_influence.errors import BadExample, BadSetting
 from hf_influence.store import Rows
+
+RANGE = 1e-34, 1e34
+"""Of λ in float32, whose numbers go from 1e-38 to 3e38."""
 
 Solve = Callable[[Tensor], Tensor]
 """Takes vectors as rows, `[q, d]`, and gives `P v` for each, `[q, d]`."""
@@ -47,9 +51,19 @@ class Damped(Curvature):
         """λ = damping · Σᵢ ‖gᵢ‖² / (n d), for `square` = Σᵢ ‖gᵢ‖²; with the damping of the settings if none is given.
 
         It is 0 only where every gradient is 0: such a block says nothing, and `P` is taken to be 0 there.
+
+        Raises:
+            BadExample: The gradients are too small or too large for numbers in the precision of the rows.
         """
         relative = float(self.damping if damping is None else damping)
-        return relative * square / (max(1, len(rows)) * rows.blocks[block])
+        strength = relative * square / (max(1, len(rows)) * rows.blocks[block])
+        if strength and not RANGE[0] < strength < RANGE[1] and rows.dtype != torch.float64:
+            raise BadExample(
+                f"the gradients of block {block} in {rows.folder} have a mean squared entry of "
+                f"{strength / relative:.2g}, and {rows.dtype} has no room for what is divided by it. Look at the loss "
+                "(is it scaled?), or collect from a model in float64."
+            )
+        return strength
 
 
 @dataclass(kw_only=True)

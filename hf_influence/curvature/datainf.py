@@ -23,10 +23,10 @@ class MeanInverse(DampedPath):
     """
 
     def prepare(self, rows: Rows, block: str) -> Callable[[float], Solve]:
-        square = torch.zeros(len(rows), dtype=rows.dtype)
+        square = torch.zeros(len(rows), dtype=torch.float64)
         for at, g in rows.chunks(block):
-            square[at] = torch.linalg.vector_norm(g, dim=1).square()  # [b]
-        total = square.sum(dtype=torch.float64).item()
+            square[at] = torch.linalg.vector_norm(g, dim=1, dtype=torch.float64).square()  # [b]
+        total = square.sum().item()
 
         def at_damping(damping: float) -> Solve:
             lam = self.strength(total, rows, block, damping)
@@ -36,7 +36,7 @@ class MeanInverse(DampedPath):
                     return torch.zeros_like(v)
                 pull = torch.zeros_like(v)  # [q, d]
                 for at, g in rows.chunks(block):
-                    weight = (v @ g.T) / (lam + square[at])  # [q, b]
+                    weight = (v @ g.T) / (lam + square[at]).to(v.dtype)  # [q, b]
                     pull.addmm_(weight, g)
                 return (v - pull / len(rows)) / lam
 

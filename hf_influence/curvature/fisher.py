@@ -12,9 +12,9 @@ from torch import Tensor
 from hf_influence.curvature.curvature import DampedPath, Solve
 from hf_influence.store import Rows
 
-WIDE = 10_000
-"""Columns of a block from which on products of the Gram side are taken in float64: λ is relative to the mean
-eigenvalue, so the largest one over λ, which multiplies the rounding, grows with the columns."""
+WIDE = 40_000
+"""Columns of a block over its damping from which on products of the Gram side are taken in float64: λ is relative to
+the mean eigenvalue, so the largest one over λ, which multiplies the rounding, grows with both."""
 
 TILE = 256  # rows in a tile of the Gram matrix: large enough for fast products, small enough to skip half of them
 
@@ -26,7 +26,7 @@ class EmpiricalFisher(DampedPath):
         P v = (λI + GᵀG/n)⁻¹ v                         dense side, d × d
             = (v − Gᵀ (nλI + GGᵀ)⁻¹ G v) / λ           Gram side, n × n
 
-    Products are taken in the precision of the rows, on the Gram side of blocks of over 10,000 columns in float64, and
+    Products are taken in the precision of the rows, on the Gram side in float64 where d / damping is over 40,000, and
     summed, factored and solved in float64.
 
     Cost: Gram side O(n² d / 2 + n³ / 3 + n q (n + d)) and n² numbers; dense side the same with n and d exchanged.
@@ -56,14 +56,17 @@ class EmpiricalFisher(DampedPath):
 
     def _gram(self, rows: Rows, block: str) -> Callable[[float], Solve]:
         tiles = [g for _, g in rows.chunks(block, TILE)]  # views of the mapped files
-        exact = torch.float64 if rows.blocks[block] > WIDE else rows.dtype
-        gram, spans = gram_matrix(tiles, exact)
-        square = gram.diagonal().sum(dtype=torch.float64).item()
+        square = sum(torch.linalg.vector_norm(g, dtype=torch.float64).square().item() for g in tiles)
+        made: dict[torch.dtype, tuple[Tensor, list[slice]]] = {}
 
         def at_damping(damping: float) -> Solve:
             lam = self.strength(square, rows, block, damping)
             if lam == 0:
                 return torch.zeros_like
+            exact = torch.float64 if rows.blocks[block] > WIDE * damping else rows.dtype
+            if exact not in made:
+                made[exact] = gram_matrix(tiles, exact)
+            gram, spans = made[exact]
             factor = _factor(gram, len(rows) * lam)
 
             def solve(v: Tensor) -> Tensor:
