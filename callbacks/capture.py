@@ -214,6 +214,7 @@ class GradientCapture(TrainerCallback):
         """How the rows of a split are made; says now what would not work later."""
         resumed = state.global_step > 0
         if split != "train" or not is_stream(dataset):
+            options = {**options, "batch_size": self.batch_size}
             return check_collectable(model, dataset, self.path, split, resumed=resumed, **options)
         check_stream(dataset, self.at_end or self.schedule is None, self.budget)
         plan = StreamPlan.of(model, **self.settings)

@@ -14,8 +14,9 @@ from torch.utils.data import Sampler
 from transformers import Trainer
 
 from hf_influence.errors import BadExample, BadSetting
+from hf_influence.gradients.batches import decoder_inputs
 from hf_influence.gradients.objective import own_losses
-from hf_influence.task import IGNORED, Classification, LanguageModel, Seq2SeqLM, task_of, unwrapped
+from hf_influence.task import IGNORED, Classification, LanguageModel, Seq2SeqLM, task_of
 
 By = Literal["loss", "sampling"]
 
@@ -112,8 +113,7 @@ class WeightedTrainer(Trainer):
         self._weights = weights if count else None
         if isinstance(self._task, Seq2SeqLM) and "labels" in inputs and "decoder_input_ids" not in inputs:
             # the Trainer takes the labels away, of which the model would make them
-            shifted = unwrapped(self.model).prepare_decoder_input_ids_from_labels(inputs["labels"])
-            inputs = {**inputs, "decoder_input_ids": shifted}
+            inputs = {**inputs, "decoder_input_ids": decoder_inputs(self.model, inputs["labels"])}
         return super().compute_loss(model, inputs, *args, **kwargs)
 
     def _loss(self, outputs: Any, labels: Tensor, num_items_in_batch: Tensor | int | None = None) -> Tensor:

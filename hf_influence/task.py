@@ -13,12 +13,19 @@ from typing import Any, ClassVar, Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES,
+)
 
 from hf_influence.errors import BadExample, BadSetting, UnsupportedModel
 
 Reduction = Literal["mean", "sum"]
 IGNORED = -100
 LABELS = ("labels", "label", "label_ids")
+CAUSAL = set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
+SEQ2SEQ = {*MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES.values(), *MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES.values()}
 TOKENS_AT_ONCE = 64
 TOKENS_AT_ONCE_ACCELERATOR = 4096
 
@@ -85,6 +92,7 @@ class LanguageModel(Task):
             labels: `[b, k]`, the token that each position is to predict, -100 for none.
         """
         labelled = labels != IGNORED
+        check_labels(labels, logits.shape[-1], (IGNORED,))
         n_tokens = labelled.sum(1)  # [b]
         weight = labelled.to(torch.promote_types(logits.dtype, torch.float32))
         if self.reduction == "mean":
@@ -179,14 +187,14 @@ def task_of(model: nn.Module, loss_reduction: Reduction = "mean") -> Task:
         raise BadSetting(
             f"loss_reduction={loss_reduction!r}: choose 'mean' or 'sum' over an example's labelled tokens."
         )
-    base = unwrapped(model)
-    kind, name = getattr(base, "loss_type", None), type(base).__name__
-    if kind in ("ForSequenceClassification", "ForImageClassification"):
+    base, name = unwrapped(model), type(unwrapped(model)).__name__
+    names = {kind.__name__ for kind in type(base).__mro__}  # a subclass has the head of its class
+    if any(one.endswith(("ForSequenceClassification", "ForImageClassification")) for one in names):
         return Classification(base.config.problem_type, base.config.num_labels)
     if getattr(getattr(base, "config", None), "is_encoder_decoder", False):
-        if hasattr(base, "prepare_decoder_input_ids_from_labels"):
+        if names & SEQ2SEQ or hasattr(base, "prepare_decoder_input_ids_from_labels"):
             return Seq2SeqLM(loss_reduction)
-    elif kind == "ForCausalLM" or name.endswith("LMHeadModel"):
+    elif names & CAUSAL or any(one.endswith("ForCausalLM") for one in names):
         return CausalLM(loss_reduction)
     raise UnsupportedModel(
         f"{name} has neither the head of a language model nor that of a sequence or image classifier, so the loss of a "
@@ -215,6 +223,28 @@ def labels_of(batch: dict[str, Any]) -> Tensor:
     )
 
 
+def check_labels(labels: Tensor, classes: int, others: tuple[int, ...] = ()) -> None:
+    """Refuse labels that are none of the classes or tokens.
+
+    Raises:
+        BadExample: Names the first of them.
+    """
+    if labels.is_floating_point() or labels.dtype == torch.bool:
+        raise BadExample(
+            f"the labels are of the type {labels.dtype}, and whole numbers are wanted: one of {classes} classes or "
+            "tokens. Cast the column, or set model.config.problem_type for several labels an example or regression."
+        )
+    known = (labels >= 0) & (labels < classes)
+    for other in others:
+        known |= labels == other
+    if not bool(known.all()):
+        besides = f", or {others[0]} for none" if others else ""
+        raise BadExample(
+            f"a label is {int(labels[~known][0])}, and they must be from 0 to {classes - 1}{besides}. Look at the "
+            "labels of the dataset and at num_labels or the size of the vocabulary."
+        )
+
+
 Judged = tuple[Tensor, Tensor, dict[str, Tensor]]
 """Loss `[b]`, its gradient at the logits `[b, c]`, statistics `[b]` or `[b, c]`."""
 
@@ -234,6 +264,7 @@ def _binary_cross_entropy(z: Tensor, labels: Tensor) -> Judged:
 
 def _label_cross_entropy(z: Tensor, labels: Tensor) -> Judged:
     labels = labels.reshape(-1)
+    check_labels(labels, z.shape[1])
     y = labels[:, None]
     log_p = z.log_softmax(1)
     log_p_y = log_p.gather(1, y)[:, 0]

@@ -69,7 +69,9 @@ class Examples:
         else:
             self._columns = None
         self._dataset = dataset
-        pad_token_id = getattr(getattr(model, "config", None), "pad_token_id", None)
+        config: Any = getattr(model, "config", None)
+        config = config.get_text_config() if hasattr(config, "get_text_config") else config
+        pad_token_id = getattr(config, "pad_token_id", None)
         self.pad = padding_with(pad_token_id if isinstance(pad_token_id, int) else 0)
         self._collate = collate or self.pad
         self._surveyed: tuple[str, list[int]] | None = None
@@ -250,7 +252,7 @@ def inputs_of(
     if "use_cache" in arguments:
         inputs["use_cache"] = False
     if isinstance(task, Seq2SeqLM) and "decoder_input_ids" not in inputs:
-        inputs["decoder_input_ids"] = unwrapped(model).prepare_decoder_input_ids_from_labels(labels)
+        inputs["decoder_input_ids"] = decoder_inputs(model, labels)
     return inputs, labels, batch.get("attention_mask")
 
 
@@ -259,10 +261,41 @@ def padding_to_the_right(batch: dict[str, Tensor]) -> dict[str, Tensor]:
     mask = batch.get("attention_mask")
     if not isinstance(mask, Tensor) or mask.ndim != 2 or bool(mask[:, 0].all()):
         return batch
+    wide = [name for name, value in batch.items() if isinstance(value, Tensor) and value.shape[:2] == mask.shape]
+    if left := [name for name in wide if batch[name].ndim > 2 and name not in LABELS]:
+        raise BadSetting(
+            f"the batch is padded on the left and has {left[0]!r} of shape {list(batch[left[0]].shape)}, of which it "
+            "is not known whether it goes by token. Pad on the right: tokenizer.padding_side = 'right'."
+        )
     lead = mask.to(torch.long).argmax(1)  # [b], tokens of padding on the left
     t = mask.shape[1]
     source = (torch.arange(t, device=mask.device) + lead[:, None]) % t  # [b, t]
     return {**batch, **{name: batch[name].gather(1, source) for name in by_token(batch, mask)}}
+
+
+def alone(batch: dict[str, Any], labels_too: bool) -> dict[str, Any]:
+    """A batch of one as the model sees the example alone, without padding, its labels under the name `labels`.
+
+    Args:
+        batch: The collated batch.
+        labels_too: The labels go by token of the input.
+    """
+    mask = batch.get("attention_mask")
+    labels = next(name for name in LABELS if isinstance(batch.get(name), Tensor))
+    if isinstance(mask, Tensor) and mask.ndim == 2:
+        cut = by_token(batch, mask) - (set() if labels_too else {labels})
+        real = mask[0] != 0
+        batch = {name: value[:, real] if name in cut else value for name, value in batch.items()}
+    return {**{name: value for name, value in batch.items() if name not in LABELS}, "labels": batch[labels]}
+
+
+def decoder_inputs(model: nn.Module, labels: Tensor) -> Tensor:
+    """What the decoder of an encoder-decoder reads where it is to predict the labels: these, one place to the right."""
+    base = unwrapped(model)
+    if hasattr(base, "prepare_decoder_input_ids_from_labels"):
+        return base.prepare_decoder_input_ids_from_labels(labels)
+    first = labels.new_full((len(labels), 1), base.config.decoder_start_token_id)
+    return torch.cat((first, labels[:, :-1].masked_fill(labels[:, :-1] == IGNORED, base.config.pad_token_id)), 1)
 
 
 def _contents(batch: dict[str, Any]) -> list[Any]:

@@ -238,8 +238,16 @@ def per_sample_gradients(
     """
     catcher = RowCatcher(find_taps(model, modules, skip), compress)
     catcher.recomputed = any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
+
+    def count(_: nn.Module, args: tuple[Any, ...], named: dict[str, Any]) -> None:
+        given = [named[name] for name in ("input_ids", "inputs_embeds", "pixel_values") if name in named]
+        first = next((value for value in (*given, *args, *named.values()) if isinstance(value, Tensor)), None)
+        catcher.rows_in_batch = None if first is None else len(first)
+
+    handle = model.register_forward_pre_hook(count, with_kwargs=True)
     try:
         catcher.attach()
         yield catcher
     finally:
+        handle.remove()
         catcher.detach()

@@ -22,6 +22,7 @@ from hf_influence.gradients.own_loss import OwnTask, kept_task, task_of
 from hf_influence.gradients.processes import first_process_first, rank, wait_for_all, world
 from hf_influence.gradients.sweep import BatchSize, check_batch_size, sweep
 from hf_influence.gradients.taps import Modules, Tap, find_taps
+from hf_influence.gradients.trial import try_out
 from hf_influence.store import GradientStore, Header, PointAbout, RowWriter
 from hf_influence.task import Classification, Reduction, Task, labels_of
 
@@ -100,6 +101,7 @@ def collect(
     plan = Plan.of(
         model, dataset, data_collator, loss_reduction, compress, modules, skip, id_column, remove_unused_columns, task
     )
+    try_out(model, plan.task, plan.examples, several=batch_size != 1)
     return collect_planned(
         model,
         plan,
@@ -271,6 +273,7 @@ def check_collectable(
     id_column: str | None = None,
     remove_unused_columns: bool = True,
     other_prompts: int | None = 0,
+    batch_size: BatchSize = "auto",
     overwrite: bool = False,
     resumed: bool = False,
 ) -> Plan:
@@ -288,6 +291,7 @@ def check_collectable(
         model, dataset, data_collator, loss_reduction, compress, modules, skip, id_column, remove_unused_columns, task
     )
     plan.examples.batch(range(min(2, len(plan.examples))))
+    try_out(model, plan.task, plan.examples, several=batch_size != 1)
     if other_prompts:
         OtherPrompts(model, plan.task, plan.examples, other_prompts, todo=[0])
     check_folder(path, plan.header, overwrite=overwrite, resumed=resumed)

@@ -17,7 +17,7 @@ from hf_influence.gradients.first_token import FirstToken
 from hf_influence.gradients.identity import content_hash
 from hf_influence.gradients.lora import fused_lora
 from hf_influence.gradients.modes import evaluating
-from hf_influence.task import IGNORED, CausalLM, LanguageModel, Outcome, Task
+from hf_influence.task import IGNORED, CausalLM, LanguageModel, Outcome, Task, unwrapped
 
 
 class Seen(NamedTuple):
@@ -79,7 +79,12 @@ class FixedWeights:
             stats = self.backward(batch)
         if not known and self.first_token.enough:
             self.first_token.attach()
-            stats = self.backward(batch)  # again, so that a batch has the same rows wherever a pass began
+            try:
+                stats = self.backward(batch)  # again, so that a batch has the same rows wherever a pass began
+            except (IndexError, ValueError, RuntimeError):  # the model cuts tokens off that are no longer there
+                self.first_token.detach()
+                self.first_token.enough = False
+                stats = self.backward(batch)
         rows = self.catcher.take()
         return rows, {**stats, "grad_norm": _norm(list(rows.values()))}
 
@@ -105,7 +110,7 @@ class FixedWeights:
             "loss": outcome.loss,
             **outcome.stats,
             "length": mask.sum(1) if isinstance(mask, Tensor) and mask.ndim == 2 else size,
-            "hash": content_hash(main, mask, seen.labels, isinstance(self.task, CausalLM)),
+            "hash": content_hash(main, mask, seen.labels, isinstance(self.task, CausalLM) and main.ndim == 2),
         }
         if self.head is not None:
             stats["features"] = self.head.take(seen.logits, seen.targets)
@@ -125,8 +130,9 @@ class FixedWeights:
 
     def _labelled_logits(self, inputs: dict[str, Any], targets: Tensor) -> tuple[Tensor, Tensor]:
         """Logits `[b, k, v]` at the labelled positions of each example, and their targets `[b, k]`."""
+        shape = targets.shape
         position, targets = _labelled_first(targets)
-        with _head_sees(self.model, position):
+        with _head_sees(self.model, position, shape):
             logits = self.model(**inputs).logits
         if logits.shape[:2] != targets.shape:
             raise UnsupportedModel(
@@ -150,14 +156,25 @@ def _labelled_first(targets: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @contextmanager
-def _head_sees(model: nn.Module, position: Tensor) -> Iterator[None]:
-    """Let the output embedding see the hidden states `[b, t, d]` at `position [b, k]` alone."""
+def _head_sees(model: nn.Module, position: Tensor, shape: torch.Size) -> Iterator[None]:
+    """Let the output embedding see the hidden states `[b, t, d]` at `position [b, k]` alone.
+
+    Args:
+        model: The model.
+        position: Where.
+        shape: `[b, t]`.
+    """
     head: Any = model.get_output_embeddings()  # type: ignore[operator]
     if head is None:
         raise UnsupportedModel(f"{type(model).__name__} names no output embedding (get_output_embeddings() is None).")
 
     def select(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         hidden = args[0]
+        if hidden.ndim != 3 or hidden.shape[:2] != shape:
+            raise UnsupportedModel(
+                f"the output embedding of {type(unwrapped(model)).__name__} is given {list(hidden.shape)} for a batch "
+                f"of {shape[0]} examples of {shape[1]} tokens, so it is not known what belongs to which token."
+            )
         return (hidden.gather(1, position[..., None].expand(-1, -1, hidden.shape[-1])), *args[1:])
 
     handle = head.register_forward_pre_hook(select)

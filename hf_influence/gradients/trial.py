@@ -1,0 +1,101 @@
+"""A look at two examples before the first batch: is their loss the model's own, and the same beside others?"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hf_influence.errors import UnsupportedModel
+from hf_influence.gradients.batches import Examples, alone
+from hf_influence.gradients.capture import RowCatcher
+from hf_influence.gradients.fixed import FixedWeights
+from hf_influence.gradients.modes import evaluating
+from hf_influence.gradients.objective import has_own_loss
+from hf_influence.task import IGNORED, CausalLM, LanguageModel, Task, unwrapped
+
+TRIED = 32
+"""Examples of which the shortest and the longest are looked at."""
+EXACT, ROUNDED, HALF = 1e-3, 1e-2, 1e-1
+"""Of 1 + loss: how far two computations of a loss may differ in float32, in float32 with rounded products, and where
+some weights are narrower."""
+
+
+def try_out(model: nn.Module, task: Task, examples: Examples, several: bool = True) -> None:
+    """Compare the loss that rows would be of with the model's own, and with that in a batch of two.
+
+    A model may have another loss than others of its kind, and may read padding; both show here, whatever its name.
+
+    Args:
+        model: The model.
+        task: What the loss of an example is taken to be.
+        examples: The dataset; an example that has no labelled token says nothing.
+        several: Rows will be made of several examples at a time.
+
+    Raises:
+        UnsupportedModel: They differ.
+    """
+    rows = examples[range(min(TRIED, len(examples)))]
+    lengths = [len(row["input_ids"]) if "input_ids" in row else 1 for row in rows]
+    ends = list(dict.fromkeys((lengths.index(min(lengths)), lengths.index(max(lengths)))))
+    tolerance = _tolerance(model)
+    found = {}
+    with FixedWeights(model, task, RowCatcher([])) as resting:
+        for position in ends:
+            batch = examples.batch([position])
+            judged = resting.judge(alone(batch, isinstance(task, CausalLM)))
+            if int(judged["n_tokens"][0]):
+                found[position] = float(judged["loss"][0])
+                _same(position, found[position], float(resting.judge(batch)["loss"][0]), tolerance, _PADDING, model)
+        if several and len(found) == 2:
+            for position, loss in zip(ends, resting.judge(examples.batch(ends))["loss"].tolist(), strict=True):
+                _same(position, found[position], loss, tolerance, _PADDING, model)
+    if has_own_loss(task):
+        return
+    for position, loss in found.items():
+        own = _own(model, task, alone(examples.batch([position]), isinstance(task, CausalLM)))
+        if own is not None:
+            _same(position, own, loss, tolerance, _KIND, model)
+
+
+_PADDING = (
+    "alone {one:.4g}, in a padded batch {other:.4g}: the model reads padding, so the gradient of an example depends on "
+    "what stands beside it. Pass batch_size=1 and a data_collator that pads no further than the batch, and an "
+    "attention_mask if the model takes one."
+)
+_KIND = (
+    "by the model itself {one:.4g}, by its logits and labels {other:.4g}: it trains on another loss than other models "
+    "of its kind (labels that are not shifted, another loss for several labels, tokens of an image before the text), "
+    "and rows would be of the wrong one. Say what it is: task=own_loss(function)."
+)
+
+
+def _same(position: int, one: float, other: float, tolerance: float, why: str, model: nn.Module) -> None:
+    if abs(one - other) > tolerance * (1 + abs(one)):
+        name = type(unwrapped(model)).__name__
+        raise UnsupportedModel(f"the loss of example {position} by {name} is " + why.format(one=one, other=other))
+
+
+def _tolerance(model: nn.Module) -> float:
+    if any(weight.dtype not in (torch.float32, torch.float64) for weight in model.parameters()):
+        return HALF
+    return EXACT if torch.get_float32_matmul_precision() == "highest" else ROUNDED
+
+
+def _own(model: nn.Module, task: Task, batch: dict[str, Any]) -> float | None:
+    """The loss of a batch of one as the model computes it; `None` where it has none, or adds one of its experts."""
+    device, config = next(model.parameters()).device, unwrapped(model).config
+    problem = getattr(config, "problem_type", None)
+    batch = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()}
+    try:
+        with evaluating(model), torch.no_grad():
+            out = model(**batch)
+    finally:
+        config.problem_type = problem  # which some models set when they first see labels
+    loss = getattr(out, "loss", None)
+    if loss is None or getattr(out, "aux_loss", None) is not None:
+        return None
+    if isinstance(task, LanguageModel) and task.reduction == "sum":
+        return float(loss) * int((task.targets(batch["labels"], None) != IGNORED).sum())
+    return float(loss)
