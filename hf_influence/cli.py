@@ -18,11 +18,20 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
+_KINDS: dict[str, tuple[type, str]] = {
+    "point": (int, "a whole number"),
+    "train_split": (str, "text"),
+    "query_split": (str, "text"),
+}
+"""Settings that no method checks, as they say what is scored."""
+
 
 @app.command()
 def methods(
     markdown: Annotated[bool, typer.Option(help="As a Markdown table, for the README.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="All that is known of each method, as JSON.")] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="All that is known of each method, or what it lacks in a store, as JSON.")
+    ] = False,
     store: Annotated[
         Path | None, typer.Option(help="A store: which methods can run on it, what the others lack.")
     ] = None,
@@ -30,9 +39,15 @@ def methods(
     """List the methods: what each gives you, what it needs, what it costs and when to use it."""
     from hf_influence.attribution import lacking
     from hf_influence.attribution import methods as table_of_methods
+    from hf_influence.errors import BadSetting
 
+    if markdown and (as_json or store is not None):
+        raise BadSetting("--markdown gives the whole table, for the README. Leave it out, or --json and --store.")
     if store is not None:
         lacks = lacking(store)
+        if as_json:
+            print(json.dumps(lacks, indent=1))
+            return
         print("\n".join(["can run now:", *(f"  {name}" for name, what in lacks.items() if not what)]))
         print("\n".join(["lack something:", *(f"  {name}: {', '.join(w)}" for name, w in lacks.items() if w)]))
         return
@@ -61,13 +76,19 @@ def attribute(
 ) -> None:
     """Score the training examples of a store; higher = more worth keeping."""
     from hf_influence.attribution import attribute as score
+    from hf_influence.errors import BadSetting
+    from hf_influence.filter.wording import printable
+    from hf_influence.scores import as_json
 
+    if output is not None and output.is_dir():
+        raise BadSetting(f"--output {output} is a folder, and scores go into a file. Name one: {output}/scores.st.")
     scores = score(store, method, **dict(map(_setting, setting or [])))
-    print(f"{len(scores)} examples by {scores.method}; {json.dumps(scores.settings)}")
+    print(f"{len(scores)} examples by {scores.method}; {as_json(scores.settings)}")
     for what, found in scores.report.items():
-        print(f"{what}: {json.dumps(found)}")
+        print(f"{what}: {as_json(found)}")
     means = dict(zip(scores.ids, scores.mean().tolist(), strict=True))
-    print("\n".join(["least worth keeping:", *(f"  {name}  {means[name]:.6g}" for name in scores.lowest(lowest))]))
+    lines = [f"  {printable(name)}  {means[name]:.6g}" for name in scores.lowest(lowest)]
+    print("\n".join(["least worth keeping:", *lines]))
     if output is not None:
         scores.save(output)
         print(f"written to {output}")
@@ -123,9 +144,17 @@ def demo(
 
 def _curate(rule: Any, data: str, split: str, scores: Path, output: Path) -> None:
     """Apply a rule of the filter module, and keep what comes of it."""
+    from hf_influence.errors import BadSetting, StoreError
     from hf_influence.filter import save_curated
     from hf_influence.scores import Scores
 
+    if not scores.exists():
+        raise StoreError(
+            f"there is no file or folder {scores}. Name scores, as `hf-influence attribute STORE --output FILE` writes "
+            "them, or a store."
+        )
+    if Path(data).is_dir() and output.resolve() == Path(data).resolve():
+        raise BadSetting(f"--output {output} is the dataset itself, which would be lost. Name another folder.")
     rows = _load(data, split)
     curated = rule.apply(rows, Scores.load(scores) if scores.is_file() else scores)
     save_curated(curated, rule.report, output)
@@ -139,10 +168,16 @@ def _setting(text: str) -> tuple[str, Any]:
     name, equals, value = text.partition("=")
     if not equals:
         raise BadSetting(f"--set {text} has no value. Write --set {text}=….")
+    if name in ("store", "method"):
+        raise BadSetting(f"--set {text} is no setting of a method. Write hf-influence attribute STORE --method NAME.")
     try:
-        return name, json.loads(value)
+        read = json.loads(value)
     except json.JSONDecodeError:
-        return name, value
+        read = value
+    kind, what = _KINDS.get(name, (object, ""))
+    if not isinstance(read, kind):
+        raise BadSetting(f"--set {text} cannot be used: {name} must be {what}.")
+    return name, read
 
 
 def _amount(text: str | None) -> Any:
@@ -156,15 +191,38 @@ def _amount(text: str | None) -> Any:
 
 
 def _load(data: str, split: str) -> Any:
-    """The dataset, or the split of it, that a name stands for."""
+    """The dataset, or the split of it, that a name stands for.
+
+    Raises:
+        BadExample: It cannot be read, or has no such split.
+    """
     from datasets import DatasetDict, load_dataset, load_from_disk
+    from datasets.exceptions import DatasetsError
+
+    from hf_influence.errors import BadExample
+    from hf_influence.filter.replay import of_split
+    from hf_influence.filter.wording import printable
 
     path = Path(data)
-    if path.is_dir():
-        loaded = load_from_disk(data)
-        return loaded[split] if isinstance(loaded, DatasetDict) else loaded
-    kind = {".parquet": "parquet", ".json": "json", ".jsonl": "json", ".csv": "csv"}.get(path.suffix)
-    return load_dataset(kind, data_files=data, split="train") if kind else load_dataset(data, split=split)
+    kind = {".parquet": "parquet", ".json": "json", ".jsonl": "json", ".csv": "csv"}.get(path.suffix.lower())
+    try:
+        if path.is_dir():
+            loaded = load_from_disk(data)
+        elif kind:
+            loaded = load_dataset(kind, data_files=data, split="train")
+        else:
+            return load_dataset(data, split=split)
+    except (OSError, ValueError, DatasetsError) as error:
+        cause = error.__cause__ or error  # datasets says no more than that there was one
+        raise BadExample(
+            f"no dataset can be read from {data} ({type(cause).__name__}: {printable(cause, 300)}). Name a parquet, "
+            "JSON or CSV file, a folder of save_to_disk or a dataset of the hub."
+        ) from error
+    if isinstance(loaded, DatasetDict):
+        return of_split(loaded, split)
+    if split not in ("train", str(loaded.split)):
+        raise BadExample(f"{data} is one dataset without splits, so it has no {split!r}. Leave --split out.")
+    return loaded
 
 
 def markdown_table() -> str:
@@ -179,12 +237,12 @@ def markdown_table() -> str:
 
 
 def main() -> None:
-    """Run the command line; an error that was meant for the user is shown without a traceback."""
+    """Run the command line; an error that was meant for the user, or of the disk, is shown without a traceback."""
     from hf_influence.errors import InfluenceError
 
     try:
         app()
-    except InfluenceError as error:
+    except (InfluenceError, OSError) as error:
         Console(stderr=True).print("[bold red]error:[/]", escape(str(error)))
         raise SystemExit(1) from error
 

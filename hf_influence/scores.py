@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from hf_influence.errors import BadSetting, StoreError
+from hf_influence.errors import BadSetting, MissingRows, StoreError
 
 LOG_ODDS = "log_odds"
 """In the report of scores that are the log-odds of a right label, ln((1 − p) / p) for a wrong one's probability p."""
@@ -22,6 +23,29 @@ def mean_ranks(values: Tensor) -> Tensor:
     """The rank of each value, 1 for the lowest, ties at their mean rank, `[n]` in float64."""
     _, level, count = values.unique(return_inverse=True, return_counts=True)
     return (count.cumsum(0) - (count.double() - 1) / 2)[level]
+
+
+def as_json(content: Any) -> str:
+    """JSON text; numbers of numpy, tensors, arrays and columns as the plain values that they hold.
+
+    Raises:
+        BadSetting: It has something that JSON cannot hold.
+    """
+    try:
+        return json.dumps(content, default=_plain)
+    except TypeError as error:
+        raise BadSetting(
+            f"what is to be saved cannot be written as JSON ({error}), so it could not be read again. Use numbers, "
+            "text, lists and dictionaries of text in settings and ids."
+        ) from error
+
+
+def _plain(value: Any) -> Any:
+    if hasattr(value, "tolist"):
+        return value.tolist()
+    if isinstance(value, Sequence):
+        return list(value)
+    raise TypeError(f"it has a {type(value).__name__}")
 
 
 @dataclass(frozen=True)
@@ -52,6 +76,11 @@ class Scores:
     report: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        if self.query_ids is not None and not len(self.query_ids) and len(self.ids):
+            raise MissingRows(
+                f"method '{self.method}' compares with queries, and the query split holds no examples, so there is no "
+                "score. Collect some queries."
+            )
         columns = 1 if self.query_ids is None else len(self.query_ids)
         if self.values.ndim != 2 or self.values.shape != (len(self.ids), columns):
             raise BadSetting(
@@ -69,11 +98,17 @@ class Scores:
         return len(self.ids)
 
     def mean(self) -> Tensor:
-        """Mean over the queries, `[n_train]`."""
-        return self.values.mean(1)
+        """Mean over the queries, `[n_train]` in float64, as a filter ranks by it."""
+        return self.values.double().contiguous().mean(1)
 
     def lowest(self, k: int) -> list[int] | list[str]:
-        """Ids of the `k` examples least worth keeping, worst first; ties in dataset order."""
+        """Ids of the `k` examples least worth keeping, worst first; ties in dataset order.
+
+        Raises:
+            BadSetting: `k` is negative.
+        """
+        if k < 0:
+            raise BadSetting(f"lowest({k}): how many examples to give is a number of 0 or more.")
         order = self.mean().argsort(stable=True)[:k].tolist()
         return [self.ids[i] for i in order]
 
@@ -90,16 +125,23 @@ class Scores:
                 "classes, and of prompts and answers, they must have been captured at the end of training "
                 "(GradientCapture(…, query_dataset=…))."
             )
-        return torch.sigmoid(-self.mean().double())
+        return torch.sigmoid(-self.mean())
 
     def save(self, path: str | Path) -> None:
-        """Write everything to one safetensors file (values as a tensor, the rest as JSON metadata)."""
+        """Write everything to one safetensors file (values as a tensor, the rest as JSON metadata).
+
+        Raises:
+            BadSetting: A setting or an id that JSON cannot hold; nothing is written then.
+        """
         path = Path(path)
+        about = as_json({field.name: getattr(self, field.name) for field in fields(self) if field.name != "values"})
         path.parent.mkdir(parents=True, exist_ok=True)
-        about = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "values"}
         part = path.with_name(path.name + ".part")
-        save_file({"values": self.values.contiguous()}, part, metadata={"scores": json.dumps(about)})
-        part.replace(path)
+        try:
+            save_file({"values": self.values.contiguous()}, part, metadata={"scores": about})
+            part.replace(path)
+        finally:
+            part.unlink(missing_ok=True)
 
     @classmethod
     def load(cls, path: str | Path) -> Scores:

@@ -185,6 +185,14 @@ def test_the_best_rows_that_fit_a_budget_of_tokens_stay():
         DatasetFilter(keep_tokens=2).apply(numbered(4), scores)
 
 
+@pytest.mark.parametrize(("cell", "shown"), [(None, "None"), ("a b c", "'a b c'"), (3, "3")])
+def test_tokens_that_cannot_be_counted_are_named(cell, shown):
+    cells = [cell, cell] if cell is not None else [[1, 2], None]
+    row = 0 if cell is not None else 1
+    with pytest.raises(BadExample, match=rf"row {row} has {shown} in the column 'input_ids', which is no list of"):
+        DatasetFilter(keep_tokens=3).apply(numbered(2, input_ids=cells), scores_of([1.0, 2.0]))
+
+
 def test_several_scores_drop_what_they_agree_on():
     one, other = scores_of([0.0, 1.0, 2.0, 3.0]), scores_of([-5.0, 3.0, -6.0, 9.0])
     both = DatasetFilter(drop=2)

@@ -6,10 +6,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from datasets import ClassLabel, Dataset, Features, Value
+from datasets import ClassLabel, Dataset, DatasetDict, Features, Value, load_dataset
 
 from hf_influence.errors import BadExample, BadSetting
-from hf_influence.filter import DatasetFilter, Prune, Relabel, Reweight, Separate
+from hf_influence.filter import DatasetFilter, Decision, Prune, Relabel, Reweight, Separate
 from hf_influence.filter.separate import components
 from hf_influence.scores import Scores
 
@@ -118,6 +118,50 @@ def test_labels_that_nobody_can_say_how_far_to_believe_are_refused(labels, score
             Reweight(how="posterior").apply(rows(labels), scores)
 
 
+@pytest.mark.parametrize("file", [None, "rows.parquet", "rows.json", "rows.csv"])
+@pytest.mark.parametrize("how", ["flip", "predicted", "soft", "posterior"])
+def test_labels_may_be_true_and_false(tmp_path, how, file):
+    data = rows([True, False, True])
+    if file is not None:
+        kind = file.partition(".")[2]
+        getattr(data, f"to_{kind}")(tmp_path / file)
+        options = {"data_files": str(tmp_path / file), "split": "train", "cache_dir": str(tmp_path / "cache")}
+        data = load_dataset(kind, **options)
+    relabel = Relabel(how=how, suspects=DatasetFilter(drop=1))
+    phi = None if how in ("flip", "posterior") else torch.tensor([[0.3, 0.7]] * 3)
+    new = relabel.apply(data, odds([0.2, 0.1, 0.75]), phi)
+    expected = {"soft": [[0.0, 1.0], [1.0, 0.0], [1.0, 0.0]], "posterior": [[0.0, 1.0], [1.0, 0.0], [0.75, 0.25]]}
+    torch.testing.assert_close(torch.tensor(new["label"][:]), torch.tensor(expected.get(how, [True, False, False])))
+    if how in ("flip", "predicted"):
+        assert new.features["label"] == Value("bool")
+        assert relabel.report.explain(2).startswith("row 2 was relabelled from True to False")
+    relabel.report.save(tmp_path / "d.json")
+    again = Decision.load(tmp_path / "d.json")
+    assert again.replay(data).to_dict() == new.to_dict()
+    assert again.undo(new).to_dict() == data.to_dict()
+    assert again.undo(new).features == data.features
+
+
+@pytest.mark.parametrize("remedy", [DatasetFilter(drop=1, columns=True), Reweight(), Relabel(how="posterior")])
+def test_a_split_of_a_dataset_dict_is_changed_and_taken_back_and_the_others_stay(remedy):
+    splits = DatasetDict(train=rows([0, 1, 1]), test=rows([0, 1, 0]))
+    scores = odds([0.2, 0.1, 0.75])
+    for split, other in (("train", "test"), ("test", "train")):
+        new = remedy.apply(splits, scores, split=split)
+        assert list(new) == ["train", "test"]
+        assert new[other].to_dict() == splits[other].to_dict()
+        assert new[split].to_dict() == remedy.apply(splits[split], scores).to_dict()
+        for rest in (splits, splits[split]):
+            back = remedy.report.undo(new, rest=rest, split=split)
+            assert {name: table.to_dict() for name, table in back.items()} == {
+                name: table.to_dict() for name, table in splits.items()
+            }
+        with pytest.raises(BadExample, match="no 'dev'"):
+            remedy.report.undo(new, rest=splits, split="dev")
+        with pytest.raises(BadExample, match="no 'dev'"):
+            remedy.apply(splits, scores, split="dev")
+
+
 def test_relabelling_without_suspects_is_for_the_posterior_alone():
     with pytest.raises(BadSetting, match="how='flip' needs to know which rows"):
         Relabel(how="flip")
@@ -155,6 +199,9 @@ def test_features_and_order_of_columns_stay():
         ("predicted", rows([0, 1]), None, BadSetting, "needs the model's probabilities"),
         ("predicted", rows([0, 2]), [[0.5, 0.5], [0.5, 0.5]], BadSetting, "one column a class"),
         ("soft", rows([0, 1]), [[2.0, -1.0], [0.5, 0.5]], BadSetting, "softmax"),
+        ("soft", rows([0, 1]), [[math.nan] * 2, [0.5, 0.5]], BadSetting, "NaN"),
+        ("predicted", rows([0, 1]), [[math.nan, 1.0], [0.5, 0.5]], BadSetting, "NaN"),
+        ("predicted", rows([True, False]), [[0.1, 0.1, 0.8]] * 2, BadSetting, "true and false"),
         ("flip", rows([0.5, 1.0]), None, BadExample, "no class number"),
         ("flip", rows([0, 1]).remove_columns("label"), None, BadExample, "no column 'label'"),
     ],
@@ -247,6 +294,16 @@ def test_sources_of_different_informativeness_are_separated() -> None:
             Separate(**bad)
     with pytest.raises(BadExample, match="already"):
         Separate(column="source_number").apply(data, scores)
+
+
+def test_groups_have_one_name_however_many_they_are() -> None:
+    values = torch.cat([torch.linspace(10 * k, 10 * k + 0.1, 40) for k in range(11)])
+    separate = Separate(groups=11)
+    parts = separate.apply(rows([0] * 440), Scores(values[:, None], list(range(440)), "self_ip"))
+    assert list(parts) == [f"group_{k:02d}" for k in range(11)]
+    for i in (0, 439):
+        told = separate.report.explain(i)
+        assert told.count(f"'group_{i // 40:02d}'") == told.count("'group_") == 2
 
 
 def test_a_wide_component_does_not_claim_what_lies_beyond_the_others() -> None:

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 
 from hf_influence.attribution.auto import agreement, ranks_within
+from hf_influence.attribution.given import fingerprint
+from hf_influence.dataset.groups import group_of
 from hf_influence.dataset.matching import in_order_of_first
 from hf_influence.errors import BadSetting
 from hf_influence.scores import Scores
@@ -26,7 +28,8 @@ def combined(*scores: Scores, groups: Sequence[Any] | None = None) -> Scores:
         groups: The task, source or class of each example, in the order of the first scores, within which it is ranked.
 
     Returns:
-        Scores of method "combined" in (0, 1), in the order of the first; the report says how far they agree.
+        Scores of method "combined" in (0, 1), in the order of the first; the report says how far they agree. Of the
+        groups the settings keep a fingerprint.
 
     Raises:
         BadSetting: No scores, scores of different examples, or groups that do not fit.
@@ -40,18 +43,19 @@ def combined(*scores: Scores, groups: Sequence[Any] | None = None) -> Scores:
     if not scores:
         raise BadSetting("no scores were given, so there is nothing to combine.")
     ids, values = scores[0].ids, in_order_of_first(scores)
-    groups = [None] * len(ids) if groups is None else list(groups)
-    if len(groups) != len(ids):
-        raise BadSetting(f"{len(groups)} groups for {len(ids)} examples; give one for each.")
+    within = [None] * len(ids) if groups is None else list(map(group_of, groups))
+    if len(within) != len(ids):
+        raise BadSetting(f"{len(within)} groups for {len(ids)} examples; give one for each.")
+    used = {} if groups is None else {"groups": f"{len(set(within))} groups, {fingerprint(within)}"}
     ranks = {
-        f"{k} {one.method}": ranks_within(own.mean(1), groups)
+        f"{k} {one.method}": ranks_within(own.mean(1), within)
         for k, (one, own) in enumerate(zip(scores, values, strict=True))
     }
     return Scores(
         torch.stack(list(ranks.values()), 1).mean(1, keepdim=True),
         ids,
         "combined",
-        {"of": [{"method": one.method, "settings": dict(one.settings)} for one in scores]},
+        {"of": [{"method": one.method, "settings": dict(one.settings)} for one in scores]} | used,
         id_column=scores[0].id_column,
         report={"agreement": {name: agreement(name, ranks) for name in ranks if len(ranks) > 1}},
     )

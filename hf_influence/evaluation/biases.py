@@ -57,7 +57,7 @@ def biases(scores: Scores, store: str | Path | GradientStore, threshold: float =
     stats = _stats_of(scores, store if isinstance(store, GradientStore) else GradientStore.open(store))
     _, which, copies = stats["hash"].unique(return_inverse=True, return_counts=True)
     sides = {"length": stats["length"], "labelled": stats["n_tokens"], "duplicates": copies[which]}
-    mean = scores.mean().double().cpu().numpy()[:, None]  # [n, 1]
+    mean = scores.mean().cpu().numpy()[:, None]  # [n, 1]
     found: dict[str, float | None] = {}
     for name, values in sides.items():
         rho = float(spearman(mean, values.double().numpy()[:, None])[0])

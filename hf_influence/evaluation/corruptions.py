@@ -7,6 +7,7 @@ from random import Random
 
 from datasets import Dataset, Features, Value
 
+from hf_influence.dataset.groups import group_of
 from hf_influence.errors import BadExample, BadSetting
 from hf_influence.evaluation.corruption_kinds import KINDS, Answers, Kind
 from hf_influence.evaluation.shares import share_of
@@ -72,7 +73,7 @@ def corrupt_answers(
 
     columns = dataset.with_format(None).to_dict()
     right: list[str] = columns[answer]
-    known = Answers(right, columns[within] if within else [None] * len(right))
+    known = Answers(right, list(map(group_of, columns[within])) if within else [None] * len(right))
     prompts = list(map(str, columns.get(prompt, range(len(right)))))
     fine: dict[str, set[str]] = {}  # the right answers to a prompt that comes several times
     for asked, text in zip(prompts, right, strict=True):

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
 from sklearn.metrics import average_precision_score, roc_auc_score
 from sklearn.utils import Bunch
 
+from hf_influence.dataset.groups import group_of
 from hf_influence.errors import BadSetting
 from hf_influence.evaluation.labels import labels_for
 from hf_influence.scores import LOG_ODDS, Scores, mean_ranks
@@ -20,7 +22,7 @@ BINS = 10
 def mislabel_detection(
     scores: Scores,
     is_mislabeled: Sequence[bool],
-    within: Sequence[Hashable] | None = None,
+    within: Sequence[Any] | None = None,
     kinds: Sequence[Hashable] | None = None,
 ) -> Bunch:
     """AUC and average precision of "a low mean score means a wrong label (or answer)".
@@ -42,7 +44,7 @@ def mislabel_detection(
     Args:
         scores: Any method, with or without queries.
         is_mislabeled: n flags in dataset order; in the order of `scores.ids` where these are not dataset indices.
-        within: n groups (class, task, source), ordered likewise.
+        within: n groups (class, task, source), ordered likewise; None and NaN are one of them.
         kinds: What sort of mistake each wrong example has, ordered likewise; those of right examples are ignored.
 
     Returns:
@@ -71,8 +73,10 @@ def mislabel_detection(
             f"{int(wrong.sum())} of {len(wrong)} examples are flagged as mislabeled, and detection needs both right "
             "and wrong ones to tell apart. Flip some labels first, with a seed."
         )
-    suspicion = -scores.mean().double().cpu().numpy()  # [n]
-    groups = None if within is None else labels_for(scores.ids, within, "within", scores.id_column)
+    suspicion = -scores.mean().cpu().numpy()  # [n]
+    groups = None
+    if within is not None:
+        groups = [group_of(value) for value in labels_for(scores.ids, within, "within", scores.id_column)]
     place = suspicion if groups is None else _rank_within(groups, suspicion)
     result = Bunch(
         auc=float(roc_auc_score(wrong, place)), average_precision=float(average_precision_score(wrong, place))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
@@ -12,19 +11,15 @@ from huggingface_hub import DatasetCard
 
 from hf_influence.dataset.contents import code_of_all
 from hf_influence.errors import BadExample
+from hf_influence.filter.actions import DONE
+from hf_influence.filter.on_disk import text_of, write_whole
 from hf_influence.filter.wording import markdown
 
 if TYPE_CHECKING:
     from hf_influence.filter.decision import Decision
 
+GROUPS = 20
 START, END = "<!-- hf_influence decision: start -->", "<!-- hf_influence decision: end -->"
-DONE = {
-    "keep": "kept",
-    "drop": "dropped",
-    "relabel": "relabelled",
-    "weight": "weighted",
-    "separate": "separated",
-}
 REPLAY = """```python
 from hf_influence.filter import Decision
 
@@ -37,8 +32,8 @@ Card = TypeVar("Card", str, Path, DatasetCard)
 def section(decision: Decision) -> str:
     """The section of a dataset card, in Markdown: method, settings, counts, versions, and how to replay.
 
-    Ids and contents of rows do not go in. What comes from outside, such as settings and names of columns, shows as
-    the text that it is.
+    Ids and contents of rows do not go in, but for the classes, tasks or sources of `decision.groups`, the first 20 of
+    them. What comes from outside, such as settings and names of columns, shows as the text that it is.
     """
     facts = [
         ("rule", decision.rule),
@@ -63,7 +58,10 @@ def section(decision: Decision) -> str:
     ]
     if decision.groups:
         lines += ["", "| group | before | after |", "|---|---|---|"]
-        lines += [f"| {markdown(group)} | {before} | {after} |" for group, (before, after) in decision.groups.items()]
+        shown = list(decision.groups.items())[:GROUPS]
+        lines += [f"| {markdown(group)} | {before} | {after} |" for group, (before, after) in shown]
+        if more := len(decision.groups) - len(shown):
+            lines += ["", f"and {more} more groups."]
     return "\n".join([*lines, "", "The same decision on the original dataset:", "", REPLAY, END])
 
 
@@ -91,13 +89,7 @@ def add_to_card(card: Card, decision: Decision) -> Card:
     if file.is_file():
         with file.open(encoding="utf-8", newline="") as old:
             text = old.read()
-    file.parent.mkdir(parents=True, exist_ok=True)
-    part = file.with_name(file.name + ".part")
-    with part.open("w", encoding="utf-8", newline="") as new:
-        new.write(with_section(text, section(decision)))
-        new.flush()
-        os.fsync(new.fileno())
-    part.replace(file)
+    write_whole(file, with_section(text, section(decision)))
     return card
 
 
@@ -118,14 +110,16 @@ def save_curated(curated: Dataset | DatasetDict, decision: Decision, folder: str
 
     Raises:
         BadExample: Not a dataset with a length.
+        BadSetting: A decision that cannot be saved; nothing is written then.
     """
     if not isinstance(curated, (Dataset, DatasetDict)):
         raise BadExample(
             f"{type(curated).__name__} cannot be saved to a folder. Save the decision alone, decision.save(path), and "
             "replay it on the stream."
         )
+    text = text_of(decision)
     curated.save_to_disk(str(folder))
     for left in ("dataset_info.json", "state.json") if isinstance(curated, DatasetDict) else ("dataset_dict.json",):
         (Path(folder) / left).unlink(missing_ok=True)  # of a dataset of the other kind, which would be loaded instead
-    decision.save(Path(folder) / "decision.json")
+    write_whole(Path(folder) / "decision.json", text)
     add_to_card(Path(folder), decision)

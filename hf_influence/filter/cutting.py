@@ -12,8 +12,9 @@ import torch
 from datasets import Dataset
 from torch import Tensor
 
+from hf_influence.dataset.groups import group_of
 from hf_influence.errors import BadExample, BadSetting
-from hf_influence.filter.wording import quoted
+from hf_influence.filter.wording import printable, quoted
 from hf_influence.scores import mean_ranks
 
 
@@ -34,7 +35,7 @@ def count_of(amount: Any, n: int) -> int:
 
 
 def groups_of(dataset: Dataset | None, column: str | None, n: int) -> dict[Hashable, list[int]]:
-    """Value of the column -> the rows that have it; all of the `n` rows under one without a column.
+    """Value of the column, as `group_of` has it -> the rows with it; all of the `n` rows under one without a column.
 
     Raises:
         BadExample: No such column.
@@ -51,7 +52,7 @@ def groups_of(dataset: Dataset | None, column: str | None, n: int) -> dict[Hasha
         raise BadExample(f"within={column!r} is no column of the dataset (it has {dataset.column_names}).")
     rows: dict[Hashable, list[int]] = {}
     for i, value in enumerate(dataset.with_format(None)[column][:]):
-        rows.setdefault(value if isinstance(value, Hashable) else str(value), []).append(i)
+        rows.setdefault(group_of(value), []).append(i)
     return rows
 
 
@@ -59,7 +60,7 @@ def lengths_of(dataset: Dataset | None, column: str) -> Tensor:
     """How many tokens each row has, `[n]`.
 
     Raises:
-        BadExample: No such column.
+        BadExample: No such column, or a row without a list in it.
         BadSetting: Of a stream.
     """
     if dataset is None:
@@ -72,7 +73,13 @@ def lengths_of(dataset: Dataset | None, column: str) -> Tensor:
             f"keep_tokens counts the entries of the column {column!r}, and the dataset has "
             f"{dataset.column_names}. Name the column of tokens: DatasetFilter(keep_tokens=…, tokens='…')."
         )
-    return torch.tensor([len(value) for value in dataset.with_format(None)[column]])
+    values = dataset.with_format(None)[column][:]
+    if (row := next((i for i, value in enumerate(values) if not isinstance(value, list)), None)) is not None:
+        raise BadExample(
+            f"row {row} has {printable(repr(values[row]))} in the column {column!r}, which is no list of tokens, so "
+            "they cannot be counted. Name the column of tokens: DatasetFilter(keep_tokens=…, tokens='…')."
+        )
+    return torch.tensor(list(map(len, values)))
 
 
 def gone_by(values: Tensor, groups: dict[Hashable, list[int]], cut: Callable[[Tensor, list[int]], Tensor]) -> Tensor:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from hf_influence.dataset.matching import aligned
 from hf_influence.errors import BadExample, BadSetting
+from hf_influence.filter.actions import Written
 from hf_influence.filter.cutting import (
     check_amount,
     count_of,
@@ -20,7 +21,7 @@ from hf_influence.filter.cutting import (
     mean_place,
     reasons_of,
 )
-from hf_influence.filter.decision import Decision, Written, sources_of
+from hf_influence.filter.decision import Decision, sources_of
 from hf_influence.filter.rankings import Given, rankings_of
 from hf_influence.filter.replay import carried_out, of_split
 from hf_influence.filter.report import group_sizes

@@ -2,54 +2,33 @@
 
 from __future__ import annotations
 
-import json
 import platform
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from functools import cached_property
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from datasets import Dataset, Features
+from datasets import Dataset
 
-from hf_influence.dataset.contents import code_of_all, row_codes
+from hf_influence.dataset.contents import row_codes
 from hf_influence.errors import BadExample, StoreError
-from hf_influence.filter.card import DONE, section
+from hf_influence.filter.actions import DONE, Written
+from hf_influence.filter.card import section
+from hf_influence.filter.on_disk import fields_of, text_of, write_whole
 from hf_influence.filter.replay import replayed, undone
 from hf_influence.filter.report import Removed
 from hf_influence.filter.wording import number, printable, quoted, settings_of
 from hf_influence.scores import Scores
-from hf_influence.store.files import write_json
 
 if TYPE_CHECKING:
     from hf_influence.filter.streams import StreamRows
-
-SCHEMA = 1
 
 
 def sources_of(*rankings: Scores) -> tuple[dict[str, Any], ...]:
     """What a decision says of the scores that it was made by."""
     return tuple({"method": scores.method, "settings": dict(scores.settings)} for scores in rankings)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Written:
-    """A column that a decision writes.
-
-    Attributes:
-        name: Of the column.
-        new: Its value for each row of the dataset, the dropped ones included.
-        feature: Its type; `None` leaves it to the values.
-        old: What it replaces; `None` for a column that was not there.
-        old_feature: The type of that.
-    """
-
-    name: str
-    new: list[Any]
-    feature: Any = None
-    old: list[Any] | None = None
-    old_feature: Any = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,7 +58,8 @@ class Decision:
         reasons: The texts that say how the rule falls.
         reason: Which of them goes with each row.
         copies: Row -> the earlier row whose contents it has, where that is why it is dropped.
-        groups: Per value of the first of the columns label, task and source that exists: rows before and after.
+        groups: Per value of the first of the columns label, task and source that holds classes (see `group_sizes`):
+            rows before and after.
         columns: The columns of the dataset; `None` for a stream.
         writes: The columns that are written.
         split_by: A column that is written, by whose values the rows are split into a DatasetDict.
@@ -201,17 +181,19 @@ class Decision:
         """
         return replayed(self, dataset, split, by)
 
-    def undo(self, curated: Any, rest: Dataset | None = None) -> Dataset:
+    def undo(self, curated: Any, rest: Any = None, split: str = "train") -> Any:
         """The dataset as it was: old labels back, added columns gone, dropped rows in their places.
 
         Args:
-            curated: What the decision made; columns that were added since are left out.
+            curated: What the decision made; columns that were added since are left out. Of a `DatasetDict` that was
+                curated in one split the others stay as they are.
             rest: Any dataset that has the dropped rows, such as the original. Not needed where none was dropped.
+            split: Which of a `DatasetDict`.
 
         Raises:
             BadExample: Something else than what the decision made, or dropped rows that are not there.
         """
-        return undone(self, curated, rest)
+        return undone(self, curated, rest, split)
 
     def card(self) -> str:
         """The section for a dataset card, in Markdown; `add_to_card` puts it there."""
@@ -220,22 +202,12 @@ class Decision:
     def save(self, path: str | Path) -> None:
         """Write everything to one JSON file, which appears whole. `Decision.load` reads it.
 
-        Contents of rows go in as hashes; ids, old and new labels as they are.
+        Contents of rows go in as hashes; ids, the values of `within` and of `groups`, old and new labels as they are.
+
+        Raises:
+            BadSetting: Settings of the scores that JSON cannot hold; nothing is written then.
         """
-        contents = self.contents
-        saved = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("dataset", "known_contents")}
-        saved |= {
-            "ids": list(self.ids),
-            "groups": [[group, *sizes] for group, sizes in self.groups.items()],
-            "copies": list(self.copies.items()),
-            "writes": [vars(column) | _plain_features(column) for column in self.writes],
-            "contents": contents,
-        }
-        counts = {action: self.actions.count(action) for action in DONE if action in self.actions}
-        whole = None if contents is None else code_of_all(contents)
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_json(path, {"schema": SCHEMA, "counts": counts, "content": whole, **saved})
+        write_whole(Path(path), text_of(self))
 
     @classmethod
     def load(cls, path: str | Path) -> Decision:
@@ -245,24 +217,12 @@ class Decision:
             StoreError: No such file, not a decision, or one that was damaged or changed.
         """
         try:
-            saved = json.loads(Path(path).read_text(encoding="utf-8"))
-            if saved.pop("schema") != SCHEMA:
-                raise StoreError(f"{path} was written in another layout. Read it with the version that wrote it.")
-            del saved["counts"]
-            whole, contents = saved.pop("content"), saved.pop("contents")
-            for name in ("sources", "reasons", "columns"):
-                saved[name] = None if saved[name] is None else tuple(saved[name])
-            saved["groups"] = {group: (before, after) for group, before, after in saved["groups"]}
-            saved["copies"] = dict(saved.get("copies", ()))
-            saved["writes"] = tuple(_with_features(Written(**column)) for column in saved["writes"])
-            decision = cls(**saved, known_contents=contents)
-            decision._check(whole)
+            return cls(**fields_of(path))
         except (OSError, KeyError, TypeError, ValueError, AttributeError) as error:
             raise StoreError(
-                f"{path} does not hold a decision ({type(error).__name__}: {printable(error)}). Decisions are written "
-                "by `trim.report.save(path)`."
+                f"{path} does not hold a decision as it was saved ({type(error).__name__}: {printable(error)}). "
+                "Decisions are written by `trim.report.save(path)`."
             ) from error
-        return decision
 
     def __str__(self) -> str:
         lines = [f"kept {self.after} of {self.before} rows by {self.method}({settings_of(self.settings)}), {self.rule}"]
@@ -296,33 +256,6 @@ class Decision:
         if i in self.copies:
             return f"it has the contents of row {quoted(self.ids[self.copies[i]])}"
         return self.reasons[self.reason[i]]
-
-    def _check(self, whole: str | None) -> None:
-        """ValueError if the parts do not fit together."""
-        n = len(self.actions)
-        lists: list[Sequence[Any] | None] = [self.ids, self.scores, self.ranks, self.reason, self.contents, self.tokens]
-        lists += [values for column in self.writes for values in (column.new, column.old)]
-        if any(values is not None and len(values) != n for values in lists):
-            raise ValueError(f"its lists are not all of {n} rows")
-        if unknown := set(self.actions) - set(DONE):
-            raise ValueError(f"it has the action {sorted(unknown)[0]!r}")
-        if any(not 0 <= at < len(self.reasons) for at in self.reason):
-            raise ValueError("it has a row without a reason")
-        if any(not 0 <= i < n for pair in self.copies.items() for i in pair):
-            raise ValueError("it has a copy of no row")
-        if self.contents is not None and code_of_all(self.contents) != whole:
-            raise ValueError("the hashes of its rows were changed")
-
-
-def _plain_features(column: Written) -> dict[str, Any]:
-    given = {"feature": column.feature, "old_feature": column.old_feature}
-    return {name: None if kind is None else Features({"it": kind}).to_dict()["it"] for name, kind in given.items()}
-
-
-def _with_features(column: Written) -> Written:
-    given = {"feature": column.feature, "old_feature": column.old_feature}
-    kinds = {name: None if kind is None else Features.from_dict({"it": kind})["it"] for name, kind in given.items()}
-    return Written(**{**vars(column), **kinds})
 
 
 def _versions() -> dict[str, str]:

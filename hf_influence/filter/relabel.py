@@ -6,15 +6,16 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from datasets import ClassLabel, Dataset, IterableDataset, Value
+from datasets import ClassLabel, Dataset, DatasetDict, IterableDataset, IterableDatasetDict, Value
 from datasets import List as ListOf
 from torch import Tensor
 
 from hf_influence.errors import BadExample, BadSetting
+from hf_influence.filter.actions import Written
 from hf_influence.filter.dataset_filter import Data, DatasetFilter
-from hf_influence.filter.decision import Decision, Written
+from hf_influence.filter.decision import Decision
 from hf_influence.filter.rankings import Given, rankings_of, wrong_of
-from hf_influence.filter.replay import carried_out
+from hf_influence.filter.replay import carried_out, of_split
 from hf_influence.filter.report import group_sizes
 from hf_influence.filter.streams import StreamRows
 from hf_influence.scores import Scores
@@ -109,12 +110,18 @@ class Relabel:
         scores: Given,
         probabilities: Any = None,
         by: StreamRows | None = None,
+        split: str = "train",
     ) -> Data:
         """The dataset with the new labels; arguments and errors as in `suggest`.
+
+        Of a `DatasetDict` the rows of one `split` are relabelled, and the others stay as they are.
 
         An `IterableDataset` is relabelled as its rows come; `by` must name the store then, which knows their labels,
         and the probabilities are in the order of the scores.
         """
+        if isinstance(dataset, (DatasetDict, IterableDatasetDict)):
+            new = self.apply(of_split(dataset, split), scores, probabilities, by)
+            return type(dataset)({**dataset, split: new})
         self.report = self.decide(dataset, scores, probabilities, by)
         self.changed = tuple(_suspects(self.report))
         return carried_out(self.report, dataset, by)
@@ -137,6 +144,15 @@ class Relabel:
             kind: Any = ListOf(Value("float64"))
         else:
             new, kind = self._new(rows, labels, feature, probabilities)
+        as_given = bool if feature == Value("bool") else int
+        old = list(map(as_given, labels))
+        if kind == feature:
+            if as_given is bool and max(new, default=0) > 1:
+                raise BadSetting(
+                    f"the column {self.label!r} is of true and false, and the probabilities are of more classes. Pass "
+                    "one column for false and one for true."
+                )
+            new = list(map(as_given, new))
         actions = ["keep"] * len(labels)
         for row in rows:
             actions[row] = "relabel"
@@ -155,7 +171,7 @@ class Relabel:
             reasons=reasons,
             reason=[0] * len(labels) if self.suspects is None else decision.reason,
             groups={} if table is None else group_sizes(table, list(stay), {self.label: new}),
-            writes=(Written(name=self.label, new=new, feature=kind, old=labels, old_feature=feature),),
+            writes=(Written(name=self.label, new=new, feature=kind, old=old, old_feature=feature),),
         )
 
     def _labels(self, dataset: Dataset | IterableDataset, scores: Scores, by: StreamRows | None) -> list[int]:
@@ -171,7 +187,7 @@ class Relabel:
                 f"the column {self.label!r} holds {next(x for x in labels if not isinstance(x, int) or x < 0)!r}, "
                 "which is no class number, so there is no other class to give. Relabelling is for one class a row."
             )
-        return labels
+        return list(map(int, labels))
 
     def _new(self, rows: list[int], labels: list[int], feature: Any, probabilities: Any) -> tuple[list[Any], Any]:
         """The labels of all rows after relabelling some, and the type of the column."""
@@ -225,8 +241,10 @@ class Relabel:
                 f"probabilities of shape {list(phi.shape)} for {len(labels)} rows with labels up to {max(labels)}: "
                 "give one row an example and one column a class."
             )
-        if bool((phi < 0).any()) or bool(((phi.sum(1) - 1).abs() > 1e-3).any()):
-            raise BadSetting("the probabilities are negative or do not add up to 1 in some row. Logits? Apply softmax.")
+        if not bool((phi >= 0).all()) or not bool(((phi.sum(1) - 1).abs() <= 1e-3).all()):
+            raise BadSetting(
+                "the probabilities are negative or NaN or do not add up to 1 in some row. Logits? Apply softmax."
+            )
         return phi
 
     @staticmethod

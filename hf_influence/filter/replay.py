@@ -54,8 +54,11 @@ def replayed(decision: Decision, dataset: Any, split: str, by: StreamRows | None
     return carried_out(decision, dataset, by)
 
 
-def undone(decision: Decision, curated: Any, rest: Dataset | None) -> Dataset:
+def undone(decision: Decision, curated: Any, rest: Any, split: str) -> Any:
     """See `Decision.undo`."""
+    rest = of_split(rest, split) if isinstance(rest, DatasetDict) else rest
+    if isinstance(curated, DatasetDict) and decision.split_by is None:
+        return DatasetDict({**curated, split: undone(decision, of_split(curated, split), rest, split)})
     if decision.contents is None or decision.columns is None:
         raise BadExample("the decision was made on a stream, which is still as it was: there is nothing to undo.")
     kept, columns = decision.kept, list(decision.columns)
@@ -121,9 +124,7 @@ def _formatted_like(model: Dataset, dataset: Dataset) -> Dataset:
 
 def _joined(decision: Decision, groups: DatasetDict) -> Dataset:
     """The splits of a DatasetDict that was split by a column, as one dataset with that column."""
-    column = next((column for column in decision.writes if column.name == decision.split_by), None)
-    if column is None:
-        raise BadExample("a DatasetDict was given, and the decision makes a dataset. Pass the split that it made.")
+    column = next(column for column in decision.writes if column.name == decision.split_by)
     belongs = [column.new[i] for i in decision.kept]
     names = sorted(set(belongs))
     if sorted(groups) != names or any(len(groups[name]) != belongs.count(name) for name in names):

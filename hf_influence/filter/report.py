@@ -6,7 +6,9 @@ from collections import Counter
 from collections.abc import Hashable, Sequence
 from typing import Any, NamedTuple
 
-from datasets import Dataset
+from datasets import ClassLabel, Dataset
+
+MOST_CLASSES = 50
 
 
 class Removed(NamedTuple):
@@ -20,19 +22,25 @@ class Removed(NamedTuple):
 def group_sizes(
     dataset: Dataset, stay: list[int], written: dict[str, Sequence[Any]] | None = None
 ) -> dict[Hashable, tuple[int, int]]:
-    """Rows before and after for each label, task or source; empty where the dataset has no such column.
+    """Rows before and after for each class, of the first of the columns label, task and source that holds classes.
+
+    These are the values of a `ClassLabel`, and else integers or text of which few differ: at most 50, and at most half
+    as many as there are rows. A column of free text is none, since a report is published and the contents of rows are
+    not. Without such a column the result is empty.
 
     Args:
         dataset: Before.
         stay: The rows that stay.
         written: Columns with new values for all its rows.
     """
-    column = next((name for name in ("label", "task", "source") if name in dataset.column_names), None)
+    plain = dataset.with_format(None)
+    columns = (name for name in ("label", "task", "source") if name in dataset.column_names)
+    column = next((name for name in columns if _holds_classes(plain.features[name], plain[name][:])), None)
     if column is None:
         return {}
-    values = dataset.with_format(None)[column][:]
+    values = plain[column][:]
     new = values if written is None else written.get(column, values)
-    if not all(isinstance(value, (str, int)) for value in (*values, *new)):  # regression targets, label vectors
+    if not all(isinstance(value, (str, int)) for value in new):  # label vectors
         return {}
     names = getattr(dataset.features[column], "names", None)
 
@@ -41,3 +49,9 @@ def group_sizes(
 
     before, after = Counter(map(name, values)), Counter(name(new[i]) for i in stay)
     return {group: (before[group], after[group]) for group in {**before, **after}}
+
+
+def _holds_classes(feature: Any, values: Sequence[Any]) -> bool:
+    if not all(isinstance(value, (str, int)) for value in values):  # regression targets, lists, rows without a value
+        return False
+    return isinstance(feature, ClassLabel) or len(set(values)) <= min(MOST_CLASSES, len(values) / 2)

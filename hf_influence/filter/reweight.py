@@ -5,14 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 
 import torch
-from datasets import Dataset, IterableDataset, Value
+from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict, Value
 from torch import Tensor
 
 from hf_influence.errors import BadExample, BadSetting
+from hf_influence.filter.actions import Written
 from hf_influence.filter.dataset_filter import Data, DatasetFilter
-from hf_influence.filter.decision import Decision, Written
+from hf_influence.filter.decision import Decision
 from hf_influence.filter.rankings import Given, rankings_of, wrong_of
-from hf_influence.filter.replay import carried_out
+from hf_influence.filter.replay import carried_out, of_split
 from hf_influence.filter.streams import StreamRows
 from hf_influence.scores import mean_ranks
 
@@ -60,13 +61,17 @@ class Reweight:
         if not self.temperature > 0:
             raise BadSetting(f"temperature={self.temperature!r} must be above 0.")
 
-    def apply(self, dataset: Data, scores: Given, by: StreamRows | None = None) -> Data:
+    def apply(self, dataset: Data, scores: Given, by: StreamRows | None = None, split: str = "train") -> Data:
         """The dataset with the column of weights; rows of an `IterableDataset` get theirs as they come.
+
+        Of a `DatasetDict` the rows of one `split` are weighed, and the others stay as they are.
 
         Raises:
             BadExample: The column is taken.
             BadSetting: Scores of another dataset, or by which every label is rather wrong than right.
         """
+        if isinstance(dataset, (DatasetDict, IterableDatasetDict)):
+            return type(dataset)({**dataset, split: self.apply(of_split(dataset, split), scores, by)})
         self.report = self.decide(dataset, scores, by)
         return carried_out(self.report, dataset, by)
 

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from hf_influence.dataset.matching import ids_of, in_dataset_order
 from hf_influence.errors import BadExample, BadSetting
-from hf_influence.filter.decision import Decision, Written, sources_of
+from hf_influence.filter.actions import Written
+from hf_influence.filter.decision import Decision, sources_of
 from hf_influence.filter.prune import check_without_queries
 from hf_influence.filter.replay import carried_out
 from hf_influence.filter.report import group_sizes
@@ -90,7 +91,7 @@ class Separate:
             )
         mean, rule = values.mean(1), f"separate groups={self.groups}, how={self.how!r}"
         ids = ids_of(dataset, scores.id_column)
-        names = [f"group_{k:0{len(str(self.groups - 1))}d}" for k in group.tolist()]
+        names = [f"group_{k:0{len(str(self.groups - 1))}d}" for k in range(self.groups)]
         ends = [(float(mean[group == k].min()), float(mean[group == k].max())) for k in range(self.groups)]
         return Decision(
             rule=rule,
@@ -101,13 +102,13 @@ class Separate:
             scores=mean.tolist(),
             ranks=mean.argsort(stable=True).argsort().tolist(),
             reasons=tuple(
-                f"the rule {rule} puts scores from {a:.3g} to {b:.3g} into {quoted(f'group_{k}')}"
-                for k, (a, b) in enumerate(ends)
+                f"the rule {rule} puts scores from {a:.3g} to {b:.3g} into {quoted(group_name)}"
+                for group_name, (a, b) in zip(names, ends, strict=True)
             ),
             reason=group.tolist(),
             groups=group_sizes(dataset, list(range(len(ids)))),
             columns=tuple(dataset.column_names),
-            writes=(Written(name=name, new=names, feature=Value("string")),),
+            writes=(Written(name=name, new=[names[k] for k in group.tolist()], feature=Value("string")),),
             split_by=None if self.column else name,
             dataset=dataset,
         )

@@ -84,6 +84,11 @@ class StreamRows:
 
     def labels(self, scores: Scores) -> list[int]:
         """The class number of each scored example, in the order of the scores; errors as in `stored`."""
+        if self.store is None:
+            raise BadSetting(
+                "the labels of a stream are not known before its end, and the decision is made before. Say where they "
+                "are stored: by=StreamRows(store='runs/…', …), or make a Dataset of it (Dataset.from_generator)."
+            )
         return self._stored(scores, "label")
 
     def _stored(self, scores: Scores, statistic: str) -> list[int]:

@@ -1,0 +1,109 @@
+"""The command line: what is wrong is said in a line, and what is asked for is done or refused."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from datasets import Dataset, DatasetDict, load_from_disk
+from stores import make_store
+from typer.testing import CliRunner
+
+from hf_influence import cli
+
+N = 4
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a store, its scores, and the dataset in several forms."""
+    folder = tmp_path_factory.mktemp("place")
+    generator = torch.Generator().manual_seed(0)
+    train, query = torch.randn(N, 3, generator=generator), torch.randn(2, 3, generator=generator)
+    store = make_store(folder / "store", {"a": train}, {"a": query}, stats={"loss": torch.arange(N) * 1.0})
+    assert CliRunner().invoke(cli.app, ["attribute", str(store.path), "--output", str(folder / "s.st")]).exit_code == 0
+    rows = Dataset.from_dict({"text": [f"row {i}" for i in range(N)]})
+    rows.save_to_disk(folder / "disk")
+    DatasetDict(train=rows, test=rows).save_to_disk(folder / "dict")
+    rows.to_json(folder / "rows.jsonl")
+    rows.to_json(folder / "rows.JSONL")
+    (folder / "broken.json").write_text("{")
+    return folder
+
+
+def said(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *words: object) -> str:
+    """What the command says as it ends with an error, on one line."""
+    monkeypatch.setattr(sys, "argv", ["hf-influence", *map(str, words)])
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+    assert end.value.code == 1
+    before, error, text = capsys.readouterr().err.partition("error: ")  # before stands the progress of loading
+    assert error
+    assert "Traceback" not in before + text
+    return " ".join(text.split())
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        ("filter dict s.st --drop 1 --split nope --output out", "has the splits ['train', 'test'] and no 'nope'"),
+        ("filter disk s.st --drop 1 --split nope --output out", "without splits, so it has no 'nope'"),
+        ("filter rows.jsonl s.st --drop 1 --split test --output out", "without splits, so it has no 'test'"),
+        ("filter nope.parquet s.st --drop 1 --output out", "no dataset can be read from nope.parquet"),
+        ("filter store s.st --drop 1 --output out", "no dataset can be read from store"),
+        ("filter broken.json s.st --drop 1 --output out", "from broken.json (ArrowInvalid: JSON parse error"),
+        ("filter disk nope.st --drop 1 --output out", "there is no file or folder nope.st. Name scores"),
+        ("filter disk s.st --drop 1 --output disk", "is the dataset itself"),
+        ("filter dict s.st --drop 1 --output ./dict/", "is the dataset itself"),
+        ("filter dict s.st --drop 1 --output dict/train", "can't overwrite itself"),
+        ("filter disk s.st --drop 1 --output s.st", "s.st"),
+        ("attribute store --output disk", "--output disk is a folder"),
+        ("attribute store --set method=ip", "--set method=ip is no setting"),
+        ("attribute store --set store=ip", "--set store=ip is no setting"),
+        ("attribute store --method ip --set point=abc", "point must be a whole number"),
+        ("attribute store --method ip --set query_split=5", "query_split must be text"),
+        ("methods --markdown --json", "--markdown gives the whole table"),
+        ("methods --markdown --store store", "--markdown gives the whole table"),
+    ],
+)
+def test_what_is_wrong_is_said_in_a_line(
+    place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], command: str, message: str
+) -> None:
+    monkeypatch.chdir(place)
+    monkeypatch.setenv("COLUMNS", "1000")
+    before = sorted(place.rglob("*"))
+    assert message in said(monkeypatch, capsys, *command.split())
+    assert sorted(place.rglob("*")) == before, "nothing is left behind, and nothing is lost"
+
+
+def test_names_of_files_may_be_in_capitals(place: Path, tmp_path: Path) -> None:
+    given = ["filter", str(place / "rows.JSONL"), str(place / "s.st"), "--drop", "1", "--output", str(tmp_path / "out")]
+    done = CliRunner().invoke(cli.app, given)
+    assert done.exit_code == 0, done.output
+    assert len(load_from_disk(tmp_path / "out")) == N - 1
+
+
+@pytest.mark.parametrize(("data", "split"), [("dict", "test"), ("dict", "train"), ("disk", "train")])
+def test_a_split_is_filtered_where_there_is_one(place: Path, tmp_path: Path, data: str, split: str) -> None:
+    given = ["filter", str(place / data), str(place / "s.st"), "--keep", "2", "--split", split]
+    done = CliRunner().invoke(cli.app, [*given, "--output", str(tmp_path / "out")])
+    assert done.exit_code == 0, done.output
+    assert len(load_from_disk(tmp_path / "out")) == 2
+
+
+def test_what_methods_lack_in_a_store_is_given_as_json(place: Path) -> None:
+    lacks = json.loads(CliRunner().invoke(cli.app, ["methods", "--store", str(place / "store"), "--json"]).output)
+    assert lacks["ip"] == []
+    assert "points" in lacks["tracin"]
+
+
+def test_ids_are_shown_without_control_characters(tmp_path: Path) -> None:
+    ids = ["fine", "\x1b[2J\x1b]0;title\x07", "two\nlines  9.9"]
+    store = make_store(tmp_path, {"a": torch.randn(3, 4)}, stats={"loss": torch.rand(3)}, ids=ids)
+    output = CliRunner().invoke(cli.app, ["attribute", str(store.path), "--method", "loss"]).output
+    assert all(line.isprintable() for line in output.splitlines())
+    assert len(output.split("least worth keeping:\n")[1].splitlines()) == 3
+    assert "two\\nlines" in output

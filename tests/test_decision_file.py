@@ -1,0 +1,144 @@
+"""The file of a decision: what was changed in it is refused, and a failure leaves nothing half."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset
+
+from hf_influence.errors import BadSetting, StoreError
+from hf_influence.filter import DatasetFilter, Decision, Relabel, on_disk, save_curated
+from hf_influence.scores import Scores
+
+N = 6
+
+
+def rows() -> Dataset:
+    return Dataset.from_dict({"text": list("abcdef"), "label": [0, 1] * 3})
+
+
+def decided(path: Path, rule: Any = None, **settings: Any) -> tuple[Dataset, Decision]:
+    rule = rule or DatasetFilter(drop=1)
+    curated = rule.apply(rows(), Scores(torch.arange(N * 1.0)[:, None], list(range(N)), "ip", settings))
+    rule.report.save(path / "d.json")
+    return curated, rule.report
+
+
+def changed(path: Path, signed: bool, **change: Any) -> Path:
+    """The file with something changed, and with the checksum of that if it is signed anew."""
+    saved = json.loads((path / "d.json").read_text()) | change
+    if signed:
+        known = saved.pop("sha256")
+        saved["sha256"] = on_disk.checksum(saved)
+        assert saved["sha256"] != known
+    (path / "changed.json").write_text(json.dumps(saved))
+    return path / "changed.json"
+
+
+CHANGES: dict[str, Any] = {
+    "rule": "drop=0",
+    "ids": ["x"] * N,
+    "actions": ["drop"] * N,
+    "scores": [1.0] * N,
+    "ranks": list(range(N))[::-1],
+    "counts": {"keep": N},
+    "reasons": ["another"],
+    "groups": [["x", 1, 2]],
+    "sources": [{"method": "other", "settings": {}}],
+    "versions": {},
+    "writes": [{"name": "text", "new": [1] * N, "feature": None, "old": None, "old_feature": None}],
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_a_file_that_was_changed_is_refused(tmp_path: Path, name: str) -> None:
+    decided(tmp_path)
+    with pytest.raises(StoreError, match=r"changed\.json does not hold a decision as it was saved.*it was changed"):
+        Decision.load(changed(tmp_path, False, **{name: CHANGES[name]}))
+
+
+def test_a_file_without_a_checksum_is_refused(tmp_path: Path) -> None:
+    decided(tmp_path)
+    with pytest.raises(StoreError, match="no checksum"):
+        Decision.load(changed(tmp_path, False, sha256=None))
+
+
+def test_a_file_that_is_laid_out_anew_is_the_same(tmp_path: Path) -> None:
+    _, report = decided(tmp_path, parts={2: 1, 10: 2}, rate=np.float32(0.1), bound=float("inf"))
+    saved = json.loads((tmp_path / "d.json").read_text())
+    (tmp_path / "other.json").write_text(json.dumps(saved, sort_keys=True))
+    for file in ("d.json", "other.json"):
+        assert Decision.load(tmp_path / file).actions == report.actions
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        *(({name: None}, f"'{name}' is of another kind") for name in ("sources", "versions", "ids", "rule", "groups")),
+        ({"sources": ["x"]}, "'sources' is of another kind"),
+        ({"sources": [{"method": "a"}]}, "no method or no settings"),
+        ({"scores": ["a"] * N}, "'scores' is of another kind"),
+        ({"reason": ["a"] * N}, "'reason' is of another kind"),
+        ({"reason": [7] * N}, "a row without a reason"),
+        ({"ranks": [9] * N}, "ranks are not the 6 places"),
+        ({"ranks": [0] * N}, "ranks are not the 6 places"),
+        ({"actions": ["burn"] * N}, "the action 'burn'"),
+        ({"actions": ["weight"] * N, "counts": {"weight": N}}, "writes no column"),
+        ({"actions": ["keep"] * N}, "counts are not those"),
+        ({"contents": ["0" * 16] * N}, "hashes of its rows were changed"),
+        ({"copies": [[0, 99]]}, "a copy of no row"),
+        ({"split_by": "part"}, "splits by a column"),
+        ({"tokens": [1]}, "not all of 6 rows"),
+    ],
+    ids=str,
+)
+def test_parts_that_do_not_fit_together_are_refused(tmp_path: Path, change: dict[str, Any], message: str) -> None:
+    decided(tmp_path)
+    with pytest.raises(StoreError, match=message):
+        Decision.load(changed(tmp_path, True, **change))
+
+
+def test_a_new_label_needs_an_old_one(tmp_path: Path) -> None:
+    decided(tmp_path, Relabel(how="flip", suspects=DatasetFilter(drop=1)))
+    (column,) = json.loads((tmp_path / "d.json").read_text())["writes"]
+    with pytest.raises(StoreError, match="does not know their labels"):
+        Decision.load(changed(tmp_path, True, writes=[column | {"old": None}]))
+
+
+def test_settings_are_saved_as_the_plain_values_that_they_hold(tmp_path: Path) -> None:
+    tasks = Dataset.from_dict({"task": ["x", "y"]})["task"]
+    curated, report = decided(tmp_path, queries=tasks, k=np.int64(2), scale=torch.tensor(0.5), points=(1, 2))
+    plain = {"queries": ["x", "y"], "k": 2, "scale": 0.5, "points": [1, 2]}
+    assert Decision.load(tmp_path / "d.json").settings == plain
+    save_curated(curated, report, tmp_path / "out")
+    assert Decision.load(tmp_path / "out" / "decision.json").settings == plain
+
+
+def test_what_cannot_be_saved_is_refused_before_anything_is_written(tmp_path: Path) -> None:
+    trim = DatasetFilter(drop=1)
+    curated = trim.apply(rows(), Scores(torch.zeros(N, 1), list(range(N)), "ip", {"given": object()}))
+    assert trim.report is not None
+    with pytest.raises(BadSetting, match="cannot be written as JSON"):
+        trim.report.save(tmp_path / "new" / "d.json")
+    with pytest.raises(BadSetting, match="cannot be written as JSON"):
+        save_curated(curated, trim.report, tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_write_that_fails_leaves_the_file_that_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, report = decided(tmp_path)
+    before = (tmp_path / "d.json").read_bytes()
+
+    def full(handle: int) -> None:
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(OSError, match="No space"):
+        report.save(tmp_path / "d.json")
+    assert [file.name for file in tmp_path.iterdir()] == ["d.json"]
+    assert (tmp_path / "d.json").read_bytes() == before

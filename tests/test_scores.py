@@ -1,0 +1,102 @@
+"""Scores: their mean, the lowest of them, what is refused, and what is written to a file."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset
+
+from hf_influence.errors import BadSetting, MissingRows
+from hf_influence.filter import DatasetFilter
+from hf_influence.scores import Scores
+
+
+def per_query(values: torch.Tensor) -> Scores:
+    return Scores(values, list(range(len(values))), "ip", query_ids=list(range(values.shape[1])))
+
+
+@pytest.mark.parametrize("layout", ["rows", "columns"])
+def test_the_lowest_are_those_that_a_filter_drops(layout: str) -> None:
+    """Also where the columns cancel, so that a mean in float32 is mostly rounding."""
+    rows = Dataset.from_dict({"row": list(range(30))})
+    for seed in range(20):
+        values = torch.randn(30, 400, generator=torch.Generator().manual_seed(seed)) * 1e3
+        values -= values.mean(1, keepdim=True)
+        scores = per_query(values if layout == "rows" else values.T.contiguous().T)
+        trim = DatasetFilter(drop=5)
+        trim.apply(rows, scores)
+        assert trim.report is not None
+        assert scores.lowest(5) == [row.id for row in trim.report.removed]
+
+
+def test_a_mean_of_large_scores_is_finite() -> None:
+    mean = per_query(torch.full((3, 4), 3e38)).mean()
+    assert mean.dtype == torch.float64
+    assert mean.tolist() == pytest.approx([3e38] * 3)
+
+
+def test_whole_numbers_are_scores(tmp_path: Path) -> None:
+    scores = Scores(torch.tensor([[2, 1], [0, 1], [5, 5]]), [0, 1, 2], "mine", query_ids=[0, 1])
+    assert scores.mean().tolist() == [1.5, 0.5, 5.0]
+    assert scores.lowest(1) == [1]
+    assert DatasetFilter(drop=1).apply(Dataset.from_dict({"row": [0, 1, 2]}), scores)["row"][:] == [0, 2]
+    scores.save(tmp_path / "s")
+    assert torch.equal(Scores.load(tmp_path / "s").values, scores.values)
+
+
+def test_a_negative_number_of_scores_is_refused() -> None:
+    scores = per_query(torch.zeros(3, 1))
+    assert scores.lowest(0) == []
+    assert scores.lowest(9) == [0, 1, 2]
+    with pytest.raises(BadSetting, match=r"lowest\(-1\)"):
+        scores.lowest(-1)
+
+
+def test_scores_without_queries_to_compare_with_are_refused() -> None:
+    with pytest.raises(MissingRows, match=r"'ip' compares with queries, and the query split holds no examples"):
+        per_query(torch.zeros(3, 0))
+    assert len(per_query(torch.zeros(0, 0))) == 0
+
+
+def test_settings_are_written_as_the_plain_values_that_they_hold(tmp_path: Path) -> None:
+    held: dict[str, Any] = {
+        "damping": np.float32(0.5),
+        "k": np.int64(3),
+        "scale": torch.tensor(0.25),
+        "points": (np.int64(1), 2),
+        "queries": Dataset.from_dict({"task": ["x", "y"]})["task"],
+        "array": np.array([[1, 2]]),
+    }
+    scores = Scores(torch.zeros(1, 1), [np.int64(7)], "mine", held)  # type: ignore[list-item]
+    scores.save(tmp_path / "s.st")
+    again = Scores.load(tmp_path / "s.st")
+    assert again.ids == [7]
+    assert again.settings == {
+        "damping": 0.5,
+        "k": 3,
+        "scale": 0.25,
+        "points": [1, 2],
+        "queries": ["x", "y"],
+        "array": [[1, 2]],
+    }
+    assert json.loads(json.dumps(again.settings)) == again.settings
+
+
+@pytest.mark.parametrize("value", [object(), {1, 2}, {(1, 2): 3}], ids=["object", "set", "key"])
+def test_what_cannot_be_written_is_refused_and_nothing_is_left(tmp_path: Path, value: Any) -> None:
+    scores = Scores(torch.zeros(1, 1), [0], "mine", {"given": value})
+    with pytest.raises(BadSetting, match="cannot be written as JSON"):
+        scores.save(tmp_path / "new" / "s.st")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_save_that_fails_leaves_nothing_half(tmp_path: Path) -> None:
+    (tmp_path / "s").mkdir()
+    with pytest.raises(IsADirectoryError):
+        Scores(torch.zeros(1, 1), [0], "mine").save(tmp_path / "s")
+    assert [file.name for file in tmp_path.iterdir()] == ["s"]
