@@ -34,7 +34,7 @@ def statistics(n: int) -> dict[str, torch.Tensor]:
     """All that any method asks for."""
     generator = torch.Generator().manual_seed(7)
     names = {need for about in TABLE.values() for need in about.needs}
-    names -= {"rows", "queries", "labels", "points", "members", "texts", "hessian", "ekfac", "adam"}
+    names -= {"rows", "queries", "labels", "points", "members", "texts", "hessian", "ekfac", "adam", "query loss"}
     stats = {name: torch.rand(n, generator=generator) for name in sorted(names)} | {"label": torch.arange(n) % 2}
     drawn = {name: torch.rand(n, 3, generator=generator) for name in ("features", "probabilities")}
     return stats | drawn | {"probabilities": drawn["probabilities"].softmax(1)}
@@ -123,13 +123,26 @@ def test_settings_survive_save_and_load_and_give_the_same_scores(tmp_path: Path,
     torch.testing.assert_close(again.values, loaded.values)
 
 
+@pytest.mark.parametrize("method", ["auto", "ip"])
+def test_another_split_of_queries_is_among_the_settings(tmp_path: Path, method: str) -> None:
+    store = make(tmp_path, m=20)
+    writer = store.writer("validation", adapter="", dataset="", n=20)
+    writer.append(list(range(20)), random_blocks(20, 3), {"loss": torch.zeros(20)})
+    writer.flush()
+    writer.close()
+    scores = attribute(store, method, query_split="validation")
+    assert scores.settings["query_split"] == "validation"
+    torch.testing.assert_close(attribute(store, method, **scores.settings).values, scores.values)
+    assert not torch.allclose(attribute(store, method).values, scores.values)
+
+
 @every_method
 @pytest.mark.parametrize(("n", "m", "widths"), [(0, 3, (5, 6)), (1, 3, (5,)), (3, 0, (5,)), (2, 1, (1,))])
 def test_empty_and_tiny_stores(tmp_path: Path, method: str, n: int, m: int, widths: tuple[int, ...]) -> None:
     store = make(tmp_path, n, m, widths)
-    if not m and method in WITH_QUERIES and method in ONE_COLUMN:
+    if not m and method in WITH_QUERIES:
         with pytest.raises(MissingRows, match="holds no examples"):
-            attribute(store, method)
+            attribute(store, method, **passed(method, n, m))
         return
     scores = attribute(store, method, **passed(method, n, m))
     assert scores.values.shape == (n, 1 if method in ONE_COLUMN else m)

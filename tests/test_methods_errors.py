@@ -45,11 +45,28 @@ def test_unknown_setting_names_those_allowed(tmp_path: Path) -> None:
         ("outlier_iforest", {"eps": 1.0}),
         ("outlier_classwise", {"labels": [0, 1]}),
         ("outlier_classwise", {"labels": "abcdef"}),
+        ("vote", {"k": True}),
+        ("datainf", {"damping": True}),
+        ("tracin", {"points": [True]}),
     ],
 )
 def test_values_out_of_bounds_are_refused_by_name(tmp_path: Path, method: str, settings: dict[str, Any]) -> None:
     with pytest.raises(BadSetting, match=f"method '{method}': {next(iter(settings))}="):
         attribute(make_store(tmp_path, TRAIN, QUERY), method, **settings)
+
+
+@pytest.mark.parametrize("parts", [5, {"vote": 3}, [["vote"]]])
+def test_parts_of_another_kind_are_refused(tmp_path: Path, parts: Any) -> None:
+    with pytest.raises(BadSetting, match=r"method 'auto'.*parts="):
+        attribute(make_store(tmp_path, TRAIN, QUERY), parts=parts)
+
+
+@pytest.mark.parametrize("settings", [{}, {"parts": ["loss", "vote"]}, {"method": "ip"}])
+def test_a_split_of_queries_that_is_nowhere_is_refused(tmp_path: Path, settings: dict[str, Any]) -> None:
+    store = make_store(tmp_path, TRAIN, QUERY, stats={"loss": torch.rand(6)})
+    with pytest.raises(MissingRows, match=r"'typo' at any point \(it has: query, train\).*collect\(.*split='typo'"):
+        attribute(store, query_split="typo", **settings)
+    assert len(attribute(store, query_split="typo", parts=["loss"])) == 6
 
 
 def test_missing_store(tmp_path: Path) -> None:

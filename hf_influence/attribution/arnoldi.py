@@ -10,7 +10,7 @@ from torch import Tensor
 from hf_influence.attribution.inner_product import InnerProduct
 from hf_influence.attribution.method import Method
 from hf_influence.attribution.selection import Selection
-from hf_influence.errors import MissingRows, StoreMismatch
+from hf_influence.errors import MissingRows
 from hf_influence.store import Rows
 from hf_influence.store.artifacts import read_artifact
 
@@ -24,18 +24,17 @@ class OnEigenvectors(Method):
     positive: bool = False
     """Leave out eigenvalues below zero, which a model that was not trained to a minimum has."""
 
+    def select(self, rows: Selection, point: int | None) -> Selection:
+        """The rows that the method looks at; StoreMismatch if they are compressed."""
+        rows.check_whole_rows("the eigenvectors of the Hessian are those of whole rows")
+        return super().select(rows, point)
+
     def coordinates(self, train: Rows, *others: Rows) -> tuple[Tensor, list[Tensor]]:
         """The eigenvalues `[p]`, and the coordinates of the training rows and of each of the others, `[n, p]`.
 
         Raises:
             MissingRows: No eigenpairs were collected, or fewer than are asked for.
-            StoreMismatch: The rows are compressed.
         """
-        if train.header.compress is not None:
-            raise StoreMismatch(
-                f"{train.folder} holds rows compressed by {train.header.compress['name']}, and the eigenvectors of the "
-                "Hessian are those of whole rows. Collect the rows without compress=…, into another folder."
-            )
         pairs = read_artifact(train, "hessian", f"method '{self.name}'")
         values = pairs.tensor("values")
         if self.top is not None and self.top > len(values):

@@ -5,9 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from hf_influence.attribution.auto import Auto
 from hf_influence.attribution.finite import check_finite
-from hf_influence.attribution.method import make_method
+from hf_influence.attribution.method import Method, class_of, make_method
 from hf_influence.attribution.selection import Selection
+from hf_influence.errors import MissingRows
 from hf_influence.scores import Scores
 from hf_influence.store import GradientStore
 
@@ -53,6 +55,8 @@ def attribute(
     """
     chosen = make_method(method, settings)
     opened = store if isinstance(store, GradientStore) else GradientStore.open(store)
+    if query_split != "query" and _looks_at_queries(chosen):
+        _check_split(opened, query_split)
     rows = chosen.select(Selection(opened, train_split, query_split), point)
     values = chosen.score(rows)
     with_queries = "queries" in chosen.needs
@@ -60,6 +64,27 @@ def attribute(
     where: dict[str, Any] = {"train_split": train_split}
     settings_used = chosen.record(rows)
     where |= {} if "points" in settings_used else {"point": rows.points[0]}
-    where |= {"query_split": query_split} if with_queries else {}
+    where |= {"query_split": query_split} if _looks_at_queries(chosen) else {}
     columns = chosen.columns(rows)
     return Scores(values, rows.ids, method, where | settings_used, columns, rows.train.id_column, chosen.report)
+
+
+def _looks_at_queries(method: Method) -> bool:
+    """Whether it asks for queries; by default "auto" does where they are there."""
+    parts = method.parts if isinstance(method, Auto) else (method.name,)
+    return parts is None or any("queries" in class_of(name).needs for name in parts)
+
+
+def _check_split(store: GradientStore, split: str) -> None:
+    """A split that was asked for by name is there, so that "auto" does not go without it in silence.
+
+    Raises:
+        MissingRows: It is at no point.
+    """
+    splits = {name for point in store.points() for name in store.splits(point)}
+    if split not in splits:
+        raise MissingRows(
+            f"{store.path} holds no rows of the split {split!r} at any point (it has: "
+            f"{', '.join(sorted(splits)) or 'none'}). Name one of those with query_split=…, or collect it: "
+            f"collect(model, dataset, {str(store.path)!r}, split={split!r})."
+        )

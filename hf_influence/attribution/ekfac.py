@@ -5,13 +5,25 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from hf_influence.attribution.inner_product import InnerProduct
+from hf_influence.attribution.method import Method
+from hf_influence.attribution.selection import Selection
 from hf_influence.attribution.self_influence import SelfInfluence
 from hf_influence.attribution.tuned import Tuned
 from hf_influence.curvature.ekfac import KroneckerEigenbasis
 
 
 @dataclass(kw_only=True)
-class Ekfac(Tuned, KroneckerEigenbasis, InnerProduct, name="ekfac"):
+class OnFactors(KroneckerEigenbasis, Method):
+    """A method with the curvature of EK-FAC."""
+
+    def select(self, rows: Selection, point: int | None) -> Selection:
+        """The rows that the method looks at; StoreMismatch if they are compressed."""
+        rows.check_whole_rows("EK-FAC turns whole rows")
+        return super().select(rows, point)
+
+
+@dataclass(kw_only=True)
+class Ekfac(Tuned, OnFactors, InnerProduct, name="ekfac"):
     """Influence with the empirical Fisher matrix taken as diagonal in the eigenvectors of its Kronecker factors.
 
         score[i, q] = Σ_blocks ⟨g_i, U (Λ + λI)⁻¹ Uᵀ v_q⟩,   U = U_S ⊗ U_A,   Λ = 1/n Σ_k (Uᵀ g_k)²
@@ -26,7 +38,7 @@ class Ekfac(Tuned, KroneckerEigenbasis, InnerProduct, name="ekfac"):
 
 
 @dataclass(kw_only=True)
-class SelfEkfac(KroneckerEigenbasis, SelfInfluence, name="self_ekfac"):
+class SelfEkfac(OnFactors, SelfInfluence, name="self_ekfac"):
     """Self-influence with the inverse curvature of EK-FAC.
 
         score[i] = −Σ_blocks ⟨g_i, U (Λ + λI)⁻¹ Uᵀ g_i⟩

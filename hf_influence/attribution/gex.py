@@ -22,7 +22,7 @@ class Gex(LossDeviations, DeviationProducts, name="gex"):
     Source: GEX: A flexible method for approximating influence via Geometric Ensemble, eq. 10 and alg. 2.
     """
 
-    needs = ("queries", "members", "loss")
+    needs = ("queries", "members", "loss", "query loss")
 
 
 @dataclass(kw_only=True)

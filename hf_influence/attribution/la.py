@@ -23,7 +23,7 @@ class La(LossDeviations, DeviationProducts, name="la"):
     """
 
     kind: ClassVar[str] = "laplace"
-    needs = ("queries", "members", "loss")
+    needs = ("queries", "members", "loss", "query loss")
 
 
 @dataclass(kw_only=True)

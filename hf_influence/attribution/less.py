@@ -33,10 +33,20 @@ class Less(TracIn, name="less"):
     Source: Xia et al., LESS: Selecting Influential Data for Targeted Instruction Tuning, ICML 2024.
     """
 
-    needs = ("rows", "queries", "points", "adam")
+    needs = ("rows", "queries", "points", "learning_rate", "adam")
 
     state: str = field(default="final", metadata={"choices": ("final", "each")})
     """The state of Adam at the end of training for all points, or the one stored at each point."""
+
+    def select(self, rows: Selection, point: int | None) -> Selection:
+        """The rows that the method looks at; StoreMismatch if they are projections, as Adam works on entries."""
+        header = rows.store.header
+        if header.compress is not None and header.columns is None:
+            raise StoreMismatch(
+                f"{rows.store.path} holds projections of gradients (compress={header.compress['name']!r}), and Adam "
+                "divides single entries. Collect whole rows, or rows with compress=dropout(r)."
+            )
+        return super().select(rows, point)
 
     def score(self, rows: Selection) -> Tensor:
         total = torch.zeros(len(rows.ids), len(self.columns(rows) or ()), dtype=rows.train.dtype)  # [n, q]
@@ -51,18 +61,12 @@ class Less(TracIn, name="less"):
 
         Raises:
             MissingRows: No state of Adam was kept.
-            StoreMismatch: The columns are projections, and Adam works on entries.
         """
         adam = read_artifact(train, "adam", f"method '{self.name}'", 0 if self.state == "final" else None)
         maps = {}
         for block in train.blocks:
             entries = train.columns(block)
-            if entries is None:
-                compress = (train.header.compress or {}).get("name")
-                raise StoreMismatch(
-                    f"{train.folder} holds projections of gradients (compress={compress!r}), and Adam divides single "
-                    "entries. Collect whole rows, or rows with compress=dropout(r)."
-                )
+            assert entries is not None
             maps[block] = _step(adam, block, entries, train.dtype)
         return train.mapped(maps, train.blocks)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import reprlib
 from abc import ABC, abstractmethod
 from dataclasses import asdict, dataclass, fields
 from difflib import get_close_matches
@@ -27,9 +28,10 @@ class About:
         name: What `attribute(store, method=...)` takes.
         summary: What you get, in a sentence.
         formula: How it is computed, in the notation of the paper.
-        needs: What must be stored: "rows", "queries" (rows of the query split), "points" (what is needed at points of
-            training), "members" (at those of an ensemble), "labels", "texts" (passed as settings), an artifact
-            collected from the model ("hessian", "ekfac", "adam"), or a statistic by its name.
+        needs: What must be stored: "rows", "queries" (the query split, with rows where those of the training examples
+            are needed), "points" (what is needed at points of training), "members" (at those of an ensemble), "labels",
+            "texts" (passed as settings), an artifact collected from the model ("hessian", "ekfac", "adam"), or a
+            statistic by its name, "query loss" that of the queries.
         cost: Time and memory, in words.
         use: When to choose it.
         source: Where it comes from.
@@ -129,7 +131,7 @@ def make_method(name: str, settings: dict[str, Any]) -> Method:
 
     Raises:
         UnknownMethod: No such name.
-        BadSetting: No such setting, or a value out of bounds.
+        BadSetting: No such setting, or a value out of bounds or of the wrong kind.
     """
     listing = "`hf-influence methods` or hf_influence.attribution.methods() list them"
     if name not in _TABLE:
@@ -141,7 +143,14 @@ def make_method(name: str, settings: dict[str, Any]) -> Method:
                 f"method '{name}' has no setting {given!r}{_nearest(given, allowed)} It takes: "
                 f"{', '.join(allowed) or 'none'}."
             )
-    return _TABLE[name](**settings)
+    try:
+        return _TABLE[name](**settings)
+    except TypeError as error:
+        given = ", ".join(f"{key}={reprlib.repr(value)}" for key, value in settings.items())
+        raise BadSetting(
+            f"method '{name}' cannot use {given}: a value is of the wrong kind ({error}). `hf-influence methods "
+            "--json` has the settings and their defaults."
+        ) from error
 
 
 def _nearest(word: object, known: Any) -> str:
@@ -162,11 +171,12 @@ def _wrong(
         return ""
     if choices and above is None:
         return f"one of {one_of}"
+    number = not isinstance(value, bool)  # which Python takes for 0 or 1
     if least is not None:
-        return "" if isinstance(value, int) and value >= least else f"a whole number, at least {least}"
+        return "" if number and isinstance(value, int) and value >= least else f"a whole number, at least {least}"
     if above is not None:
         high = math.inf if below is None else below
         bounds = f"above {above}" + ("" if below is None else f" and below {below}")
         bounds += f", or {one_of}" if choices else ""
-        return "" if isinstance(value, int | float) and above < value < high else f"a number {bounds}"
+        return "" if number and isinstance(value, int | float) and above < value < high else f"a number {bounds}"
     return ""

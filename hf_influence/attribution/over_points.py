@@ -31,7 +31,7 @@ class OverPoints(Method):
             isinstance(points, str)
             or not isinstance(points, Sequence)
             or not points
-            or not all(isinstance(point, int) and point >= 0 for point in points)
+            or not all(isinstance(point, int) and not isinstance(point, bool) and point >= 0 for point in points)
         ):
             raise BadSetting(f"method '{self.name}': points={points!r} must be a list of point numbers, at least one.")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, NoReturn
@@ -74,16 +75,36 @@ class Selection:
         return torch.searchsorted(self.positions, part.train.positions)
 
     def words(self) -> set[str]:
-        """What the first point holds, in the words of `About.needs`; nothing where it has no rows of the split."""
-        try:
-            rows = self.train
-        except MissingRows:
-            return set()
-        words = set(rows.stats)
-        words |= set() if rows.statistics_only else {"rows"}
-        words |= {"labels"} if "label" in words else set()
-        queries = self.query_split in self.store.splits(self.points[0]) and len(self.query)
-        return words | ({"queries"} if queries else set())
+        """What the first point holds, in the words of `About.needs`; a split that was not filled to its end has none.
+
+        "queries" stands for rows of queries; their statistics are words of their own, such as "query loss".
+        """
+        rate = self.store.point_about(self.points[0]).details.get("learning_rate")
+        words = set() if rate is None else {"learning_rate"}
+        with suppress(MissingRows):
+            words |= set(self.train.stats)
+            words |= set() if self.train.statistics_only else {"rows"}
+            words |= {"labels"} if "label" in words else set()
+        with suppress(MissingRows):
+            words |= {f"query {name}" for name in self.query.stats}
+            words |= {"queries"} if len(self.query) and not self.query.statistics_only else set()
+        return words
+
+    def check_whole_rows(self, because: str) -> None:
+        """Refuse compressed rows.
+
+        Args:
+            because: What whole rows are needed for, as the second half of a sentence.
+
+        Raises:
+            StoreMismatch: They are.
+        """
+        compress = self.store.header.compress
+        if compress is not None:
+            raise StoreMismatch(
+                f"{self.store.path} holds rows compressed by {compress['name']}, and {because}. Collect the rows "
+                "without compress=…, into another folder."
+            )
 
     def at(self, point: int) -> Selection:
         """The same splits at one point."""
@@ -122,6 +143,10 @@ class Selection:
         Raises:
             MissingRows: One of them is cut short.
         """
+        return self._training_points
+
+    @cached_property
+    def _training_points(self) -> list[int]:
         chosen, cut_short = [], None
         for point in filter(None, self._held(WEIGHTS)):
             try:

@@ -91,7 +91,7 @@ class Tda(Unrolled, InnerProduct, name="tda"):
     Source: Bae et al., Training Data Attribution via Approximate Unrolled Differentiation, 2024, arXiv 2405.12186.
     """
 
-    needs = ("rows", "queries", "points")
+    needs = ("rows", "queries", "points", "learning_rate")
     at_end: ClassVar[frozenset[str]] = frozenset({"queries"})
     """What of it is needed at the end of training alone."""
 
@@ -139,7 +139,7 @@ class SelfTda(Unrolled, name="self_tda"):
     Source: Bae et al., Training Data Attribution via Approximate Unrolled Differentiation, 2024, arXiv 2405.12186.
     """
 
-    needs = ("rows", "points")
+    needs = ("rows", "points", "learning_rate")
 
     def score(self, rows: Selection) -> Tensor:
         n, cut = len(rows.ids), self.cut(rows)

@@ -60,7 +60,7 @@ class TracIn(WeightedPoints, InnerProduct, name="tracin"):
     Source: Pruthi et al., TracIn, NeurIPS 2020; GEX, eq. 5 (the mean).
     """
 
-    needs: ClassVar[tuple[str, ...]] = ("rows", "queries", "points")
+    needs: ClassVar[tuple[str, ...]] = ("rows", "queries", "points", "learning_rate")
 
     def score(self, rows: Selection) -> Tensor:
         total = torch.zeros(len(rows.ids), len(self.columns(rows) or ()), dtype=rows.train.dtype)  # [n, q]
@@ -85,7 +85,7 @@ class SelfTracIn(WeightedPoints, SelfInfluence, name="self_tracin"):
     Reweighting, EMNLP 2023.
     """
 
-    needs = ("rows", "points")
+    needs = ("rows", "points", "learning_rate")
 
     def score(self, rows: Selection) -> Tensor:
         total = torch.zeros(len(rows.ids), 1, dtype=rows.train.dtype)  # [n, 1]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -57,7 +58,8 @@ class Damped(Curvature):
         """
         relative = float(self.damping if damping is None else damping)
         strength = relative * square / (max(1, len(rows)) * rows.blocks[block])
-        if strength and not RANGE[0] < strength < RANGE[1] and rows.dtype != torch.float64:
+        narrow = rows.dtype != torch.float64 and math.isfinite(strength)  # what is not finite is refused by name later
+        if narrow and strength and not RANGE[0] < strength < RANGE[1]:
             raise BadExample(
                 f"the gradients of block {block} in {rows.folder} have a mean squared entry of "
                 f"{strength / relative:.2g}, and {rows.dtype} has no room for what is divided by it. Look at the loss "

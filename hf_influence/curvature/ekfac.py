@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from hf_influence.curvature.curvature import DampedPath, Solve
-from hf_influence.errors import StoreMismatch
 from hf_influence.store import Rows
 from hf_influence.store.artifacts import read_artifact
 
@@ -33,13 +32,7 @@ class KroneckerEigenbasis(DampedPath):
 
         Raises:
             MissingRows: The factors were not collected.
-            StoreMismatch: The rows are compressed.
         """
-        if rows.header.compress is not None:
-            raise StoreMismatch(
-                f"{rows.folder} holds rows compressed by {rows.header.compress['name']}, and EK-FAC turns whole rows. "
-                "Collect them without compress=…, into another folder."
-            )
         bases = read_artifact(rows, "ekfac", "EK-FAC")
         shape = rows.header.blocks[block]
         m, n = shape if len(shape) == 2 else (rows.blocks[block], 1)
