@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from models import assert_same_state, bert, labelled, llama, lora, own_loss, padding, prompts, state_of
+from models import PAD, assert_same_state, bert, labelled, llama, lora, own_loss, padding, prompts, state_of
 from torch import Tensor, nn
 
 from hf_influence.attribution import attribute
@@ -97,10 +97,12 @@ def test_padding_and_batches_do_not_change_the_basis(tmp_path: Path) -> None:
     assert not torch.allclose(scores[0], attribute(store, "ip").values)
 
 
-def test_the_basis_of_one_hot_inputs_is_the_identity(tmp_path: Path) -> None:
+@pytest.mark.parametrize("extra", [[], [PAD]], ids=["words", "padding token in the text"])
+def test_the_basis_of_one_hot_inputs_is_the_identity(tmp_path: Path, extra: list[int]) -> None:
     """Of the embedding alone, on sequences in which no token comes twice: a token's column is its own gradient."""
     model = lora(llama(), ["embed_tokens"], r=2)
-    examples = [{"input_ids": ids, "labels": ids} for ids in ([4, 9, 30, 17], [9, 5, 40], [21, 17, 4, 6, 33])]
+    texts = ([*extra, 4, 9, 30, 17], [9, *extra, 5, 40], [21, 17, 4, 6, 33])
+    examples = [{"input_ids": ids, "labels": ids} for ids in texts]
     store = collect(model, examples, tmp_path, skip=["*embedding_B*"])
     collect_ekfac(model, examples, tmp_path)
     (name,) = store.blocks

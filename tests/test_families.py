@@ -161,6 +161,7 @@ FAMILIES = {
         {**SIZE, "num_key_value_heads": 1, "logits_scaling": 4.0, "embedding_multiplier": 3.0},
         "all-linear",
     ),
+    "OLMo": Family("olmo", {**SIZE, "clip_qkv": 0.5}, "all-linear"),  # clips projections in place
     "Phi-3": Family("phi3", {**SIZE, "num_key_value_heads": 1}, ["qkv_proj", "gate_up_proj"]),
     "GPT-2": Family(
         "gpt2",
@@ -313,6 +314,12 @@ def test_experts_can_be_left_out_on_purpose(tmp_path: Path) -> None:
     model = Family("mixtral", MIXTRAL, ["q_proj"], options={"target_parameters": ["experts.down_proj"]}).model()
     rows = stored(model, prompts(N), tmp_path, skip=["*experts*"])
     assert worst_error(rows, [autograd_row(model, example) for example in prompts(N)]) <= TOLERANCE
+
+
+def test_the_loss_that_balances_experts_belongs_to_no_example(tmp_path: Path) -> None:
+    balanced = {**MIXTRAL, "output_router_logits": True, "router_aux_loss_coef": 0.5}
+    model = Family("mixtral", balanced, ["q_proj"]).model()
+    assert verify(model, prompts(N), collect(model, prompts(N), tmp_path), k=N) <= TOLERANCE
 
 
 def with_decoder_inputs(model: Any, collate: Collate) -> Collate:

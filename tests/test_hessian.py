@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from models import assert_same_state, bert, labelled, lora, own_loss, padding, prompts, state_of, tiny
+from models import PAD, assert_same_state, bert, labelled, llama, lora, own_loss, padding, prompts, state_of, tiny
 from torch import Tensor, nn
 
 from hf_influence.attribution import attribute
@@ -34,6 +34,10 @@ def classifier() -> Any:
 MODELS: dict[str, Any] = {
     "bert": (classifier, labelled(lambda i: i % 3, 5)),
     "llama": (lambda: tiny(r=1), prompts(5)),
+    "embedding, padding token in the text": (
+        lambda: lora(llama(), ["embed_tokens"], r=2),
+        [{name: [*values, PAD, 9] for name, values in row.items()} for row in prompts(5)],
+    ),
 }
 
 
@@ -291,6 +295,13 @@ def test_an_operation_that_hides_its_backward_pass_is_noticed(tmp_path: Path) ->
     with pytest.raises(UnsupportedModel, match=r"lora_[AB].*small steps.*eager"):
         collect_hessian(model, examples, tmp_path, top=1)
     handle.remove()
+
+
+def test_adapters_that_share_their_storage_are_refused(tmp_path: Path) -> None:
+    model = lora(llama(tie_word_embeddings=True), ["embed_tokens"], dtype=torch.float32, ensure_weight_tying=True)
+    collect(model, prompts(3), tmp_path)
+    with pytest.raises(UnsupportedModel, match=r"lm_head.lora_A.* shares its storage with .*embedding_B"):
+        collect_hessian(model, prompts(3), tmp_path, top=1)
 
 
 def test_products_use_the_examples_that_were_drawn(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from models import assert_same_state, bert, labelled, llama, lora, own_loss, padding, prompts, state_of, tiny
+from models import PAD, assert_same_state, bert, labelled, llama, lora, own_loss, padding, prompts, state_of, tiny
 from torch import Tensor, nn
 
 from hf_influence import attribute, collect_at
@@ -94,10 +94,12 @@ def test_a_draw_is_the_root_of_the_dense_covariance_times_noise(case: str, scale
         assert_exact(one.draw(torch.Generator().manual_seed(3)).flatten(), expected)
 
 
-def test_an_embedding_has_a_diagonal_factor() -> None:
+@pytest.mark.parametrize("extra", [[], [PAD]], ids=["words", "padding token in the text"])
+def test_an_embedding_has_a_diagonal_factor(extra: list[int]) -> None:
     """On sequences in which no token comes twice, so that a token's column of the row is its own gradient."""
     model, scale = words(), 300.0
-    examples = [{"input_ids": ids, "labels": ids} for ids in ([4, 9, 30, 17], [9, 5, 40], [21, 17, 4, 6, 33])]
+    texts = ([*extra, 4, 9, 30, 17], [9, *extra, 5, 40], [21, 17, 4, 6, 33])
+    examples = [{"input_ids": ids, "labels": ids} for ids in texts]
     (name,) = (name for name in trainable(model) if "embedding_A" in name)
     weight, columns = trainable(model)[name], []
     for example in examples:

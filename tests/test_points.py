@@ -27,6 +27,7 @@ from models import (
     state_of,
     tiny,
 )
+from peft import LoraConfig
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
@@ -282,8 +283,27 @@ def whole() -> tuple[nn.Module, list[Any], dict[str, Any]]:
     return model, labelled(lambda i: i % 3), {"modules": "trainable"}
 
 
+def tied() -> tuple[nn.Module, list[Any], dict[str, Any]]:
+    torch.manual_seed(0)
+    base = llama(tie_word_embeddings=True)
+    return lora(base, ["embed_tokens"], dtype=torch.float32, ensure_weight_tying=True), prompts(), {}
+
+
+def second_of_two() -> tuple[nn.Module, list[Any], dict[str, Any]]:
+    model = tiny(torch.float32)
+    model.add_adapter("second", LoraConfig(r=3, target_modules=["q_proj", "v_proj"]))
+    model.set_adapter("second")
+    return model, prompts(), {}
+
+
+def without_default() -> tuple[nn.Module, list[Any], dict[str, Any]]:
+    model, data, options = second_of_two()
+    model.delete_adapter("default")
+    return model, data, options
+
+
 @pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`:UserWarning")  # PEFT, whenever it saves these
-@pytest.mark.parametrize("make", [classifier, embedding, whole])
+@pytest.mark.parametrize("make", [classifier, embedding, whole, tied, second_of_two, without_default])
 def test_rows_at_checkpoints_are_those_of_the_model_as_it_was(tmp_path: Path, make: Any) -> None:
     model, data, options = make()
     remember = train(model, tmp_path / "run", data)
@@ -347,6 +367,23 @@ def test_a_checkpoint_of_another_adapter_is_refused(tmp_path: Path) -> None:
     with pytest.raises(StoreMismatch, match=r"has the shape \[3, 16\] there and \[2, 16\]"), point.entered(other):
         pass
     assert_same_state(before, state_of(other))
+
+
+def test_a_checkpoint_of_several_adapters_is_read_by_the_name_of_the_active_one(tmp_path: Path) -> None:
+    model = second_of_two()[0]
+    model.save_pretrained(tmp_path)
+    (point,), (only,) = checkpoints(tmp_path), checkpoints(tmp_path / "second")
+    own = trainable_values(model)
+    other = second_of_two()[0]
+    other.add_adapter("third", model.peft_config["second"])
+    with pytest.raises(BadSetting, match="no checkpoint"):
+        checkpoints(tmp_path.parent)
+    for read in (point, only):
+        same(dict(read.values(other)), own)
+    other.set_adapter("third")
+    same(list(only.values(other).values()), list(own.values()))
+    with pytest.raises(StoreMismatch, match=r"adapters default, second, and the model's active one is third.*set_adap"):
+        point.values(other)
 
 
 def test_losses_alone_are_those_of_the_model_in_the_state(tmp_path: Path) -> None:

@@ -15,7 +15,16 @@ from peft.tuners.lora.layer import ParamWrapper
 from peft.utils import get_peft_model_state_dict
 from torch import Tensor, nn
 
-__all__ = ["LoraEmbedding", "adapted_parameters", "embedding_factors", "fused_lora", "lora_layers", "saved_names"]
+__all__ = [
+    "LoraEmbedding",
+    "active_adapter",
+    "adapted_parameters",
+    "embedding_factors",
+    "fused_lora",
+    "lora_layers",
+    "padding_columns",
+    "saved_names",
+]
 
 Watch = Callable[[nn.Module, Tensor], Callable[[Tensor], None]]
 """Takes a module and its input `[b, t, i]`; gives what is to be called with the gradient at its output `[b, t, o]`."""
@@ -26,12 +35,24 @@ def lora_layers(model: nn.Module) -> list[tuple[str, LoraLayer]]:
     return [(name, module) for name, module in model.named_modules() if isinstance(module, LoraLayer)]
 
 
-def saved_names(model: nn.Module) -> dict[str, str]:
-    """The names under which PEFT saves the parameters of the active adapter: name in the file -> name in the model."""
-    adapter = model.active_adapters[0]  # type: ignore[index]
-    own = {weight.data_ptr(): name for name, weight in model.named_parameters()}
-    saved = get_peft_model_state_dict(model, adapter_name=adapter, save_embedding_layers=False)
-    return {key: own[value.data_ptr()] for key, value in saved.items() if value.data_ptr() in own}
+def active_adapter(model: Any) -> str:
+    """The name of the active adapter."""
+    name: str = model.active_adapters[0]
+    return name
+
+
+def saved_names(model: nn.Module) -> dict[str, list[str]]:
+    """The names under which PEFT saves the parameters of the active adapter: name in the file -> names in the model."""
+    own: dict[Any, list[str]] = {}
+    for name, weight in model.named_parameters():
+        own.setdefault(_view_of(weight), []).append(name)
+    saved = get_peft_model_state_dict(model, adapter_name=active_adapter(model), save_embedding_layers=False)
+    return {key: own[_view_of(value)] for key, value in saved.items() if _view_of(value) in own}
+
+
+def _view_of(weight: Tensor) -> tuple[int, tuple[int, ...], tuple[int, ...]]:
+    """Tells apart tied adapters, of which one is the other transposed, in the same memory."""
+    return weight.data_ptr(), tuple(weight.shape), weight.stride()
 
 
 def adapted_parameters(model: nn.Module) -> dict[int, str]:
@@ -45,6 +66,16 @@ def adapted_parameters(model: nn.Module) -> dict[int, str]:
         if isinstance(layer, ParamWrapper)
         for factors in (layer.lora_A, layer.lora_B)
         for weight in factors.parameters()
+    }
+
+
+def padding_columns(model: nn.Module) -> dict[int, int]:
+    """Embeddings under LoRA that have a padding token: `id` of `A [r, vocabulary]` -> its column without a gradient."""
+    return {
+        id(weight): layer.get_base_layer().padding_idx
+        for _, layer in lora_layers(model)
+        if isinstance(layer, LoraEmbedding) and getattr(layer.get_base_layer(), "padding_idx", None) is not None
+        for weight in layer.lora_embedding_A.values()
     }
 
 
@@ -108,14 +139,14 @@ class _Fused:
         self.base, self.a, self.b = layer.base_layer, layer.lora_A[name], layer.lora_B[name]
         self.down = self.a.weight.detach() * layer.scaling[name]  # s A, [r, i]
         self.up = self.b.weight.detach().T.contiguous() * layer.scaling[name]  # s Bᵀ, [r, o]
-        self.trained_bias = self.base.bias is not None and self.base.bias.requires_grad
+        self.trained_base = any(weight.requires_grad for weight in self.base.parameters(recurse=False))
 
     def __call__(self, x: Tensor) -> Tensor:
         if torch.is_autocast_enabled(x.device.type):  # accelerate switches it on inside the model's forward
             plain: Tensor = type(self.layer).forward(self.layer, x)
             return plain
-        out: Tensor = _Products.apply(x, self.trigger, self)
-        return out
+        out: Tensor = _Products.apply(x, self.trigger, self)  # [N, o]; a view made inside could not be changed in place
+        return out.unflatten(0, x.shape[:-1])
 
 
 class _Products(torch.autograd.Function):
@@ -130,21 +161,21 @@ class _Products(torch.autograd.Function):
         x3 = flat.view(n, -1, flat.shape[1])  # [b, t, i], N = b t
         ctx.back_a = fused.watch(fused.a, x3)
         ctx.back_b = fused.watch(fused.b, xa.unflatten(0, (n, -1)))
-        ctx.back_base = fused.watch(fused.base, x3) if fused.trained_bias else None
-        ctx.fused = fused
-        return y.unflatten(0, x.shape[:-1])
+        ctx.back_base = fused.watch(fused.base, x3) if fused.trained_base else None
+        ctx.fused, ctx.shape = fused, x.shape
+        return y
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         fused: _Fused = ctx.fused
-        flat, n = g.flatten(0, -2), len(g)  # [N, o]
-        gb = (fused.up @ flat.T).T  # [N, r]
-        g3 = flat.view(n, -1, flat.shape[1])  # [b, t, o]
+        n = ctx.shape[0]
+        gb = (fused.up @ g.T).T  # [N, r]
+        g3 = g.view(n, -1, g.shape[1])  # [b, t, o]
         ctx.back_a(gb.unflatten(0, (n, -1)))
         ctx.back_b(g3)
         if ctx.back_base is not None:
             ctx.back_base(g3)
         if not ctx.needs_input_grad[0]:
             return None, None, None
-        gx = (flat @ fused.base.weight).addmm_(gb, fused.a.weight)  # [N, i]
-        return gx.unflatten(0, g.shape[:-1]), None, None
+        gx = (g @ fused.base.weight).addmm_(gb, fused.a.weight)  # [N, i]
+        return gx.view(ctx.shape), None, None

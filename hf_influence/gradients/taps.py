@@ -18,6 +18,9 @@ from hf_influence.gradients.rules import Rule, bias, linear, looked_up, one_hot,
 
 Modules = Literal["lora", "trainable"]
 
+LINEAR_TOO = {"FalconLinear.forward", "Linear4bit.forward", "Linear8bitLt.forward"}
+"""Forward methods of subclasses of `nn.Linear` that give `x Wᵀ + b`, of Falcon and bitsandbytes."""
+
 
 @dataclass(frozen=True)
 class Tap:
@@ -42,7 +45,8 @@ def find_taps(model: nn.Module, modules: Modules = "lora", skip: Sequence[str] =
         skip: Names of parameters to leave out; `*` stands for anything.
 
     Raises:
-        UnsupportedModel: No LoRA, nothing trainable, or a trainable parameter that no rule covers.
+        UnsupportedModel: No LoRA, nothing trainable, an adapter that is merged or disabled, or a trainable parameter
+            that no rule covers.
         BadSetting: A pattern in `skip` that fits no parameter.
     """
     if modules not in ("lora", "trainable"):
@@ -62,9 +66,10 @@ def find_taps(model: nn.Module, modules: Modules = "lora", skip: Sequence[str] =
     if not wanted:
         raise UnsupportedModel(
             f"{type(model).__name__} has no trainable parameter left to take gradients of. Is the adapter frozen "
-            "(inference mode, or loaded without is_trainable=True)?"
+            "(inference mode, disabled, or loaded without is_trainable=True)?"
         )
     names = {id(weight): name for name, weight in wanted.items()}
+    _check_taking_part(model, names)
     uncalled = adapted_parameters(model)
     taps = [
         Tap(names[id(weight)], list(weight.shape), module, module_name, rule)
@@ -80,7 +85,7 @@ def find_taps(model: nn.Module, modules: Modules = "lora", skip: Sequence[str] =
 def _rules_of(module: nn.Module) -> list[tuple[Tensor, Rule]]:
     """The parameters that a module owns and uses linearly, each with its rule."""
     rules: list[tuple[Tensor | None, Rule]] = []
-    if isinstance(module, nn.Linear):
+    if isinstance(module, nn.Linear) and _is_linear(module):
         rules = [(module.weight, linear()), (module.bias, bias())]
     elif isinstance(module, Conv1D):
         rules = [(module.weight, transposed()), (module.bias, bias())]
@@ -97,6 +102,12 @@ def _rules_of(module: nn.Module) -> list[tuple[Tensor, Rule]]:
     return [(weight, rule) for weight, rule in rules if weight is not None]
 
 
+def _is_linear(module: nn.Linear) -> bool:
+    """Whether the module does what `nn.Linear` does; a subclass may quantise, or do more than one product."""
+    forward = type(module).forward
+    return forward is nn.Linear.forward or forward.__qualname__ in LINEAR_TOO
+
+
 def _before_up(layer: Any, adapter: str, g: Tensor) -> Tensor:
     """The gradient behind `B`, `[b, t, r]`."""
     _, up, scale = embedding_factors(layer, adapter)
@@ -108,6 +119,20 @@ def _scaled_down(layer: Any, adapter: str) -> Tensor:
     """What `B` sees of each token, `[vocabulary, r]`."""
     down, _, scale = embedding_factors(layer, adapter)
     return down.detach().T * scale
+
+
+def _check_taking_part(model: nn.Module, names: dict[int, str]) -> None:
+    for layer_name, layer in lora_layers(model):
+        if not (layer.merged or layer.disable_adapters):
+            continue
+        state, remedy = ("merged", "unmerge_adapter") if layer.merged else ("disabled", "enable_adapter_layers")
+        parts = (getattr(layer, part) for part in layer.adapter_layer_names)
+        wanted = [names[id(weight)] for part in parts for weight in part.parameters() if id(weight) in names]
+        if wanted:
+            raise UnsupportedModel(
+                f"the adapter of {layer_name} is {state}, so {wanted[0]} takes no part in the forward pass and has no "
+                f"gradient. Call model.{remedy}() first."
+            )
 
 
 def _check_coverage(model: nn.Module, wanted: dict[str, Any], names: dict[int, str], covered: set[str]) -> None:

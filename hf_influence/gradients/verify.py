@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_influence.errors import StoreError, StoreMismatch
-from hf_influence.gradients.batches import Collator, by_token
+from hf_influence.gradients.batches import Collator, alone, forward_arguments
 from hf_influence.gradients.collect import Plan
 from hf_influence.gradients.compress import compressor_of
 from hf_influence.gradients.example_losses import losses_by
@@ -19,8 +19,10 @@ from hf_influence.gradients.modes import evaluating
 from hf_influence.gradients.objective import has_own_loss
 from hf_influence.gradients.own_loss import OwnTask
 from hf_influence.store import GradientStore, Rows
-from hf_influence.task import IGNORED, LABELS, CausalLM, LanguageModel
+from hf_influence.task import IGNORED, CausalLM, LanguageModel
 
+BALANCING = "output_router_logits"
+"""What makes a mixture of experts add a term to its loss that is no example's own."""
 TOLERANCE = 1e-3
 TOLERANCE_HALF = 5e-2
 
@@ -42,7 +44,8 @@ def verify(
     """Compute `k` random rows of a store once more and compare: `torch.autograd.grad(model(**example).loss)`.
 
     Each example goes through the model alone and without padding, with no hook of this library, and the store's
-    compressor is applied to the whole gradient. The model comes back as it was.
+    compressor is applied to the whole gradient. The loss is that of the labels alone, without the term by which a
+    mixture balances its experts. The model comes back as it was.
 
     Args:
         model: As it was when the rows were collected.
@@ -136,7 +139,7 @@ def _read(rows: Rows, name: str, chosen: list[int]) -> Tensor:
 
 def _gradient(model: nn.Module, plan: Plan, position: int, names: list[str]) -> dict[str, Tensor]:
     """The gradient of one example's own loss at the named parameters; zeros where no token is labelled."""
-    batch = _unpadded(plan.examples.batch([position]), labels_too=isinstance(plan.task, CausalLM))
+    batch = alone(plan.examples.batch([position]), labels_too=isinstance(plan.task, CausalLM))
     device = next(model.parameters()).device
     batch = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()}
     weights = dict(model.named_parameters())
@@ -148,18 +151,8 @@ def _gradient(model: nn.Module, plan: Plan, position: int, names: list[str]) -> 
         factor = n_tokens if plan.task.reduction == "sum" else 1
     with torch.enable_grad():
         own = has_own_loss(plan.task)
-        loss = losses_by(plan.task, model, batch).sum() if own else model(**batch).loss * factor
+        plain = {BALANCING: False} if BALANCING in forward_arguments(model) else {}
+        loss = losses_by(plan.task, model, batch).sum() if own else model(**batch, **plain).loss * factor
         return dict(
             zip(names, torch.autograd.grad(loss, [weights[n] for n in names], materialize_grads=True), strict=True)
         )
-
-
-def _unpadded(batch: dict[str, Any], labels_too: bool) -> dict[str, Any]:
-    """A batch of one as the model sees the example alone, its labels under the name `labels`."""
-    mask = batch.get("attention_mask")
-    labels = next(name for name in LABELS if isinstance(batch.get(name), Tensor))
-    if isinstance(mask, Tensor) and mask.ndim == 2:
-        cut = by_token(batch, mask) - (set() if labels_too else {labels})
-        real = mask[0] != 0
-        batch = {name: value[:, real] if name in cut else value for name, value in batch.items()}
-    return {**{name: value for name, value in batch.items() if name not in LABELS}, "labels": batch[labels]}

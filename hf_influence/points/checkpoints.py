@@ -11,11 +11,12 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from hf_influence.errors import BadSetting, StoreError, StoreMismatch
-from hf_influence.gradients.lora import lora_layers, saved_names
+from hf_influence.gradients.lora import active_adapter, lora_layers, saved_names
 from hf_influence.points.point import Point, trainable
 from hf_influence.store.files import open_shard, read_json
 
 ADAPTER, WHOLE, INDEX = "adapter_model.safetensors", "model.safetensors", "model.safetensors.index.json"
+STATE = "trainer_state.json"
 Folder = str | Path
 
 
@@ -44,23 +45,36 @@ class Checkpoint(Point):
         """What the checkpoint holds of the trainable parameters.
 
         Raises:
-            StoreMismatch: It holds parts of another adapter.
+            StoreMismatch: It holds parts of another adapter, or several adapters of which none is the active one.
         """
         wanted = trainable(model)
-        adapter = (self.folder / ADAPTER).is_file() and bool(lora_layers(model))
-        names = saved_names(model) if adapter else {name: name for name in wanted}
+        adapter = self._adapter_of(model)
+        names = {name: [name] for name in wanted} if adapter is None else saved_names(model)
         found: dict[str, Tensor] = {}
-        for file in _files(self.folder, adapter):
+        for file in _files(adapter or self.folder, adapter is not None):
             with safe_open(file, "pt") as shard:
                 for key in shard.keys():  # noqa: SIM118  (not a dict: it cannot be iterated)
-                    if names.get(key) in wanted:
-                        found[names[key]] = shard.get_tensor(key)
-                    elif adapter and key not in names and "lora_" in key:
+                    if kept := wanted.keys() & names.get(key, ()):
+                        found |= dict.fromkeys(kept, shard.get_tensor(key))
+                    elif adapter is not None and key not in names and "lora_" in key:
                         raise StoreMismatch(
                             f"{file} holds {key}, and the model has no such part of an adapter. Give the model the "
                             "adapter that was trained: the same target modules and settings."
                         )
         return found
+
+    def _adapter_of(self, model: nn.Module) -> Path | None:
+        """The folder of the model's active adapter, or of the only one, whatever its name; `None` without any."""
+        saved = _adapters_in(self.folder) if lora_layers(model) else {}
+        if len(saved) < 2:
+            return next(iter(saved.values()), None)
+        if (active := active_adapter(model)) not in saved:
+            raise StoreMismatch(
+                f"{self.folder} holds the adapters {', '.join(saved)}, and the model's active one is {active}. Call "
+                "model.set_adapter(…), or load the adapter that was trained under its name: "
+                "PeftModel.from_pretrained(…, adapter_name=…)."
+            )
+        return saved[active]
 
 
 def checkpoints(folders: Folder | Sequence[Folder]) -> list[Point]:
@@ -86,7 +100,8 @@ def checkpoints(folders: Folder | Sequence[Folder]) -> list[Point]:
 
 def _checkpoints_in(folder: Path) -> list[Path]:
     inside = [one for one in folder.glob("checkpoint-*") if one.name.partition("-")[2].isdigit()]
-    if not inside and any((folder / name).is_file() for name in (ADAPTER, WHOLE, INDEX)):
+    named = (folder / STATE).is_file() and bool(_adapters_in(folder))
+    if not inside and (named or any((folder / name).is_file() for name in (ADAPTER, WHOLE, INDEX))):
         return [folder]
     if not inside:
         raise BadSetting(
@@ -96,9 +111,17 @@ def _checkpoints_in(folder: Path) -> list[Path]:
     return sorted(inside, key=lambda one: int(one.name.partition("-")[2]))
 
 
+def _adapters_in(folder: Path) -> dict[str, Path]:
+    """The adapters of a checkpoint, name -> folder; PEFT puts the one called "default" into the folder itself."""
+    inside = {file.parent.name: file.parent for file in sorted(folder.glob(f"*/{ADAPTER}"))}
+    return {"default": folder, **inside} if (folder / ADAPTER).is_file() else inside
+
+
 def _read(folder: Path) -> Checkpoint:
-    next(iter(_files(folder, (folder / ADAPTER).is_file())))
-    state = read_json(folder / "trainer_state.json") if (folder / "trainer_state.json").is_file() else {}
+    adapters = _adapters_in(folder)
+    for place in adapters.values() or [folder]:
+        next(iter(_files(place, bool(adapters))))
+    state = read_json(folder / STATE) if (folder / STATE).is_file() else {}
     step = state.get("global_step")
     logged = [log for log in state.get("log_history", ()) if "learning_rate" in log and log["step"] <= (step or 0)]
     return Checkpoint(folder, step, max(logged, key=lambda log: log["step"])["learning_rate"] if logged else None)

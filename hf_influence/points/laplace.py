@@ -198,7 +198,7 @@ class MomentCatcher(FactorCatcher):
                 "from. collect(model, dataset, …) names the first example of which that is so; leave it out."
             )
         super()._add(tap, left, right)
-        reached = self._reached(left, right)
+        reached = self._reached(tap, left, right)
         self._batch.append((f"tokens.{tap.parameter}", reached.sum().double().cpu()))
         if right.ndim == 2:
             counts = torch.bincount(right[reached], minlength=tap.shape[1])

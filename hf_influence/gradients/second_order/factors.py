@@ -108,16 +108,18 @@ class FactorCatcher(RowCatcher):
         self._batch.clear()
 
     def _add(self, tap: Tap, left: Tensor, right: Tensor) -> None:
-        reached = self._reached(left, right)
+        reached = self._reached(tap, left, right)
         self._batch.append((f"left.{tap.parameter}", _moment(left[reached])))
         if _has_columns(right):
             self._batch.append((f"right.{tap.parameter}", _moment(right[reached])))
 
-    def _reached(self, left: Tensor, right: Tensor) -> Tensor:
+    def _reached(self, tap: Tap, left: Tensor, right: Tensor) -> Tensor:
         """The tokens whose part of the row is more than rounding, `[b, t]`."""
         share = torch.linalg.vector_norm(left, dim=2)  # [b, t], the length of each token's part of the row
         if _has_columns(right):
             share = share * torch.linalg.vector_norm(right, dim=2)
+        elif right.ndim == 2:
+            share = share.masked_fill(right >= tap.shape[1], 0)  # the padding token, which has no column
         # attention leaves rounding where a gradient is zero, such as that of the first token's query
         rounding = torch.finfo(share.dtype).eps ** 0.75
         return share > rounding * share.amax(1, keepdim=True)

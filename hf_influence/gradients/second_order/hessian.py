@@ -7,7 +7,7 @@ with Hessian(plan, model, store.header) as hessian:
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from functools import partial
 from math import prod
@@ -21,6 +21,7 @@ from hf_influence.errors import BadSetting, StoreMismatch, UnsupportedModel
 from hf_influence.gradients.capture import RowCatcher
 from hf_influence.gradients.collect import Plan
 from hf_influence.gradients.fixed import FixedWeights
+from hf_influence.gradients.lora import padding_columns
 from hf_influence.gradients.modes import evaluating
 from hf_influence.gradients.objective import own_losses
 from hf_influence.gradients.sweep import BatchSize, check_batch_size, sweep
@@ -47,6 +48,9 @@ class Hessian:
         examples: How many examples to take the mean over, chosen at random; `None` for all.
         seed: Of their choice.
         batch_size: As in `collect`. A product needs three to four times the memory of a gradient.
+
+    Raises:
+        UnsupportedModel: Two of the parameters share their storage.
     """
 
     def __init__(
@@ -75,6 +79,7 @@ class Hessian:
         self._resting = FixedWeights(model, plan.task, RowCatcher([]))
         weights = dict(model.named_parameters())
         self._weights = [weights[name] for name in self.shapes]
+        _check_storage(self.shapes, self._weights)
         self._checked = False
         self._stack = ExitStack()
 
@@ -157,6 +162,10 @@ class Hessian:
         generator = torch.Generator().manual_seed(0)
         size = torch.cat([weight.detach().flatten().double().cpu() for weight in self._weights]).square().mean().sqrt()
         v = size * torch.randn(self.size, generator=generator, dtype=torch.float64)
+        padding = padding_columns(self._model)
+        for weight, part in zip(self._weights, self.split(v[None]).values(), strict=True):
+            if id(weight) in padding:  # an embedding is never differentiated by it, and differences are
+                part[0].view_as(weight)[:, padding[id(weight)]] = 0
         directions, kept = self._shaped(v), [weight.detach().clone() for weight in self._weights]
 
         def slopes(step: float) -> list[Tensor]:
@@ -181,6 +190,18 @@ class Hessian:
                     f"operation of {type(self._model).__name__} hides its backward pass from autograd, as fused "
                     f"kernels do. {INSTEAD}"
                 )
+
+
+def _check_storage(names: Iterable[str], weights: Sequence[Tensor]) -> None:
+    owner: dict[int, str] = {}
+    for name, weight in zip(names, weights, strict=True):
+        first = owner.setdefault(weight.data_ptr(), name)
+        if first != name:
+            raise UnsupportedModel(
+                f"{name} shares its storage with {first} (PEFT: ensure_weight_tying=True), so neither can move on its "
+                "own, and products with the Hessian take them one by one. Train without tying them, or use a method "
+                "that needs rows alone, such as 'fisher'."
+            )
 
 
 def whole_rows(store: GradientStore, what: str) -> None:
