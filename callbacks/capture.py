@@ -18,6 +18,7 @@ from transformers.trainer_utils import SaveStrategy
 from hf_influence.callbacks.checks import (
     check_believed,
     check_kind,
+    check_names,
     check_places,
     check_resumed,
     check_stream,
@@ -184,6 +185,7 @@ class GradientCapture(TrainerCallback):
         with _undisturbed_randomness():
             self._train = prepared(trainer, self.train_dataset)
             self._query = prepared(trainer, self.query_dataset)
+            check_names(trainer.train_dataset if self.train_dataset is None else self.train_dataset, self.query_dataset)
             self._plans = {
                 split: self._planned(state, model, split, dataset, {**options, "overwrite": overwrite})
                 for split, dataset, options in self._splits(args, trainer, train_dataloader)

@@ -12,7 +12,7 @@ from transformers import Trainer, TrainerState, TrainingArguments
 from hf_influence.callbacks.weighted import WeightedTrainer, soft_cross_entropy
 from hf_influence.errors import BadSetting
 from hf_influence.gradients.processes import world
-from hf_influence.task import Classification, Task, unwrapped
+from hf_influence.task import LABELS, Classification, Task, unwrapped
 
 logger = logging.getLogger(__name__)
 
@@ -112,7 +112,7 @@ def check_believed(trainer: Trainer, problem: str | None) -> None:
         raise BadSetting(
             "the labels are vectors of class probabilities, whose loss is not that of several labels an example. For "
             "rows of it pass GradientCapture(…, task=own_loss(torch.nn.functional.cross_entropy, "
-            'reduction="none")).'
+            'reduction="none")), with queries whose labels are such vectors as well.'
         )
 
 
@@ -140,6 +140,23 @@ def check_stream(dataset: Any, at_end: bool, budget: float | None) -> None:
             f"train_dataset is a {kind}, whose examples are numbered as they turn up, and {world()} processes "
             f"would give the same numbers to different ones. {instead}"
         )
+
+
+def check_names(train: Any, query: Any) -> None:
+    """Refuse queries whose class numbers stand for other names than those of the training examples.
+
+    Raises:
+        BadSetting: Shows both.
+    """
+    for column in LABELS:
+        own, other = (getattr(dataset, "features", None) or {} for dataset in (train, query))
+        names = [getattr(features.get(column), "names", None) for features in (own, other)]
+        if None not in names and names[0] != names[1]:
+            raise BadSetting(
+                f"the classes of the column {column!r} are {names[0]} in the training set and {names[1]} in the "
+                "queries, so one number means two classes. Give both the same: "
+                f"query.cast_column({column!r}, train.features[{column!r}]) before the labels become numbers."
+            )
 
 
 def check_places(trainer: Trainer, id_column: str | None) -> None:

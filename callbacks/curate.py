@@ -155,6 +155,12 @@ class CurateEachEpoch(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         trainer = trainer_of(state)
+        first = self.after if self.epochs is None else min(self.epochs)
+        if first >= state.num_train_epochs:
+            raise BadSetting(
+                f"the first decision would be made after epoch {first}, and training has {state.num_train_epochs}: "
+                "there is none left to train by it. Decide earlier, after=…, or train longer."
+            )
         self._dataset = self._check(trainer, train_dataloader)
         seed = args.seed if args.data_seed is None else args.data_seed
         self._draws = drawn_through(train_dataloader, seed)

@@ -23,7 +23,7 @@ def prepared(trainer: Any, dataset: Any) -> Any:
     - padding, `padding_free` and `packing_strategy="bfd"` keep its beginning (padding: its end with
       `truncation_mode="keep_end"`);
     - "bfd_split" cuts it into pieces that are trained on apart from each other, in steps of their own. So each piece is
-      an example here, and a column `source` has the row of `dataset` that it comes from;
+      an example here, and a column `piece_of` has the row of `dataset` that it comes from;
     - "wrapped" cuts the whole text every `max_length` tokens, wherever that is; here the examples are whole.
 
     Args:
@@ -72,7 +72,7 @@ def _cut(dataset: Dataset, args: Any) -> Dataset:
     if strategy == "bfd_split":
         return (
             dataset
-            if "source" in dataset.column_names
+            if "piece_of" in dataset.column_names
             else dataset.map(
                 _pieces,
                 batched=True,
@@ -90,7 +90,7 @@ def _pieces(rows: dict[str, list[list[int]]], at: list[int], length: int) -> dic
     tokens = {
         name: [rows[name][row][start : start + length] for row, start in cuts] for name in ("input_ids", "labels")
     }
-    return {**tokens, "source": [at[row] for row, _ in cuts]}
+    return {**tokens, "piece_of": [at[row] for row, _ in cuts]}
 
 
 def check_ids(trainer: Any, id_column: str | None) -> None:
@@ -104,5 +104,5 @@ def check_ids(trainer: Any, id_column: str | None) -> None:
         raise BadSetting(
             f'id_column={id_column!r} with packing_strategy="bfd_split": a row of gradients is that of a piece, and '
             'several pieces have one id. Use packing_strategy="bfd", or leave id_column out: `prepared` says in its '
-            "column `source` which row each piece is of."
+            "column `piece_of` which row each piece is of."
         )

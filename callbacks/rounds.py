@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -120,7 +120,7 @@ def curate_and_retrain(
             taker = GradientCapture(place / "rows", query_dataset, train_dataset=current, overwrite=True, **capture)
             _train(make_trainer, current, [taker], models)
             if rank() == 0:
-                scores = attribute(taker.path, method, **settings)
+                scores = attribute(taker.path, method, **{name: _left(v, at, dataset) for name, v in settings.items()})
                 scores.report[ASKED] = _asked(method, settings)
                 scores.save(place / "scores.safetensors")
             wait_for_all()
@@ -158,6 +158,15 @@ def _train(make: MakeTrainer, dataset: Dataset, callbacks: list[TrainerCallback]
     models.append(ref(trainer.model))
     trainer.train()
     return trainer
+
+
+def _left(value: Any, at: Sequence[int], dataset: Dataset) -> Any:
+    """Of a setting with an entry for each example of the dataset those of the rows that are left."""
+    each = hasattr(value, "__len__") and not isinstance(value, (str, Mapping)) and len(value) == len(dataset)
+    if not each or len(at) == len(dataset):
+        return value
+    values = list(value)
+    return [values[i] for i in at]
 
 
 def _asked(method: str, settings: Mapping[str, Any]) -> dict[str, Any]:

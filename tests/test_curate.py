@@ -365,6 +365,11 @@ def test_what_cannot_work_is_refused_before_the_first_step(tmp_path: Path, case:
     assert run.state.global_step == 0
 
 
+def test_a_first_decision_after_the_last_epoch_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(BadSetting, match=r"after epoch 4, and training has 4"):
+        curated(tmp_path, after=4)
+
+
 def test_the_capture_must_be_there_and_of_the_same_examples(tmp_path: Path) -> None:
     capture = GradientCapture(tmp_path / "rows", during="epochs", at_end=False)
     with pytest.raises(BadSetting, match="not among the Trainer's callbacks"):

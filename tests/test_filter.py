@@ -228,7 +228,10 @@ def test_no_gap_is_looked_for_in_places_of_a_ranking(rule):
     scores = Scores(torch.tensor([[-1.0], [0.0], [1.0]]), ids=[0, 1, 2], method="auto")
     with pytest.raises(BadSetting, match='Use drop="doubtful"'):
         DatasetFilter(drop=rule).apply(numbered(3), scores)
-    assert DatasetFilter(drop="negative").apply(numbered(3), scores)["row"][:] == [1, 2]
+    with pytest.raises(BadSetting, match="none is negative"):
+        DatasetFilter(drop="negative").apply(numbered(3), scores)
+    odds = Scores(scores.values, scores.ids, "auto", report={"log_odds": {}})
+    assert DatasetFilter(drop="negative").apply(numbered(3), odds)["row"][:] == [1, 2]
 
 
 def test_doubtful_labels_are_those_that_are_not_twice_as_probably_right_as_wrong():

@@ -8,6 +8,7 @@ from typing import Any
 import models
 import pytest
 import torch
+from datasets import ClassLabel, Dataset
 from models import bert, labelled, lora, padding, tiny
 from torch import Tensor, nn
 from transformers import (
@@ -169,3 +170,13 @@ def test_other_steps_an_epoch_are_refused_when_a_run_goes_on(tmp_path: Path) -> 
     options |= {"per_device_train_batch_size": 2, "resume": str(tmp_path / "checkpoint-4")}
     with pytest.raises(BadSetting, match=r"has 2 epochs in 4 steps, and with these settings .* 0 epochs"):
         train(tiny(torch.float32), tmp_path, again, **options)
+
+
+def test_queries_whose_numbers_stand_for_other_classes_are_refused(tmp_path: Path) -> None:
+    sets = []
+    for names in (["a", "b", "c"], ["b", "c"]):
+        rows = Dataset.from_list(labelled(lambda i: i % 2, 6))
+        sets.append(rows.cast_column("labels", ClassLabel(names=names)))
+    model = lora(bert(num_labels=3), ["query"], dtype=torch.float32, modules_to_save=["classifier"])
+    with pytest.raises(BadSetting, match=r"classes of the column 'labels' are \['a', 'b', 'c'\].*one number means two"):
+        train(model, tmp_path, GradientCapture(tmp_path / "rows", sets[1]), data=sets[0])

@@ -263,6 +263,9 @@ def test_the_most_typical_rows_and_copies_are_pruned() -> None:
     assert [row.id for row in prune.report.removed] == ["w", "z", "x"]
     with pytest.raises(BadSetting, match="self_gex"):
         Prune().apply(data, Scores(torch.zeros(6, 2), list("uvwxyz"), "ip", query_ids=[0, 1], id_column="id"))
+    by_queries = Scores(torch.zeros(6, 1), list("uvwxyz"), "auto", id_column="id", report={"parts": {"vote": 1.0}})
+    with pytest.raises(BadSetting, match="help the queries"):
+        Prune().apply(data, by_queries)
     with pytest.raises(BadSetting, match="leaves none"):
         Prune(drop=6).apply(data, scores)
     with pytest.raises(BadSetting, match="neither a fraction"):

@@ -208,3 +208,10 @@ def test_rounds_that_cannot_work_are_refused(tmp_path: Path) -> None:
         )
     with pytest.raises(BadSetting, match="without queries"):
         curate_and_retrain(Makes(tmp_path), data, Prune(), tmp_path / "d", "ip", query_dataset=QUERIES)
+
+
+def test_groups_of_all_examples_are_those_of_the_ones_that_are_left(tmp_path: Path) -> None:
+    data, groups = Dataset.from_list(EXAMPLES), [0, 1] * 6
+    done = curate_and_retrain(Makes(tmp_path), data, DatasetFilter(drop=2), tmp_path / "r", rounds=2, groups=groups)
+    assert len(done.dataset) == 8
+    assert Scores.load(tmp_path / "r/round-02/scores.safetensors").settings["groups"].startswith("2 groups")

@@ -199,3 +199,23 @@ def test_what_may_go_by_token_is_refused_with_padding_on_the_left(tmp_path: Path
     data = [{**row, "bbox": [[0, 0, 1, 1]] * len(row["input_ids"])} for row in classes()]
     with pytest.raises(BadSetting, match=r"padded on the left and has 'bbox'.*padding_side"):
         models.stored(model, data, tmp_path, data_collator=boxed)
+
+
+class Drawn:
+    """Examples that are other ones each time they are looked at, as images under random crops are."""
+
+    def __init__(self) -> None:
+        self.rows, self.generator = classes(), torch.Generator().manual_seed(0)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, at: int) -> Example:
+        row = self.rows[at]
+        drawn = torch.randint(4, 48, (len(row["input_ids"]),), generator=self.generator)
+        return {**row, "input_ids": drawn.tolist()}
+
+
+def test_examples_that_are_drawn_anew_each_time_are_no_other_loss(tmp_path: Path) -> None:
+    model = lora(models.bert(num_labels=3), ["query"], dtype=torch.float32)
+    assert len(models.stored(model, Drawn(), tmp_path)) == 5

@@ -202,9 +202,9 @@ def test_prepared_keeps_the_order_and_names_the_source(tmp_path: Path) -> None:
     assert prepared(run, rows)["input_ids"] == rows["input_ids"]
     run = trainer_of(tmp_path, data, **packing("bfd_split", 8))
     pieces = prepared(run, data)
-    assert pieces["source"] == [i for i, row in enumerate(ids) for _ in range(0, len(row), 8)]
+    assert pieces["piece_of"] == [i for i, row in enumerate(ids) for _ in range(0, len(row), 8)]
     assert list(chain(*pieces["input_ids"])) == list(chain(*ids))
-    assert prepared(run, pieces)["source"] == pieces["source"]
+    assert prepared(run, pieces)["piece_of"] == pieces["piece_of"]
 
 
 def test_packed_rows_are_not_taken_for_examples(tmp_path: Path) -> None:
@@ -296,7 +296,7 @@ def test_rows_that_the_trainer_has_shuffled_are_refused(tmp_path: Path) -> None:
 def test_ids_of_examples_that_are_cut_to_pieces_are_refused(tmp_path: Path) -> None:
     data = texts().add_column("name", [f"row-{i}" for i in range(9)])
     capture = GradientCapture(tmp_path / "rows", train_dataset=data, id_column="name")
-    with pytest.raises(BadSetting, match=r"several pieces have one id.*source"):
+    with pytest.raises(BadSetting, match=r"several pieces have one id.*piece_of"):
         trainer_of(tmp_path, data, capture, **packing("bfd_split", 8)).train()
 
 

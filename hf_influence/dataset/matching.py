@@ -71,7 +71,9 @@ def positions(dataset: Dataset, scores: Scores) -> Tensor:
     if len(scores) != n:
         raise BadSetting(
             f"the scores cover {len(scores)} examples and the dataset has {n} rows: they belong to another "
-            "dataset, or to another version of it. Filter the one that was scored, or score this one."
+            "dataset, or to another version of it. Filter the one that was scored, or score this one. (An SFTTrainer "
+            "leaves out rows that are too long, and cuts some to pieces: pass GradientCapture(…, train_dataset=…) "
+            "the rows that you have.)"
         )
     ids = ids_of(dataset, id_column)
     row = {id_: i for i, id_ in enumerate(ids)}

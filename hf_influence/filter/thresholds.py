@@ -21,7 +21,7 @@ from sklearn.mixture import GaussianMixture
 from torch import Tensor
 
 from hf_influence.errors import BadSetting
-from hf_influence.scores import Scores
+from hf_influence.scores import LOG_ODDS, Scores
 
 Threshold = Callable[[Tensor], Tensor]
 """Scores `[n, q]` -> which rows go, `[n]`."""
@@ -156,6 +156,11 @@ def check_scale(drop: object, scores: Scores) -> None:
         raise BadSetting(
             "no score is above zero, so zero does not part good from bad (self-influence, losses and outlier scores "
             'are all negative). Use drop="mixture", drop="otsu" or a share.'
+        )
+    if name == "negative" and scores.method == "auto" and LOG_ODDS not in scores.report:
+        raise BadSetting(
+            "scores by 'auto' are a ranking here, of which none is negative: whether a label is wrong is known with "
+            'clean queries alone (see drop="doubtful"). Use a share.'
         )
     if name in ("otsu", "mixture") and scores.method == "auto":
         raise BadSetting(

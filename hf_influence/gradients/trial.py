@@ -40,23 +40,27 @@ def try_out(model: nn.Module, task: Task, examples: Examples, several: bool = Tr
     lengths = [len(row["input_ids"]) if "input_ids" in row else 1 for row in rows]
     ends = list(dict.fromkeys((lengths.index(min(lengths)), lengths.index(max(lengths)))))
     tolerance = _tolerance(model)
-    found = {}
+    found: dict[int, tuple[dict[str, Any], dict[str, Tensor]]] = {}
     with FixedWeights(model, task, RowCatcher([])) as resting:
         for position in ends:
             batch = examples.batch([position])
-            judged = resting.judge(alone(batch, isinstance(task, CausalLM)))
+            single = alone(batch, isinstance(task, CausalLM))
+            judged = resting.judge(single)
             if int(judged["n_tokens"][0]):
-                found[position] = float(judged["loss"][0])
-                _same(position, found[position], float(resting.judge(batch)["loss"][0]), tolerance, _PADDING, model)
+                found[position] = single, judged
+                _same(position, judged["loss"], resting.judge(batch)["loss"], tolerance, _PADDING, model)
         if several and len(found) == 2:
-            for position, loss in zip(ends, resting.judge(examples.batch(ends))["loss"].tolist(), strict=True):
-                _same(position, found[position], loss, tolerance, _PADDING, model)
+            both = resting.judge(examples.batch(ends))
+            for row, position in enumerate(ends):
+                judged = found[position][1]
+                if judged["hash"] == both["hash"][row]:  # or it is drawn anew each time, as with random crops
+                    _same(position, judged["loss"], both["loss"][row], tolerance, _PADDING, model)
     if has_own_loss(task):
         return
-    for position, loss in found.items():
-        own = _own(model, task, alone(examples.batch([position]), isinstance(task, CausalLM)))
+    for position, (single, judged) in found.items():
+        own = _own(model, task, single)
         if own is not None:
-            _same(position, own, loss, tolerance, _KIND, model)
+            _same(position, own, judged["loss"], tolerance, _KIND, model)
 
 
 _PADDING = (
@@ -71,7 +75,8 @@ _KIND = (
 )
 
 
-def _same(position: int, one: float, other: float, tolerance: float, why: str, model: nn.Module) -> None:
+def _same(position: int, loss: Any, again: Any, tolerance: float, why: str, model: nn.Module) -> None:
+    one, other = float(loss), float(again)
     if abs(one - other) > tolerance * (1 + abs(one)):
         name = type(unwrapped(model)).__name__
         raise UnsupportedModel(f"the loss of example {position} by {name} is " + why.format(one=one, other=other))

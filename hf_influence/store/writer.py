@@ -248,6 +248,6 @@ class RowWriter:
 
     def _not_written(self, file: Path, error: Exception) -> StoreError:
         return StoreError(
-            f"could not write {file} ({error}). The {self.manifest.stored} rows before it are safe; make room and "
-            "run the same command again to continue."
+            f"could not write {file} ({error}). The {self.manifest.stored} rows before it are safe. Make room and "
+            "run the same command again, or resume training from its last checkpoint (without one: overwrite=True)."
         )
