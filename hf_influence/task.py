@@ -188,7 +188,8 @@ def task_of(model: nn.Module, loss_reduction: Reduction = "mean") -> Task:
             f"loss_reduction={loss_reduction!r}: choose 'mean' or 'sum' over an example's labelled tokens."
         )
     base, name = unwrapped(model), type(unwrapped(model)).__name__
-    names = {kind.__name__ for kind in type(base).__mro__}  # a subclass has the head of its class
+    # a subclass has the head of its class, and a model of one's own may name its loss
+    names = {kind.__name__ for kind in type(base).__mro__} | {str(getattr(base, "loss_type", None))}
     if any(one.endswith(("ForSequenceClassification", "ForImageClassification")) for one in names):
         return Classification(base.config.problem_type, base.config.num_labels)
     if getattr(getattr(base, "config", None), "is_encoder_decoder", False):
@@ -259,7 +260,8 @@ def _binary_cross_entropy(z: Tensor, labels: Tensor) -> Judged:
     side = z * (2 * y - 1)  # positive where right
     error = z.sigmoid() - y
     stats = {"margin": side.mean(1), "correct": (side > 0).to(z).mean(1), "el2n": error.norm(dim=1)}
-    return F.softplus(-side).mean(1), error / z.shape[1], stats
+    loss = F.binary_cross_entropy_with_logits(z, y, reduction="none")  # of labels between 0 and 1 as well
+    return loss.mean(1), error / z.shape[1], stats
 
 
 def _label_cross_entropy(z: Tensor, labels: Tensor) -> Judged:

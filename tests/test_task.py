@@ -17,7 +17,7 @@ from hf_influence.task import task_of
 
 LABELS = {
     "single": ({"num_labels": 3}, lambda i: i % 3),
-    "multi": ({"num_labels": 3}, lambda i: [float(i % 2), 1.0, float(i > 3)]),
+    "multi": ({"num_labels": 3}, lambda i: [float(i % 2), 0.7, float(i > 3)]),
     "regression": ({"num_labels": 1}, lambda i: i / 3),
 }
 
