@@ -11,11 +11,11 @@ Measured on two CPU cores with torch 2.13, otherwise idle (memory counts the buf
 which do not grow with the rows):
 
     method     time / ip   limit    memory / rows
-    ip          1                   0.10
-    cosine      1.14                0.20
-    datainf     3.26       4        0.33
-    fisher     10.2        14       0.60
-    dropout     0.082      0.1      0.01
+    ip          1                   0.05
+    cosine      1.37                0.38
+    datainf     2.75       4        0.04
+    fisher      9.84       14       0.29
+    dropout     0.053      0.1      0.01
 """
 
 from __future__ import annotations
