@@ -187,6 +187,8 @@ def test_rounds_that_cannot_work_are_refused(tmp_path: Path) -> None:
         curate_and_retrain(Makes(tmp_path), EXAMPLES, rule, tmp_path, "loss")
     with pytest.raises(BadSetting, match="without these callbacks"):
         curate_and_retrain(lambda rows, _: Makes(tmp_path)(rows, []), data, rule, tmp_path / "a", "loss")
+    with pytest.raises(BadSetting, match="was given 10 rows and made a Trainer of 12"):
+        curate_and_retrain(lambda _, callbacks: Makes(tmp_path)(data, callbacks), data, rule, tmp_path / "e", "loss")
     model = tiny(torch.float32)
 
     def same_model(rows: Dataset, callbacks: list[TrainerCallback]) -> Any:
