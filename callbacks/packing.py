@@ -93,14 +93,18 @@ def _pieces(rows: dict[str, list[list[int]]], at: list[int], length: int) -> dic
     return {**tokens, "piece_of": [at[row] for row, _ in cuts]}
 
 
+def in_pieces(trainer: Any) -> bool:
+    """Whether the trainer cuts long examples into pieces that are trained on as examples of their own."""
+    return getattr(trainer.args, "packing", False) and trainer.args.packing_strategy == "bfd_split"
+
+
 def check_ids(trainer: Any, id_column: str | None) -> None:
     """Refuse an id column where the examples are pieces of those that it names.
 
     Raises:
         BadSetting: Says so.
     """
-    args = trainer.args
-    if id_column is not None and getattr(args, "packing", False) and args.packing_strategy == "bfd_split":
+    if id_column is not None and in_pieces(trainer):
         raise BadSetting(
             f'id_column={id_column!r} with packing_strategy="bfd_split": a row of gradients is that of a piece, and '
             'several pieces have one id. Use packing_strategy="bfd", or leave id_column out: `prepared` says in its '

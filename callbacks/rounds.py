@@ -16,6 +16,7 @@ from hf_influence.attribution.given import fingerprint
 from hf_influence.attribution.method import make_method
 from hf_influence.callbacks.capture import GradientCapture
 from hf_influence.callbacks.curate import check_actions, check_rule
+from hf_influence.callbacks.packing import in_pieces
 from hf_influence.errors import BadExample, BadSetting, StoreMismatch
 from hf_influence.filter.decision import Decision
 from hf_influence.filter.replay import carried_out
@@ -150,13 +151,13 @@ def _train(make: MakeTrainer, dataset: Dataset, callbacks: list[TrainerCallback]
             "make_trainer gave a model that was trained before, and a round that goes on with it has seen what was "
             "dropped. Make a new model in make_trainer each time."
         )
-    packing, own = getattr(trainer.args, "packing", False), trainer.train_dataset
-    if isinstance(own, Dataset) and not packing and len(own) > len(dataset):
+    own = trainer.train_dataset
+    if isinstance(own, Dataset) and not getattr(trainer.args, "packing", False) and len(own) > len(dataset):
         raise BadSetting(
             f"make_trainer(dataset, callbacks) was given {len(dataset)} rows and made a Trainer of {len(own)}: what "
             "was dropped is trained on all the same. Let it train on the dataset that it is given."
         )
-    if callbacks and packing and trainer.args.packing_strategy == "bfd_split":
+    if callbacks and in_pieces(trainer):
         raise BadSetting(
             'packing_strategy="bfd_split" trains on pieces of long examples, each with a score of its own, and a round '
             'decides on whole ones. Use packing_strategy="bfd", with a max_length that holds them.'

@@ -17,6 +17,7 @@ from hf_influence.task import IGNORED, LABELS, CausalLM, Seq2SeqLM, Task, labels
 
 SURVEYED = 1024
 TRIED = 32
+"""Examples of which the shortest and the longest are tried out."""
 PACKED = ("position_ids", "seq_idx", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
 """What a collator adds to tell packed examples apart."""
 Collator = Callable[[list[dict[str, Any]]], Any]
@@ -114,6 +115,11 @@ class Examples:
         """What the collator makes of some examples, be it a row each or not."""
         return dict(self._collate(self[positions]))
 
+    def ends(self) -> tuple[int, int]:
+        """Positions of the shortest and the longest of the first few examples; one and the same if all are as long."""
+        lengths = [len(row.get("input_ids", ())) for row in self[range(min(TRIED, len(self)))]]
+        return lengths.index(min(lengths)), lengths.index(max(lengths))
+
     def check_order(self) -> None:
         """Try out on a short and a long example, of the first few, whether the collator leaves a batch in its order.
 
@@ -122,8 +128,7 @@ class Examples:
         """
         if self._collate is self.pad:
             return
-        lengths = [len(row.get("input_ids", ())) for row in self[range(min(TRIED, len(self)))]]
-        ends = lengths.index(min(lengths)), lengths.index(max(lengths))
+        ends = self.ends()
         alone = {position: _contents(self.collated([position])) for position in ends}
         for pair in (ends, ends[::-1]):
             together, (one, two) = _contents(self.collated(pair)), (alone[position] for position in pair)

@@ -15,8 +15,6 @@ from hf_influence.gradients.modes import evaluating
 from hf_influence.gradients.objective import has_own_loss
 from hf_influence.task import IGNORED, CausalLM, LanguageModel, Task, unwrapped
 
-TRIED = 32
-"""Examples of which the shortest and the longest are looked at."""
 EXACT, ROUNDED, HALF = 1e-3, 1e-2, 1e-1
 """Of 1 + loss: how far two computations of a loss may differ in float32, in float32 with rounded products, and where
 some weights are narrower."""
@@ -36,9 +34,7 @@ def try_out(model: nn.Module, task: Task, examples: Examples, several: bool = Tr
     Raises:
         UnsupportedModel: They differ.
     """
-    rows = examples[range(min(TRIED, len(examples)))]
-    lengths = [len(row["input_ids"]) if "input_ids" in row else 1 for row in rows]
-    ends = list(dict.fromkeys((lengths.index(min(lengths)), lengths.index(max(lengths)))))
+    ends = list(dict.fromkeys(examples.ends()))
     tolerance = _tolerance(model)
     found: dict[int, tuple[dict[str, Any], dict[str, Tensor]]] = {}
     with FixedWeights(model, task, RowCatcher([])) as resting:
