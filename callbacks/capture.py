@@ -27,9 +27,10 @@ from hf_influence.callbacks.checks import (
 )
 from hf_influence.callbacks.during import During, DuringTraining, Schedule, endless, trainer_of
 from hf_influence.callbacks.packing import check_ids, check_packing, prepared
+from hf_influence.dataset.contents import column_codes
 from hf_influence.errors import BadSetting
 from hf_influence.gradients.batches import forward_arguments
-from hf_influence.gradients.collect import Plan, check_collectable, check_folder, collect, collect_planned
+from hf_influence.gradients.collect import Plan, check_collectable, check_folder, collect_planned
 from hf_influence.gradients.compress import Compressor
 from hf_influence.gradients.during_training.stream import StreamPlan, is_stream
 from hf_influence.gradients.mislabelled import SPLIT, mislabelled
@@ -153,6 +154,7 @@ class GradientCapture(TrainerCallback):
 
         self._train: Any = None  # as the Trainer prepares them
         self._query: Any = None
+        self._contents: tuple[int, dict[str, list[Any]]] = 0, {}
         self._during: DuringTraining | None = None
         self._plans: dict[str, Plan | StreamPlan] = {}
 
@@ -185,7 +187,10 @@ class GradientCapture(TrainerCallback):
         with _undisturbed_randomness():
             self._train = prepared(trainer, self.train_dataset)
             self._query = prepared(trainer, self.query_dataset)
-            check_names(trainer.train_dataset if self.train_dataset is None else self.train_dataset, self.query_dataset)
+            given = trainer.train_dataset if self.train_dataset is None else self.train_dataset
+            check_names(given, self.query_dataset)
+            codes = column_codes(given)
+            self._contents = len(given) if codes else 0, codes
             self._plans = {
                 split: self._planned(state, model, split, dataset, {**options, "overwrite": overwrite})
                 for split, dataset, options in self._splits(args, trainer, train_dataloader)
@@ -217,11 +222,19 @@ class GradientCapture(TrainerCallback):
         resumed = state.global_step > 0
         if split != "train" or not is_stream(dataset):
             options = {**options, "batch_size": self.batch_size}
-            return check_collectable(model, dataset, self.path, split, resumed=resumed, **options)
+            plan = check_collectable(model, dataset, self.path, split, resumed=resumed, **options)
+            self._tell(plan, split)
+            return plan
         check_stream(dataset, self.at_end or self.schedule is None, self.budget)
-        plan = StreamPlan.of(model, **self.settings)
-        check_folder(self.path, plan.header, resumed=resumed, overwrite=options["overwrite"])
-        return plan
+        stream = StreamPlan.of(model, **self.settings)
+        check_folder(self.path, stream.header, resumed=resumed, overwrite=options["overwrite"])
+        return stream
+
+    def _tell(self, plan: Plan, split: str) -> None:
+        """Let the training examples be known by all columns, also those that the Trainer, or `prepared`, takes away."""
+        rows, codes = self._contents
+        if split == "train" and rows == len(plan.examples):
+            plan.examples.contents |= codes
 
     def _drop_outdated(self, state: TrainerState) -> None:
         """The rows at the end of a run that now goes on."""
@@ -303,15 +316,18 @@ class GradientCapture(TrainerCallback):
         if self.at_end:
             self._drop_earlier()
             for split, dataset, options in self._splits(args, trainer_of(state), train_dataloader):
-                collect(
+                others = options.pop("other_prompts", 0)
+                plan = Plan.of(model, dataset, **options)  # anew: the model may be another by now
+                self._tell(plan, split)
+                collect_planned(
                     model,
-                    dataset,
+                    plan,
                     self.path,
                     split,
                     batch_size=self.batch_size,
                     features=self.features,
+                    other_prompts=others,
                     overwrite=self.overwrite,
-                    **options,
                 )
 
     def _drop_earlier(self) -> None:

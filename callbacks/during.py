@@ -248,6 +248,7 @@ class DuringTraining:
             n=examples.n,
             ids=examples.ids,
             id_column=examples.id_column,
+            contents=examples.contents,
             point=point,
             rank=rank(),
         )

@@ -65,6 +65,8 @@ class Scores:
         query_ids: The queries in the order of the columns; `None` for a method without queries.
         id_column: The column of the dataset that holds the ids; `None` where they are its indices.
         report: What the method found on the way and is no setting: iterations and residuals, the choice of a damping.
+        contents: What the dataset that was scored is known by, so that no other is taken for it: column -> how many
+            values are distinct, and hashes of them all. `{}` where nothing is known, `None` of a stream.
     """
 
     values: Tensor
@@ -74,6 +76,7 @@ class Scores:
     query_ids: list[int] | list[str] | None = None
     id_column: str | None = None
     report: dict[str, Any] = field(default_factory=dict)
+    contents: dict[str, list[Any]] | None = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.query_ids is not None and not len(self.query_ids) and len(self.ids):

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import DataCollatorWithFlattening, MixtralConfig, MixtralForCausalLM, PreTrainedTokenizerFast
 from watched import EXAMPLES, train
 
-from hf_influence import DatasetFilter, collect
+from hf_influence import DatasetFilter, attribute, collect
 from hf_influence.callbacks import GradientCapture, curate_and_retrain, prepared
 from hf_influence.errors import BadSetting, UnsupportedModel
 from hf_influence.gradients.packing import Packing, kept_apart
@@ -329,3 +329,16 @@ def test_what_is_logged_leaves_the_metrics_of_the_trainer_alone(tmp_path: Path) 
     assert logs[0]
     assert "mean_token_accuracy" in logs[0][0]
     assert logs[1] == logs[0]
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_scores_of_conversations_know_the_dataset_as_it_was_given(tmp_path: Path, packing: bool) -> None:
+    talk = conversations()
+    capture = GradientCapture(tmp_path / "rows", train_dataset=talk if packing else None)
+    settings: dict[str, Any] = {"packing": True, "max_length": 40} if packing else {}
+    trainer_of(tmp_path, talk, capture, assistant_only_loss=True, **settings).train()
+    scores = attribute(tmp_path / "rows", "loss")
+    assert {"messages", "input_ids"} <= set(scores.contents or ())
+    assert DatasetFilter(drop=1).apply(talk, scores).num_rows == len(talk) - 1
+    with pytest.raises(BadSetting, match=r"'messages' holds .* in another order"):
+        DatasetFilter(drop=1).apply(talk.shuffle(seed=0), scores)

@@ -66,7 +66,16 @@ def attribute(
     where |= {} if "points" in settings_used else {"point": rows.points[0]}
     where |= {"query_split": query_split} if _looks_at_queries(chosen) else {}
     columns = chosen.columns(rows)
-    return Scores(values, rows.ids, method, where | settings_used, columns, rows.train.id_column, chosen.report)
+    return Scores(
+        values,
+        rows.ids,
+        method,
+        where | settings_used,
+        columns,
+        rows.train.id_column,
+        chosen.report,
+        rows.train.contents,
+    )
 
 
 def _looks_at_queries(method: Method) -> bool:

@@ -58,4 +58,5 @@ def combined(*scores: Scores, groups: Sequence[Any] | None = None) -> Scores:
         {"of": [{"method": one.method, "settings": dict(one.settings)} for one in scores]} | used,
         id_column=scores[0].id_column,
         report={"agreement": {name: agreement(name, ranks) for name in ranks if len(ranks) > 1}},
+        contents=scores[0].contents,
     )

@@ -1,4 +1,4 @@
-"""A hash of what a row of a dataset contains: the same after saving, loading and other file formats."""
+"""Hashes of what a dataset contains, by row and by column: the same after saving, loading and other file formats."""
 
 from __future__ import annotations
 
@@ -7,11 +7,13 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from datasets import Dataset
+from datasets import ClassLabel, Dataset, Value
 
 from hf_influence.errors import BadExample
 
 AT_ONCE = 1000
+SAME_EVERYWHERE = ("attention_mask", "token_type_ids", "special_tokens_mask")
+"""Columns that tell hardly anything of a row but how long it is."""
 
 
 def row_codes(dataset: Dataset, columns: Sequence[str]) -> list[str]:
@@ -37,6 +39,39 @@ def row_code(row: Mapping[str, Any], columns: Sequence[str]) -> str:
 def code_of_all(codes: Sequence[str]) -> str:
     """One SHA-256 for the rows in their order."""
     return hashlib.sha256("".join(codes).encode()).hexdigest()
+
+
+def column_codes(dataset: Any, columns: Sequence[str] | None = None) -> dict[str, list[Any]]:
+    """Of each column what a dataset of the same rows, perhaps in another order, is known by.
+
+    Args:
+        dataset: Of anything else than a `datasets.Dataset` nothing is known, `{}`.
+        columns: Which; by default those that hold text, numbers, or lists of tokens or labels.
+
+    Returns:
+        Column -> how many values are distinct, the hash of all in their order, and the hash of all whatever the order.
+    """
+    if not isinstance(dataset, Dataset):
+        return {}
+    chosen = [name for name in dataset.column_names if _telling(dataset, name)] if columns is None else columns
+    found = {}
+    for name in chosen:
+        codes = row_codes(dataset, [name])
+        found[name] = [len(set(codes)), code_of_all(codes)[:16], code_of_all(sorted(codes))[:16]]
+    return found
+
+
+def _telling(dataset: Dataset, name: str) -> bool:
+    """Whether the values of a column are worth a hash: no masks, no images, no arrays of floats."""
+    kind = dataset.features[name]
+    lists = 0
+    while isinstance(kind, list) or hasattr(kind, "feature"):
+        kind, lists = kind[0] if isinstance(kind, list) else kind.feature, lists + 1
+    if isinstance(kind, dict):  # conversations
+        return True
+    return (
+        name not in SAME_EVERYWHERE and isinstance(kind, (Value, ClassLabel)) and not (lists and "float" in kind.dtype)
+    )
 
 
 def _plain(value: Any, column: str) -> Any:

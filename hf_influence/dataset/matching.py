@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any
@@ -10,6 +11,7 @@ import torch
 from datasets import Dataset, IterableDataset
 from torch import Tensor
 
+from hf_influence.dataset.contents import column_codes
 from hf_influence.errors import BadExample, BadSetting
 from hf_influence.scores import Scores
 
@@ -67,6 +69,13 @@ def positions(dataset: Dataset, scores: Scores) -> Tensor:
         BadSetting: Scores of another dataset.
     """
     _check(dataset, scores.id_column)
+    if scores.id_column is None and scores.contents is None:
+        raise BadSetting(
+            "the scores are of a stream, whose examples are numbered in the order of training, and that need not be "
+            "the order of the dataset. Apply them to a stream of its rows, DatasetFilter(…).apply("
+            "dataset.to_iterable_dataset(), scores, by=StreamRows(store='runs/…', data_collator=…)), which knows them "
+            "by their contents; or capture with id_column=…."
+        )
     n, id_column = len(dataset), scores.id_column
     if len(scores) != n:
         raise BadSetting(
@@ -94,7 +103,33 @@ def positions(dataset: Dataset, scores: Scores) -> Tensor:
         raise BadSetting(
             f"the scores have id {twice!r} more than once, so some rows have none. Score the dataset anew."
         )
+    if id_column is None:
+        _check_contents(dataset, scores.contents or {})
     return torch.tensor([row[id_] for id_ in scores.ids])
+
+
+def _check_contents(dataset: Dataset, scored: dict[str, list[Any]]) -> None:
+    """Whether it looks like the dataset that was scored, by the columns with the most distinct values that both have.
+
+    Raises:
+        BadSetting: Its rows are in another order.
+    """
+    shared = {name: codes[0] for name, codes in scored.items() if name in dataset.column_names and codes[0] > 1}
+    telling = [name for name, distinct in shared.items() if distinct > max(shared.values()) / 2]
+    now = column_codes(dataset, telling)
+    moved = [name for name in telling if now[name] != scored[name] and now[name][2] == scored[name][2]]
+    if moved and shared[moved[0]] > len(dataset) / 2:
+        raise BadSetting(
+            f"the column {moved[0]!r} holds what was scored in another order: the dataset was shuffled or sorted "
+            "since, and its rows are known by their places. Filter it in the order in which it was scored, or score it "
+            "with id_column=…, a column that names the examples wherever they are."
+        )
+    if telling and all(now[name] != scored[name] for name in telling):
+        warnings.warn(
+            f"the column {telling[0]!r} does not hold what was scored, so the scores may be of other rows. Filter the "
+            "dataset that was scored; if it is, and its values were changed on purpose, all is well.",
+            stacklevel=5,
+        )
 
 
 def ids_of(dataset: Dataset, id_column: str | None) -> Sequence[Any]:

@@ -11,7 +11,7 @@ import torch
 from datasets import Dataset
 from torch import nn
 
-from hf_influence.dataset.contents import row_codes
+from hf_influence.dataset.contents import column_codes, row_codes
 from hf_influence.dataset.matching import ids_of
 from hf_influence.errors import BadSetting
 from hf_influence.evaluation.runs import Runs, content_of
@@ -86,4 +86,5 @@ def out_of_fold(
         "out_of_fold",
         {"folds": folds, "seed": seed, "loss_reduction": reduction},
         id_column=id_column,
+        contents=column_codes(dataset),
     )

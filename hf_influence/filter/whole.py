@@ -41,7 +41,7 @@ def decide_on_scored(rule: Rule, dataset: Dataset, scores: Scores) -> Decision:
         return rule.decide(dataset, scores)
     if scores.id_column is None:
         place = {i: k for k, i in enumerate(at)}
-        scores = replace(scores, ids=[place[row[name]] for name in scores.ids])
+        scores = replace(scores, ids=[place[row[name]] for name in scores.ids], contents={})
     return on_whole(rule.decide(dataset.select(at), scores), dataset, at)
 
 

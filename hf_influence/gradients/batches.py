@@ -6,11 +6,13 @@ import hashlib
 import inspect
 import json
 from collections.abc import Callable, Container, Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from hf_influence.dataset.contents import column_codes
 from hf_influence.errors import BadExample, BadSetting
 from hf_influence.gradients.packing import Packing
 from hf_influence.task import IGNORED, LABELS, CausalLM, Seq2SeqLM, Task, labels_of, unwrapped
@@ -57,6 +59,7 @@ class Examples:
             raise BadExample(f"an example is a {type(first).__name__}; it must be a dictionary of columns.")
         self.ids = self._ids_of(dataset, id_column, first)
         self.id_column = id_column
+        self._whole = dataset
         if remove_unused_columns:
             taken = [name for name in first if name in forward_arguments(model) or name in LABELS]
             if not taken:
@@ -159,6 +162,11 @@ class Examples:
                     digest.update(torch.as_tensor(row["pixel_values"]).contiguous().numpy().tobytes())
                 lengths.append(len(row["input_ids"]) if "input_ids" in row else 1)
         return digest.hexdigest()[:16], lengths
+
+    @cached_property
+    def contents(self) -> dict[str, list[Any]]:
+        """What the dataset is known by when scores are applied to it; see `column_codes`."""
+        return column_codes(self._whole)
 
     @staticmethod
     def _ids_of(dataset: Any, id_column: str | None, first: Mapping[str, Any]) -> list[Any] | None:

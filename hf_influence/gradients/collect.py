@@ -145,6 +145,7 @@ def collect_planned(
             n=len(examples),
             ids=examples.ids,
             id_column=examples.id_column,
+            contents=examples.contents,
             point=point,
             rank=rank,
             about=about,

@@ -159,6 +159,7 @@ class GradientStore:
         n: int | None,
         ids: Sequence[Any] | None = None,
         id_column: str | None = None,
+        contents: dict[str, list[Any]] | None = None,
         point: int = 0,
         rank: int = 0,
         about: PointAbout | None = None,
@@ -176,6 +177,7 @@ class GradientStore:
             n: Number of its examples; `None` for a stream.
             ids: Their ids, where they are not 0 … n-1.
             id_column: The column that holds those.
+            contents: What the dataset is known by when scores are applied to it; see `column_codes`.
             point: The parameter point.
             rank: Of several processes that share the work, each writes to a folder of its own until the writer of
                 rank 0 gathers them.
@@ -204,7 +206,7 @@ class GradientStore:
                     "model, or into another folder."
                 )
         about = about or self.point_about(point)
-        manifest = Manifest(dataset, n, None if ids is None else list(ids), id_column, blocks)
+        manifest = Manifest(dataset, n, None if ids is None else list(ids), id_column, contents or {}, blocks)
         if rank > 0:
             writer = RowWriter(folder / split / f"rank-{rank}", self.header, manifest)
             writer.done |= RowWriter(folder / split, self.header, manifest).done

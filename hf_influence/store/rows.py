@@ -26,6 +26,7 @@ class Manifest:
         n: Number of its examples; `None` for a stream, whose examples are numbered as they turn up.
         ids: Their ids, where they are not 0 … n-1.
         id_column: The column that holds those.
+        contents: What the dataset is known by, column by column; see `column_codes`.
         blocks: The shards hold the blocks of the rows, not the statistics of the examples alone.
         closed: Nothing more is to come, even if some examples have no row: training did not visit them.
         shards: The finished files.
@@ -35,6 +36,7 @@ class Manifest:
     n: int | None
     ids: list[Any] | None = None
     id_column: str | None = None
+    contents: dict[str, list[Any]] = field(default_factory=dict)
     blocks: bool = True
     closed: bool = False
     shards: list[dict[str, Any]] = field(default_factory=list)
@@ -109,6 +111,11 @@ class Rows:
     def dataset_size(self) -> int | None:
         """Number of examples of the dataset, those without a row among them; `None` for a stream."""
         return self._manifest.n
+
+    @property
+    def contents(self) -> dict[str, list[Any]] | None:
+        """What the dataset is known by, column by column; see `column_codes`. `None` for a stream."""
+        return None if self._manifest.n is None else self._manifest.contents
 
     @property
     def stats(self) -> dict[str, Tensor]:

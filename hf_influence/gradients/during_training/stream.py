@@ -71,6 +71,7 @@ class Sightings:
         n: `None`, as nobody knows how many there are.
         ids: The ids so far, by number; `None` without an id column.
         id_column: See above.
+        contents: Nothing.
         duplicates: 0, as what is equal counts as one example.
     """
 
@@ -79,6 +80,7 @@ class Sightings:
         self.n: int | None = None
         self.ids: list[Any] | None = None if id_column is None else []
         self.id_column = id_column
+        self.contents: dict[str, list[Any]] = {}
         self.duplicates = 0
         self._numbers: dict[Hashable, int] = {}
         self._next = 0

@@ -1,0 +1,133 @@
+"""Scores know the dataset that they are of, also where nothing but its order names the examples."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from datasets import ClassLabel, Dataset, IterableDataset
+from models import bert, labelled, lora, tiny
+from watched import EXAMPLES, train
+
+from hf_influence import DatasetFilter, attribute, collect
+from hf_influence.attribution.combined import combined
+from hf_influence.callbacks import CurateEachEpoch, GradientCapture
+from hf_influence.dataset.contents import column_codes
+from hf_influence.errors import BadSetting
+from hf_influence.evaluation import out_of_fold
+from hf_influence.filter import Relabel, StreamRows
+from hf_influence.gradients.batches import padding_with
+from hf_influence.scores import Scores
+
+ROWS = Dataset.from_list(
+    [
+        {**row, "text": f"text {i}", "pair": {"a": f"a {i % 4}"}, "source": "one"}
+        for i, row in enumerate(labelled(lambda i: i % 2, 8))
+    ]
+).cast_column("labels", ClassLabel(names=["bad", "good"]))
+TRIM = DatasetFilter(drop=2)
+
+
+def model() -> Any:
+    return lora(bert(), ["query", "value"], dtype=torch.float32)
+
+
+@pytest.fixture(scope="module")
+def scores(tmp_path_factory: pytest.TempPathFactory) -> Scores:
+    return attribute(collect(model(), ROWS, tmp_path_factory.mktemp("rows")), "loss")
+
+
+@pytest.fixture
+def quiet() -> Iterator[None]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        yield
+
+
+@pytest.mark.usefixtures("quiet")
+def test_the_dataset_that_was_scored_is_known_again_in_any_form(scores: Scores, tmp_path: Path) -> None:
+    want = TRIM.apply(ROWS, scores)["text"][:]
+    scores.save(tmp_path / "scores")
+    ROWS.to_parquet(tmp_path / "rows.parquet")
+    ROWS.to_json(tmp_path / "rows.json")
+    forms = {
+        "parquet": Dataset.from_parquet(str(tmp_path / "rows.parquet")),
+        "json": Dataset.from_json(str(tmp_path / "rows.json")),
+        "tensors": ROWS.with_format("torch"),
+        "a part of its columns": ROWS.select_columns(["text"]),
+        "more columns": ROWS.add_column("more", list(range(8))),
+        "nothing that was scored": Dataset.from_dict({"raw": ROWS["text"][:], "text": ROWS["text"][:]}).rename_column(
+            "raw", "other"
+        ),
+        "no column in common": Dataset.from_dict({"raw": ROWS["text"][:]}).add_column("source", ["one"] * 8),
+        "other labels": Relabel(suspects=TRIM, how="flip", label="labels").apply(ROWS, scores),
+    }
+    for form, dataset in forms.items():
+        kept = TRIM.apply(dataset, Scores.load(tmp_path / "scores"))
+        assert kept["text" if "text" in kept.column_names else "raw"][:] == want, form
+
+
+def test_another_order_is_refused_and_other_values_are_told(scores: Scores, tmp_path: Path) -> None:
+    by_text = Dataset.from_dict({"text": ROWS["text"][:]})
+    for dataset in (
+        ROWS.shuffle(0),
+        ROWS.select([*range(0, 8, 2), *range(1, 8, 2)]),
+        by_text.select([1, 0, *range(2, 8)]),
+    ):
+        with pytest.raises(BadSetting, match=r"the column '(input_ids|text)' holds .* in another order"):
+            TRIM.apply(dataset, scores)
+    renumbered = ROWS.shuffle(0).add_column("number", list(range(8)))
+    numbered = attribute(collect(model(), ROWS.add_column("number", list(range(8))), tmp_path), "loss")
+    with pytest.raises(BadSetting, match="another order"):
+        TRIM.apply(renumbered, numbered)
+    edited = ROWS.select_columns(["text"]).map(lambda row: {"text": row["text"].upper()})
+    with pytest.warns(UserWarning, match="the column 'text' does not hold what was scored"):
+        kept = TRIM.apply(edited, scores)
+    assert kept["text"][:] == [text.upper() for text in TRIM.apply(ROWS, scores)["text"][:]]
+    labels = ROWS.select_columns(["labels"])
+    with pytest.warns(UserWarning, match="'labels'"):  # turned labels, or another order: who knows
+        TRIM.apply(labels.select(range(7, -1, -1)), scores)
+
+
+def test_scores_of_other_origin_know_the_dataset_as_well(scores: Scores) -> None:
+    folds = out_of_fold(ROWS, lambda rows: model(), folds=2)
+    assert folds.contents == scores.contents == column_codes(ROWS)
+    assert set(folds.contents) == {"input_ids", "labels", "text", "pair", "source"}
+    with pytest.raises(BadSetting, match="another order"):
+        TRIM.apply(ROWS.shuffle(0), combined(scores, folds))
+    mine = Scores(torch.arange(8.0)[:, None], list(range(8)), "mine")
+    assert TRIM.apply(ROWS.shuffle(0), mine).num_rows == 6  # nothing is known of these
+
+
+def test_rows_of_training_know_the_dataset(tmp_path: Path) -> None:
+    data = Dataset.from_list([{**row, "text": f"text {i}"} for i, row in enumerate(EXAMPLES)])
+    capture = GradientCapture(tmp_path / "rows", during="epochs", at_end=False)
+    curate = CurateEachEpoch(capture, TRIM, "loss_mean")
+    train(tiny(torch.float32), tmp_path, capture, curate, data=data, dataloader_drop_last=True)  # a row has no score
+    store = tmp_path / "rows"
+    assert len(attribute(store, "loss", point=1)) == 9
+    scores = attribute(store, "loss_mean")
+    assert scores.contents == column_codes(data)
+    assert 1 in curate.decisions
+
+
+def test_scores_of_a_stream_are_not_taken_for_those_of_a_dataset(tmp_path: Path) -> None:
+    data = Dataset.from_list(EXAMPLES)
+    capture = GradientCapture(tmp_path / "rows", during="epochs", at_end=False)
+    stream = IterableDataset.from_generator(lambda: iter(EXAMPLES[::-1]))
+    train(tiny(torch.float32), tmp_path, capture, data=stream, max_steps=8)
+    scores = attribute(tmp_path / "rows", "loss_mean")
+    scores.save(tmp_path / "scores")
+    for known in (scores, Scores.load(tmp_path / "scores")):
+        with pytest.raises(BadSetting, match=r"of a stream.*to_iterable_dataset\(\)"):
+            TRIM.apply(data, known)
+    by = StreamRows(store=tmp_path / "rows", data_collator=padding_with(0))
+    kept = list(TRIM.apply(data.to_iterable_dataset(), scores, by=by))
+    worst = {tuple(EXAMPLES[9 - i]["input_ids"]) for i in scores.lowest(2)}
+    assert [tuple(row["input_ids"]) for row in kept] == [
+        key for row in EXAMPLES if (key := tuple(row["input_ids"])) not in worst
+    ]
