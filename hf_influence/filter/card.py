@@ -12,8 +12,9 @@ from huggingface_hub import DatasetCard
 from hf_influence.dataset.contents import code_of_all
 from hf_influence.errors import BadExample
 from hf_influence.filter.actions import DONE
-from hf_influence.filter.on_disk import text_of, write_whole
+from hf_influence.filter.on_disk import text_of
 from hf_influence.filter.wording import markdown
+from hf_influence.store.files import write_whole
 
 if TYPE_CHECKING:
     from hf_influence.filter.decision import Decision

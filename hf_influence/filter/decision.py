@@ -16,11 +16,12 @@ from hf_influence.dataset.contents import row_codes
 from hf_influence.errors import BadExample, StoreError
 from hf_influence.filter.actions import DONE, Written
 from hf_influence.filter.card import section
-from hf_influence.filter.on_disk import fields_of, text_of, write_whole
+from hf_influence.filter.on_disk import fields_of, text_of
 from hf_influence.filter.replay import replayed, undone
 from hf_influence.filter.report import Removed
 from hf_influence.filter.wording import number, printable, quoted, settings_of
 from hf_influence.scores import Scores
+from hf_influence.store.files import write_whole
 
 if TYPE_CHECKING:
     from hf_influence.filter.streams import StreamRows

@@ -46,7 +46,7 @@ def sha256(file: Path) -> str:
 
 def read_json(file: Path) -> dict[str, Any]:
     try:
-        content = json.loads(file.read_text())
+        content = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise StoreError(f"{file} cannot be read ({error}). Delete {file.parent} and collect it again.") from error
     if not isinstance(content, dict):
@@ -55,10 +55,19 @@ def read_json(file: Path) -> dict[str, Any]:
 
 
 def write_json(file: Path, content: dict[str, Any]) -> None:
-    """Replace `file` in one step, so that a reader sees the old or the new content and never half of one."""
-    part = file.with_suffix(".json.part")
-    with open(part, "w") as handle:
-        json.dump(content, handle, indent=1)
-        handle.flush()
-        os.fsync(handle.fileno())
-    part.replace(file)
+    """A file of JSON; see `write_whole`."""
+    write_whole(file, json.dumps(content, indent=1))
+
+
+def write_whole(file: Path, text: str) -> None:
+    """Replace `file` in one step, so that a reader sees the old or the new text and never half of one."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    part = file.with_name(file.name + ".part")
+    try:
+        with part.open("w", encoding="utf-8", newline="") as new:
+            new.write(text)
+            new.flush()
+            os.fsync(new.fileno())
+        part.replace(file)
+    finally:
+        part.unlink(missing_ok=True)
