@@ -9,6 +9,7 @@ from typing import Any
 from weakref import ref
 
 from datasets import Dataset
+from torch import Tensor
 from transformers import Trainer, TrainerCallback
 
 from hf_influence.attribution.attribute import attribute
@@ -17,8 +18,11 @@ from hf_influence.attribution.method import make_method
 from hf_influence.callbacks.capture import GradientCapture
 from hf_influence.callbacks.curate import check_actions, check_rule
 from hf_influence.callbacks.packing import in_pieces
+from hf_influence.dataset.matching import ids_of
 from hf_influence.errors import BadExample, BadSetting, StoreMismatch
 from hf_influence.filter.decision import Decision
+from hf_influence.filter.rankings import statistic_in
+from hf_influence.filter.relabel import Relabel
 from hf_influence.filter.replay import carried_out
 from hf_influence.filter.whole import Rule, decide_on_scored, on_whole
 from hf_influence.gradients.processes import first_process_first, rank, wait_for_all
@@ -81,8 +85,8 @@ def curate_and_retrain(
     Args:
         make_trainer: Gives a Trainer for a training set, with fresh weights each time and these callbacks.
         dataset: What to curate; with the rows that the Trainers train on (text, if they are SFTTrainers).
-        rule: `DatasetFilter`, `Reweight`, `Prune`, in a single round `Relabel` as well, or an object with
-            `decide(dataset, scores)`.
+        rule: `DatasetFilter`, `Reweight`, `Prune`, in a single round `Relabel` as well, which takes the probabilities
+            of the classes from the store of the round, or an object with `decide(dataset, scores)`.
         folder: For each round a folder with `rows` (the store), `scores.safetensors` and `decision.json`.
         method: As in `attribute`.
         query_dataset: As in `GradientCapture`.
@@ -131,7 +135,8 @@ def curate_and_retrain(
                 f"{place} was scored by {scores.method} with {scores.report.get(ASKED)}, and now {asked} is asked for. "
                 "Choose another folder."
             )
-        decision = decide_on_scored(rule, dataset.select(at), scores)
+        left = dataset.select(at)
+        decision = decide_on_scored(_told(rule, left, scores, place / "rows"), left, scores)
         check_actions(decision, last=rounds == 1)
         decision = on_whole(decision, dataset, at, before)
         with first_process_first():
@@ -165,6 +170,26 @@ def _train(make: MakeTrainer, dataset: Dataset, callbacks: list[TrainerCallback]
     models.append(ref(trainer.model))
     trainer.train()
     return trainer
+
+
+@dataclass(frozen=True)
+class _Told:
+    """A relabelling that knows the probabilities of the classes, `[n, K]` in the order of the scored rows."""
+
+    rule: Relabel
+    probabilities: Tensor | None
+
+    def decide(self, dataset: Any, scores: Scores) -> Decision:
+        return self.rule.decide(dataset, scores, self.probabilities)
+
+
+def _told(rule: Rule, dataset: Dataset, scores: Scores, store: Path) -> Rule:
+    """The rule; if it relabels, with what the store of the round, as long as it is there, has on the classes."""
+    if not isinstance(rule, Relabel) or not store.is_dir():
+        return rule
+    scored = set(scores.ids)
+    ids = [name for name in ids_of(dataset, scores.id_column) if name in scored]
+    return _Told(rule, statistic_in(store, scores, "probabilities", ids))
 
 
 def _left(value: Any, at: Sequence[int], dataset: Dataset) -> Any:

@@ -117,16 +117,21 @@ def relabel(
     data: Annotated[str, typer.Argument(help="As for filter.")],
     scores: Annotated[Path, typer.Argument(help="As for filter.")],
     output: Annotated[Path, typer.Option(help="Folder for the relabelled dataset, the decision and a dataset card.")],
-    how: Annotated[str, typer.Option(help="posterior (class probabilities in place of labels) or flip.")] = "posterior",
+    how: Annotated[
+        str, typer.Option(help="posterior (class probabilities in place of labels), predicted, soft or flip.")
+    ] = "posterior",
     label: Annotated[str, typer.Option(help="The column of class numbers.")] = "label",
     suspects: Annotated[str | None, typer.Option(help="Only the rows that filter --drop would leave out.")] = None,
+    store: Annotated[
+        Path | None, typer.Option(help="The store that was scored, where there are more than two classes.")
+    ] = None,
     split: Annotated[str, typer.Option(help="Of a dataset with several.")] = "train",
 ) -> None:
-    """Give the examples of two classes the labels they should have, as far as that is known; all of them stay."""
+    """Give the examples the labels they should have, as far as that is known; all of them stay."""
     from hf_influence.filter import DatasetFilter, Relabel
 
     rows = None if suspects is None else DatasetFilter(drop=_amount(suspects))
-    _curate(Relabel(suspects=rows, how=how, label=label), data, split, scores, output)
+    _curate(Relabel(suspects=rows, how=how, label=label), data, split, scores, output, probabilities=store)
 
 
 @app.command()
@@ -142,7 +147,7 @@ def demo(
     Demo(model=model, size=size, seed=seed, output=output).run(Console())
 
 
-def _curate(rule: Any, data: str, split: str, scores: Path, output: Path) -> None:
+def _curate(rule: Any, data: str, split: str, scores: Path, output: Path, **more: Any) -> None:
     """Apply a rule of the filter module, and keep what comes of it."""
     from hf_influence.errors import BadSetting, StoreError
     from hf_influence.filter import save_curated
@@ -156,7 +161,7 @@ def _curate(rule: Any, data: str, split: str, scores: Path, output: Path) -> Non
     if Path(data).is_dir() and output.resolve() == Path(data).resolve():
         raise BadSetting(f"--output {output} is the dataset itself, which would be lost. Name another folder.")
     rows = _load(data, split)
-    curated = rule.apply(rows, Scores.load(scores) if scores.is_file() else scores)
+    curated = rule.apply(rows, Scores.load(scores) if scores.is_file() else scores, **more)
     save_curated(curated, rule.report, output)
     print(f"{rule.report}\nwritten to {output}; datasets.load_from_disk({str(output)!r}) reads it")
 

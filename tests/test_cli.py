@@ -12,7 +12,8 @@ from datasets import Dataset, DatasetDict, load_from_disk
 from stores import make_store
 from typer.testing import CliRunner
 
-from hf_influence import cli
+from hf_influence import GradientStore, Scores, attribute, cli
+from hf_influence.filter import DatasetFilter, Relabel
 
 N = 4
 
@@ -28,6 +29,12 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     rows = Dataset.from_dict({"text": [f"row {i}" for i in range(N)]})
     rows.save_to_disk(folder / "disk")
     DatasetDict(train=rows, test=rows).save_to_disk(folder / "dict")
+    rows.add_column("label", [0, 2, 1, 2]).save_to_disk(folder / "classes")
+    phi = torch.rand(N, 3, generator=generator).softmax(1)
+    stats = {"loss": torch.arange(N) * 1.0, "label": torch.tensor([0, 2, 1, 2]), "probabilities": phi}
+    make_store(folder / "classified", {"a": train}, stats=stats)
+    odds = torch.tensor([[3.0], [-1.0], [2.0], [-0.5]])
+    Scores(odds, list(range(N)), "auto", report={"log_odds": {}}).save(folder / "odds.st")
     rows.to_json(folder / "rows.jsonl")
     rows.to_json(folder / "rows.JSONL")
     (folder / "broken.json").write_text("{")
@@ -60,6 +67,11 @@ def said(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *w
         ("filter dict s.st --drop 1 --output ./dict/", "is the dataset itself"),
         ("filter dict s.st --drop 1 --output dict/train", "can't overwrite itself"),
         ("filter disk s.st --drop 1 --output s.st", "s.st"),
+        ("relabel classes odds.st --output out", "of more than two classes needs the model's probabilities. Pass the"),
+        ("relabel classes odds.st --output out", "or --store runs/mine, which has them if it is of a classifier"),
+        ("relabel classes odds.st --output out --store store", "needs the model's probabilities"),
+        ("relabel classes odds.st --output out --store nope", "nope is not a gradient store"),
+        ("relabel classes odds.st --output out --how flip --suspects 1", "how='flip' is for two classes"),
         ("attribute store --output disk", "--output disk is a folder"),
         ("attribute store --set method=ip", "--set method=ip is no setting"),
         ("attribute store --set store=ip", "--set store=ip is no setting"),
@@ -92,6 +104,21 @@ def test_a_split_is_filtered_where_there_is_one(place: Path, tmp_path: Path, dat
     done = CliRunner().invoke(cli.app, [*given, "--output", str(tmp_path / "out")])
     assert done.exit_code == 0, done.output
     assert len(load_from_disk(tmp_path / "out")) == 2
+
+
+@pytest.mark.parametrize("words", ["odds.st --store classified", "classified --how predicted --suspects 0.5"])
+def test_of_more_than_two_classes_labels_are_given_by_the_probabilities_in_a_store(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: str
+) -> None:
+    monkeypatch.chdir(place)
+    done = CliRunner().invoke(cli.app, ["relabel", "classes", *words.split(), "--output", str(tmp_path / "out")])
+    assert done.exit_code == 0, done.output
+    phi, data = GradientStore.open("classified").rows().stats["probabilities"], load_from_disk("classes")
+    if "odds.st" in words:
+        expected = Relabel(how="posterior").apply(data, Scores.load("odds.st"), phi)
+    else:
+        expected = Relabel(suspects=DatasetFilter(drop=0.5)).apply(data, attribute("classified"), phi)
+    assert load_from_disk(tmp_path / "out").to_dict() == expected.to_dict() != data.to_dict()
 
 
 def test_what_methods_lack_in_a_store_is_given_as_json(place: Path) -> None:

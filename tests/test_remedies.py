@@ -1,15 +1,19 @@
 """Relabelling, reweighting, pruning, separating: what changes, what stays, and what is refused."""
 
 import math
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Value, load_dataset
+from models import bert, labelled, lora
+from stores import make_store
 
-from hf_influence.errors import BadExample, BadSetting
-from hf_influence.filter import DatasetFilter, Decision, Prune, Relabel, Reweight, Separate
+from hf_influence import GradientStore, attribute, collect
+from hf_influence.errors import BadExample, BadSetting, StoreError
+from hf_influence.filter import DatasetFilter, Decision, Prune, Relabel, Reweight, Separate, StreamRows
 from hf_influence.filter.separate import components
 from hf_influence.scores import Scores
 
@@ -93,6 +97,87 @@ def test_what_is_not_believed_goes_to_the_other_classes_as_the_model_sees_them()
     assert new[1].tolist() == pytest.approx([0.05, 0.05, 0.9])
 
 
+@pytest.fixture(scope="module")
+def classified(tmp_path_factory: pytest.TempPathFactory) -> tuple[Dataset, Path, Path]:
+    """Rows of three classes, and two stores of them: in one they are known by number, in the other by name."""
+    torch.manual_seed(0)
+    model, folder = lora(bert(num_labels=3), ["query", "value"]), tmp_path_factory.mktemp("classified")
+    data = Dataset.from_list([{**row, "id": f"id {i}"} for i, row in enumerate(labelled(lambda i: i % 3))])
+    collect(model, data, folder / "numbers")
+    collect(model, data, folder / "names", id_column="id")
+    return data, folder / "numbers", folder / "names"
+
+
+@pytest.mark.parametrize("how", ["predicted", "soft", "posterior"])
+def test_what_the_model_gives_the_classes_is_found_in_the_store(classified, how):
+    data, numbers, names = classified
+    phi = GradientStore.open(numbers).rows().stats["probabilities"]
+    order = [4, 0, 6, 2, 1, 5, 3]
+    wrong = [0.9, 0.1, 0.3, 0.8, 0.2, 0.5, 0.4]
+    relabel = Relabel(how=how, suspects=DatasetFilter(drop=3), label="labels")
+    by_number, by_name = odds(wrong), odds(wrong, data["id"][:], "id")
+    expected = relabel.apply(data, by_number, phi)["labels"][:]
+    assert relabel.apply(data, by_number, numbers)["labels"][:] == expected
+    assert relabel.apply(data, by_number, GradientStore.open(numbers))["labels"][:] == expected
+    assert relabel.apply(DatasetDict(train=data), by_name, str(names))["train"]["labels"][:] == expected
+    assert relabel.apply(data.select(order), by_name, names)["labels"][:] == [expected[i] for i in order]
+    assert relabel.suggest(data, by_name, names)["label_after"][:] == [expected[i] for i in (0, 3, 5)]
+    streamed = relabel.apply(data.to_iterable_dataset(), by_number, by=StreamRows(store=numbers))
+    assert [row["labels"] for row in streamed] == expected
+
+
+@pytest.mark.parametrize("how", ["predicted", "soft"])
+def test_a_store_in_place_of_scores_says_what_the_model_gives_the_classes(classified, how):
+    data, numbers, names = classified
+    phi, relabel = torch.eye(3)[[2, 2, 1, 0, 2, 1, 0]], Relabel(how=how, suspects=DatasetFilter(drop=3), label="labels")
+    theirs = GradientStore.open(names).rows().stats["probabilities"]
+    expected = relabel.apply(data, attribute(names), theirs)["labels"][:]
+    for store in (numbers, str(names), GradientStore.open(names)):
+        assert relabel.apply(data, store)["labels"][:] == expected
+    shuffled = data.select(range(6, -1, -1))
+    assert relabel.apply(shuffled, names)["labels"][:] == expected[::-1]
+    yours = relabel.apply(data, names, phi)["labels"][:]
+    assert yours == relabel.apply(data, attribute(names), phi)["labels"][:] != expected
+
+
+def test_a_store_of_other_labels_or_without_probabilities_is_refused(classified, tmp_path):
+    data, numbers, names = classified
+    scores, posterior = odds([0.5] * 7), Relabel(how="posterior", label="labels")
+    plain = make_store(tmp_path / "plain", {"a": torch.ones(7, 2)}, stats={"loss": torch.rand(7)}).path
+    for store in (plain, names):  # in which they have other names
+        with pytest.raises(BadSetting, match=r"needs the model's probabilities\. Pass the store that"):
+            posterior.apply(data, scores, store)
+    with pytest.raises(BadSetting, match="'predicted' needs the model's probabilities"):
+        Relabel(suspects=DatasetFilter(drop=1), label="labels").apply(data, plain)
+    with pytest.raises(BadSetting, match="row 0 has the label 1 in the dataset and 0 in the store"):
+        posterior.apply(data.select([4, *range(1, 7)]).remove_columns("id"), scores, numbers)
+    with pytest.raises(StoreError, match="is not a gradient store"):
+        posterior.apply(data, scores, tmp_path / "nowhere")
+    two = posterior.apply(rows([0, 1] * 3 + [0]).rename_column("label", "labels"), scores, plain)["labels"]
+    assert two[:] == [[0.5, 0.5]] * 7, "of two classes none are needed"
+
+
+def test_probabilities_are_those_of_the_point_that_was_scored(tmp_path):
+    n, data = 6, rows([0, 1, 2] * 2)
+    phi = torch.rand(4, n, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64).softmax(2)
+    relabel = Relabel(suspects=DatasetFilter(drop=0.5), how="soft")
+
+    def make(path, point, **held):
+        stats = {"loss": torch.arange(n) * 1.0, "label": torch.tensor(data["label"][:]), "probabilities": phi[point]}
+        stats |= {"step": torch.full((n,), point)} if point else {}
+        return make_store(path, {"a": torch.ones(n, 2)}, stats=stats, point=point, **held)
+
+    for point in (1, 3, 2):
+        make(tmp_path, point, present=range(n if point == 1 else n - point))
+    scores = attribute(tmp_path, "loss_mean")
+    seen = torch.stack([phi[3, 0], phi[3, 1], phi[3, 2], phi[2, 3], phi[1, 4], phi[1, 5]])
+    assert relabel.apply(data, tmp_path)["label"][:] == relabel.apply(data, scores, seen)["label"][:]
+    store = make(tmp_path, 0)
+    for given, point in ((scores, 0), (attribute(store), 0), (attribute(store, "loss", point=1), 1)):
+        assert relabel.apply(data, given, store)["label"][:] == relabel.apply(data, given, phi[point])["label"][:]
+    assert relabel.apply(data, store)["label"][:] == relabel.apply(data, attribute(store), phi[0])["label"][:]
+
+
 def test_weights_by_how_far_labels_are_believed():
     weights = Reweight(how="posterior").apply(rows([0, 1, 1]), odds([0.1, 0.3, 0.9]))["weight"][:]
     assert weights == pytest.approx([2.0, 1.0, 0.0])
@@ -107,7 +192,7 @@ def test_weights_by_how_far_labels_are_believed():
     [
         ([0, 1], scores_of([1.0, -1.0]), "'ip' rank the examples and are no probabilities"),
         ([0, 1], [odds([0.1, 0.2])] * 2, "one set of scores, and 2 were given"),
-        ([0, 2], odds([0.1, 0.2]), "is for two classes. Pass those of the model"),
+        ([0, 2], odds([0.1, 0.2]), r"'posterior' of more than two classes needs the model's.* or --store runs/mine"),
     ],
 )
 def test_labels_that_nobody_can_say_how_far_to_believe_are_refused(labels, scores, message):

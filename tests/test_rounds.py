@@ -13,7 +13,7 @@ from torch import Tensor
 from trainers import EXAMPLES, QUERIES, Recording, trainer, weights
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from hf_influence import DatasetFilter, attribute
+from hf_influence import DatasetFilter, GradientStore, attribute
 from hf_influence.callbacks import GradientCapture, WeightedTrainer, curate_and_retrain, soft_cross_entropy
 from hf_influence.errors import BadExample, BadSetting, StoreMismatch
 from hf_influence.filter import Decision, Prune, Relabel, Reweight
@@ -73,38 +73,81 @@ def with_weights(features: list[Example]) -> dict[str, Tensor]:
     return batch
 
 
-def told_by_a_token(n: int, seed: int) -> list[Example]:
-    """Sequences of class 1 that begin with token 5, and of class 0 that begin with token 6."""
-    rows = labelled(lambda i: i % 2, n, seed)
-    return [{**row, "input_ids": [5 if row["labels"] else 6] * 6 + row["input_ids"][:1]} for row in rows]
+def told_by_a_token(n: int, seed: int, classes: int = 2) -> list[Example]:
+    """Sequences of class k that begin with token 5 + k."""
+    rows = labelled(lambda i: i % classes, n, seed)
+    return [{**row, "input_ids": [5 + row["labels"]] * 6 + row["input_ids"][:1]} for row in rows]
+
+
+class Classifies:
+    """Makes Trainers of a classifier that learn from class probabilities as well, and remembers them."""
+
+    def __init__(self, folder: Path, classes: int = 2, **options: Any):
+        self.folder, self.classes, self.options = folder, classes, {"num_train_epochs": 8, **options}
+        self.made: list[Any] = []
+
+    def __call__(self, rows: Dataset, callbacks: list[TrainerCallback]) -> Any:
+        torch.manual_seed(0)
+        base = bert(num_labels=self.classes)
+        model = lora(base, ["query", "value"], dtype=torch.float32, modules_to_save=["classifier"])
+        settings: dict[str, Any] = {"learning_rate": 3e-2, "save_strategy": "no", **self.options}
+        args = TrainingArguments(str(self.folder), use_cpu=True, report_to=[], disable_tqdm=True, **settings)
+        loss: Any = {"compute_loss_func": soft_cross_entropy}
+        self.made.append(Trainer(model, args, padding(), rows, callbacks=callbacks, **loss))
+        return self.made[-1]
 
 
 def test_one_round_may_relabel_and_train_on_what_is_believed(tmp_path: Path) -> None:
     right, clean = told_by_a_token(40, 0), Dataset.from_list(told_by_a_token(12, 1))
     wrong = [{**row, "labels": 1 - row["labels"]} for row in right[:6]]
     data = Dataset.from_list([*wrong, *right[6:]])
-    made: list[Any] = []
-
-    def make(rows: Dataset, callbacks: list[TrainerCallback]) -> Any:
-        torch.manual_seed(0)
-        model = lora(bert(), ["query", "value"], dtype=torch.float32, modules_to_save=["classifier"])
-        settings: dict[str, Any] = {"num_train_epochs": 8, "learning_rate": 3e-2, "save_strategy": "no"}
-        args = TrainingArguments(str(tmp_path), use_cpu=True, report_to=[], disable_tqdm=True, **settings)
-        loss: Any = {"compute_loss_func": soft_cross_entropy}
-        made.append(Trainer(model, args, padding(), rows, callbacks=callbacks, **loss))
-        return made[-1]
-
-    capture = {"during": "epochs"}
+    make, capture = Classifies(tmp_path), {"during": "epochs"}
     rule = Relabel(how="posterior", label="labels")
     done = curate_and_retrain(make, data, rule, tmp_path / "r", query_dataset=clean, capture=capture)
     scores = Scores.load(tmp_path / "r/round-01/scores.safetensors")
-    assert done.dataset["labels"][:] == rule.apply(data, scores)["labels"][:] == made[1].train_dataset["labels"][:]
+    assert done.dataset["labels"][:] == rule.apply(data, scores)["labels"][:] == make.made[1].train_dataset["labels"][:]
     assert sorted(scores.lowest(6)) == list(range(6))
     believed = scores.probability_wrong()
     assert believed[:6].mean() > 0.15
     assert believed[:6].min() > 0.03 > believed[6:].mean()
     with pytest.raises(BadSetting, match="wants to relabel rows"):
         curate_and_retrain(make, data, rule, tmp_path / "two", query_dataset=clean, capture=capture, rounds=2)
+
+
+def test_of_more_than_two_classes_a_round_takes_the_probabilities_from_its_store(tmp_path: Path) -> None:
+    right, clean = told_by_a_token(45, 0, 3), Dataset.from_list(told_by_a_token(30, 1, 3))
+    wrong = [{**row, "labels": (row["labels"] + 1) % 3} for row in right[:6]]
+    data = Dataset.from_list([*wrong, *right[6:]])
+    make, rule = Classifies(tmp_path, 3), Relabel(how="posterior", label="labels")
+    place, given = tmp_path / "r/round-01", {"query_dataset": clean, "capture": {"during": "epochs"}}
+    done = curate_and_retrain(make, data, rule, tmp_path / "r", **given)
+    phi = GradientStore.open(place / "rows").rows("train").stats["probabilities"]
+    expected = rule.apply(data, Scores.load(place / "scores.safetensors"), phi)["labels"][:]
+    assert done.dataset["labels"][:] == expected == rule.apply(data, place / "rows")["labels"][:]
+    assert torch.tensor(expected).shape == (45, 3)
+    assert {"labels": expected[0]}.items() <= make.made[-1].train_dataset[0].items()
+    again = curate_and_retrain(make, data, rule, tmp_path / "r", **given)
+    assert again.dataset.to_list() == done.dataset.to_list()
+
+
+@pytest.mark.parametrize("column", [None, "id"])
+def test_where_not_all_rows_are_scored_each_has_its_own_probabilities(tmp_path: Path, column: str | None) -> None:
+    data = Dataset.from_list([{**row, "id": f"id {i}"} for i, row in enumerate(told_by_a_token(14, 0, 3))])
+    make = Classifies(tmp_path, 3, num_train_epochs=1, per_device_train_batch_size=5, dataloader_drop_last=True)
+    rule, capture = Relabel(suspects=DatasetFilter(drop=0.5), label="labels"), {"during": "epochs", "at_end": False}
+    capture |= {"id_column": column}
+    (decision,) = curate_and_retrain(make, data, rule, tmp_path / "r", "loss_mean", capture=capture).decisions
+    rows = GradientStore.open(tmp_path / "r/round-01/rows").rows("train", 1)
+    phi = dict(zip(rows.positions.tolist(), rows.stats["probabilities"], strict=True))
+    changed = [i for i, action in enumerate(decision.actions) if action == "relabel"]
+    assert len(phi) == 10
+    assert len(changed) == 5
+    for i in changed:
+        phi[i][data["labels"][i]] = -1
+        assert decision.writes[0].new[i] == int(phi[i].argmax())
+    for i in set(range(12)) - set(changed):
+        assert (decision.actions[i], decision.writes[0].new[i]) == ("keep", data["labels"][i])
+    assert decision.writes[0].old == data["labels"][:]
 
 
 def test_a_round_scored_with_other_settings_is_refused(tmp_path: Path) -> None:
@@ -173,7 +216,8 @@ def test_an_interrupted_call_goes_on_after_its_last_finished_round(tmp_path: Pat
     with pytest.raises(StoreMismatch, match=r"was scored by loss.*'method': 'margin'"):
         curate_and_retrain(make, data, DatasetFilter(drop=2), tmp_path / "b", "margin", rounds=2)
     other = Dataset.from_list(prompts(12, seed=9))
-    with pytest.raises(StoreMismatch, match="other contents"):
+    told = pytest.warns(UserWarning, match="does not hold what was scored")
+    with told, pytest.raises(StoreMismatch, match="other contents"):
         curate_and_retrain(make, other, DatasetFilter(drop=2), tmp_path / "b", "loss", rounds=2)
 
 

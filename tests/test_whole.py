@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 import torch
 from datasets import Dataset
 
 from hf_influence import DatasetFilter
-from hf_influence.filter import Decision, Prune, Reweight
+from hf_influence.filter import Decision, Prune, Relabel, Reweight
 from hf_influence.filter.whole import decide_on_scored, on_whole
-from hf_influence.scores import Scores
+from hf_influence.scores import LOG_ODDS, Scores
 
 
 def test_a_decision_on_a_part_becomes_one_on_the_whole(tmp_path: Path) -> None:
@@ -42,3 +43,17 @@ def test_a_decision_on_a_part_becomes_one_on_the_whole(tmp_path: Path) -> None:
     weighted = decide_on_scored(Reweight(), data, scores)
     assert weighted.writes[0].new[0] == 1.0
     assert len(weighted.replay(data)["weight"]) == 6
+
+
+def test_rows_without_a_score_keep_their_labels() -> None:
+    data = Dataset.from_dict({"text": list("abcdef"), "label": [0, 1, 0, 1, 0, 1]})
+    scores = Scores(torch.tensor([[-2.0], [3.0], [1.0]]), [1, 3, 4], "auto", report={LOG_ODDS: {}})
+    flipped = decide_on_scored(Relabel(how="flip", suspects=DatasetFilter(drop=1)), data, scores)
+    assert flipped.replay(data)["label"][:] == [0, 0, 0, 1, 0, 1]
+    assert flipped.undo(flipped.replay(data))["label"][:] == data["label"][:]
+    assert flipped.actions == ["keep", "relabel", *["keep"] * 4]
+    believed = decide_on_scored(Relabel(how="posterior"), data, scores)
+    soft = believed.replay(data)["label"][:]
+    assert [soft[i] for i in (0, 2, 5)] == [[1.0, 0.0], [1.0, 0.0], [0.0, 1.0]]
+    assert soft[1] == pytest.approx(torch.sigmoid(torch.tensor([2.0, -2.0])).tolist())
+    assert believed.undo(believed.replay(data))["label"][:] == data["label"][:]

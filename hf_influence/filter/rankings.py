@@ -1,4 +1,4 @@
-"""What rules are given to decide by: scores, or a store that has yet to be scored."""
+"""What rules are given to decide by: scores, or a store that has yet to be scored, and what it says beside them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from hf_influence.errors import BadSetting
 from hf_influence.scores import Scores
 from hf_influence.store import GradientStore
 
-Ranking = Scores | str | Path | GradientStore
+StoreOrPath = str | Path | GradientStore
+Ranking = Scores | StoreOrPath
 Given = Ranking | Sequence[Ranking]
 
 
@@ -34,3 +35,23 @@ def wrong_of(rankings: Sequence[Scores], ids: Sequence[Any]) -> Tensor:
         raise BadSetting(f"how='posterior' goes by one set of scores, and {len(rankings)} were given.")
     wrong = dict(zip(rankings[0].ids, rankings[0].probability_wrong().tolist(), strict=True))
     return torch.tensor([wrong[name] for name in ids], dtype=torch.float64)
+
+
+def statistic_in(store: StoreOrPath, scores: Scores, name: str, ids: Sequence[Any]) -> Tensor | None:
+    """A statistic of the scored rows `ids`, `[n, …]`, by a store of them; `None` unless it has it of every one.
+
+    It is that at the point that was scored. Where several were, the weights after training come first, then the last
+    point that has the row.
+
+    Raises:
+        StoreError: No store.
+    """
+    opened = store if isinstance(store, GradientStore) else GradientStore.open(store)
+    settings, found = scores.settings, dict[Any, Tensor]()
+    split = settings.get("train_split", "train")
+    points = [settings["point"]] if "point" in settings else settings.get("points", opened.points("weights"))
+    for point in points if len(points) == 1 else [0, *sorted(points, reverse=True)]:
+        if split in opened.splits(point) and not found.keys() >= set(ids):
+            rows = opened.rows(split, point)
+            found = dict(zip(rows.ids, rows.stats.get(name, ()), strict=False)) | found
+    return torch.stack([found[one] for one in ids]) if found and found.keys() >= set(ids) else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -14,10 +15,11 @@ from hf_influence.errors import BadExample, BadSetting
 from hf_influence.filter.actions import Written
 from hf_influence.filter.dataset_filter import Data, DatasetFilter
 from hf_influence.filter.decision import Decision
-from hf_influence.filter.rankings import Given, rankings_of, wrong_of
+from hf_influence.filter.rankings import Given, StoreOrPath, rankings_of, statistic_in, wrong_of
 from hf_influence.filter.replay import carried_out, of_split
 from hf_influence.filter.report import group_sizes
 from hf_influence.filter.streams import StreamRows
+from hf_influence.filter.wording import quoted
 from hf_influence.scores import Scores
 
 HOW = ("predicted", "flip", "soft", "posterior")
@@ -27,8 +29,8 @@ HOW = ("predicted", "flip", "soft", "posterior")
 class Relabel:
     """New labels for the rows that a filter would drop, or for all; every row stays, in its place.
 
-    With φ the probabilities that the model gives the K classes of a row, m its label, p the probability that m is wrong
-    (`scores.probability_wrong()`):
+    With φ the probabilities that the model gives the K classes of a row, which the store has, m its label, p the
+    probability that m is wrong (`scores.probability_wrong()`):
 
         "predicted"   argmax_{k ≠ m} φ_k
         "flip"        1 − m, for two classes; needs no probabilities
@@ -78,13 +80,15 @@ class Relabel:
         Args:
             dataset: What was scored.
             scores: As for the filter.
-            probabilities: Of the classes, `[n, K]` in dataset order, for "predicted" and "soft", and for "posterior" of
-                more than two classes. They are the statistic "probabilities" of the training rows:
-                `GradientStore.open(path).rows("train").stats["probabilities"]`.
+            probabilities: Of the classes, for "predicted" and "soft", and for "posterior" of more than two classes: the
+                store that was scored, which has those of a classifier, or its path, or numbers of yours, `[n, K]` in
+                dataset order. By default those of the store, if that is what `scores` is.
 
         Raises:
             BadExample: No column of class numbers.
-            BadSetting: Probabilities that are missing or do not fit, or "posterior" by scores that are no log-odds.
+            BadSetting: Probabilities that are missing or do not fit, a store of other labels, or "posterior" by scores
+                that are no log-odds.
+            StoreError: A path that is none of a store.
         """
         if not isinstance(dataset, Dataset):
             raise BadExample(f"suggestions are rows of a datasets.Dataset, not of {type(dataset).__name__}.")
@@ -116,8 +120,8 @@ class Relabel:
 
         Of a `DatasetDict` the rows of one `split` are relabelled, and the others stay as they are.
 
-        An `IterableDataset` is relabelled as its rows come; `by` must name the store then, which knows their labels,
-        and the probabilities are in the order of the scores.
+        An `IterableDataset` is relabelled as its rows come; `by` must name the store then, which knows their labels and
+        probabilities. Numbers of yours are in the order of the scores.
         """
         if isinstance(dataset, (DatasetDict, IterableDatasetDict)):
             new = self.apply(of_split(dataset, split), scores, probabilities, by)
@@ -139,6 +143,10 @@ class Relabel:
         decision = (self.suspects or DatasetFilter(drop=0)).decide(dataset, rankings, by)
         rows = [i for i, action in enumerate(decision.actions) if action == "drop" or self.suspects is None]
         feature = (dataset.features or {}).get(self.label)
+        places = (scores, by and by.store) if probabilities is None else (probabilities,)
+        store = next((place for place in places if isinstance(place, StoreOrPath)), None)
+        if store is not None and self.how != "flip":
+            probabilities = self._stored(store, rankings[0], decision.ids, labels)
         if self.how == "posterior":
             new = self._believed(rows, labels, feature, probabilities, wrong_of(rankings, decision.ids))
             kind: Any = ListOf(Value("float64"))
@@ -193,7 +201,8 @@ class Relabel:
         """The labels of all rows after relabelling some, and the type of the column."""
         new: list[Any] = list(labels)
         if self.how == "flip":
-            self._check_two(labels, feature)
+            if not _two(labels, feature):
+                raise BadSetting("how='flip' is for two classes. Choose how='posterior', 'predicted' or 'soft'.")
             for row in rows:
                 new[row] = 1 - labels[row]
             return new, feature
@@ -206,20 +215,11 @@ class Relabel:
             new[row] = give(phi[row], labels[row])
         return new, feature
 
-    def _check_two(self, labels: list[int], feature: Any) -> None:
-        if max(labels, default=0) > 1 or (isinstance(feature, ClassLabel) and feature.num_classes != 2):
-            raise BadSetting(
-                f"how={self.how!r} without probabilities is for two classes. Pass those of the model: "
-                "GradientStore.open(path).rows('train').stats['probabilities'], with how='posterior', 'predicted' or "
-                "'soft'."
-            )
-
     def _believed(
         self, rows: list[int], labels: list[int], feature: Any, probabilities: Any, wrong: Tensor
     ) -> list[Any]:
         """The probabilities of all classes for some rows, one-hot for the others."""
-        if probabilities is None:
-            self._check_two(labels, feature)
+        if probabilities is None and _two(labels, feature):
             phi = torch.full((len(labels), 2), 0.5, dtype=torch.float64)  # all of p goes to the one other class
         else:
             phi = self._probabilities(probabilities, labels)
@@ -229,11 +229,24 @@ class Relabel:
         own[rows] = believed[rows]
         return own.tolist()
 
+    def _stored(self, store: StoreOrPath, scores: Scores, ids: Sequence[Any], labels: list[int]) -> Tensor | None:
+        """The probabilities that a store has of the rows `ids`, `[n, K]`; `None` unless it has those of all."""
+        known = statistic_in(store, scores, "label", ids)
+        if known is not None and known.tolist() != labels:
+            at = next(i for i, label in enumerate(labels) if known[i] != label)
+            raise BadSetting(
+                f"row {quoted(ids[at])} has the label {labels[at]} in the dataset and {int(known[at])} in the store, "
+                "whose probabilities are of other rows or classes then. Pass the store and the dataset that was scored."
+            )
+        return statistic_in(store, scores, "probabilities", ids)
+
     def _probabilities(self, probabilities: Any, labels: list[int]) -> Tensor:
         if probabilities is None:
+            of = " of more than two classes" if self.how == "posterior" else ""
             raise BadSetting(
-                f"how={self.how!r} needs the model's probabilities [n, K] in dataset order. They are a statistic of "
-                "the training rows: GradientStore.open(path).rows('train').stats['probabilities']."
+                f"how={self.how!r}{of} needs the model's probabilities. Pass the store that was scored, apply(dataset, "
+                "scores, 'runs/mine') or --store runs/mine, which has them if it is of a classifier with one label a "
+                "row; or numbers of yours, [n, K] in dataset order."
             )
         phi = torch.as_tensor(probabilities).double()
         if phi.ndim != 2 or len(phi) != len(labels) or phi.shape[1] <= max(labels):
@@ -262,6 +275,11 @@ class Relabel:
         if len(phi) == 2:
             soft[1 - label] = 1  # its limit, free of rounding
         return [float(value) for value in soft]
+
+
+def _two(labels: list[int], feature: Any) -> bool:
+    """Whether there are no more classes, as far as the dataset says."""
+    return max(labels, default=0) < 2 and (not isinstance(feature, ClassLabel) or feature.num_classes == 2)
 
 
 def _suspects(decision: Decision) -> list[int]:

@@ -10,6 +10,7 @@ from typing import Any, Protocol
 from datasets import Dataset
 
 from hf_influence.dataset.matching import ids_of
+from hf_influence.filter.actions import Written
 from hf_influence.filter.decision import Decision
 from hf_influence.filter.report import group_sizes
 from hf_influence.scores import Scores
@@ -25,10 +26,10 @@ class Rule(Protocol):
 
 
 def decide_on_scored(rule: Rule, dataset: Dataset, scores: Scores) -> Decision:
-    """What a rule says of a dataset of which not every row has a score: those without one are kept, with weight 1.
+    """What a rule says of a dataset of which not every row has a score.
 
-    The rule looks at the rows with scores alone: a share is a share of them. The others come last in the ranks and have
-    the score NaN.
+    Those without one are kept, with the label that they have, or weight 1; they come last in the ranks and have the
+    score NaN. The rule looks at the others alone: a share is a share of them.
 
     Args:
         rule: See `Rule`.
@@ -61,7 +62,7 @@ def on_whole(decision: Decision, dataset: Dataset, at: Sequence[int], before: De
     n, decided = len(dataset), set(at)
     rest = [i for i in range(n) if i not in decided]
     scores, ranks, reason = [math.nan] * n, [0] * n, [len(decision.reasons)] * n
-    actions = ["weight" if decision.writes else "keep"] * n
+    actions = ["weight" if "weight" in decision.actions else "keep"] * n
     reasons = (*decision.reasons, UNSCORED)
     copies = {at[copy]: at[original] for copy, original in decision.copies.items()}
     if before is not None:
@@ -77,11 +78,7 @@ def on_whole(decision: Decision, dataset: Dataset, at: Sequence[int], before: De
         ranks[i] = first + decision.ranks[k]
     for k, i in enumerate(rest):
         ranks[i] = others + k
-    place = {i: k for k, i in enumerate(at)}
-    writes = tuple(
-        replace(column, new=[column.new[place[i]] if i in place else 1.0 for i in range(n)])
-        for column in decision.writes
-    )
+    writes = tuple(_of_all(column, dataset, at) for column in decision.writes)
     return replace(
         decision,
         ids=list(ids_of(dataset, decision.id_column)),
@@ -97,3 +94,14 @@ def on_whole(decision: Decision, dataset: Dataset, at: Sequence[int], before: De
         dataset=dataset,
         known_contents=None,
     )
+
+
+def _of_all(column: Written, dataset: Dataset, at: Sequence[int]) -> Written:
+    """A column that is written for the rows `at`; others keep the label they have, or get the weight 1."""
+    old = None if column.old is None else list(dataset.with_format(None)[column.name])
+    new: list[Any] = [1.0] * len(dataset) if old is None else old.copy()
+    if old is not None and column.new and isinstance(column.new[0], list):
+        new = [[float(label == k) for k in range(len(column.new[0]))] for label in old]
+    for i, value in zip(at, column.new, strict=True):
+        new[i] = value
+    return replace(column, new=new, old=old)
