@@ -249,6 +249,7 @@ class DuringTraining:
             ids=examples.ids,
             id_column=examples.id_column,
             contents=examples.contents,
+            classes=examples.classes,
             point=point,
             rank=rank(),
         )

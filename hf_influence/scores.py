@@ -126,7 +126,7 @@ class Scores:
                 f"scores by '{self.method}' rank the examples and are no probabilities. Those by 'auto' are log-odds "
                 "where the store has clean queries that tell right from wrong: attribute(store). Of more than two "
                 "classes, and of prompts and answers, they must have been captured at the end of training "
-                "(GradientCapture(…, query_dataset=…))."
+                "(GradientCapture(…, query_dataset=…)), or collected with wrong_labels=True or other_prompts=2."
             )
         return torch.sigmoid(-self.mean())
 

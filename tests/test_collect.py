@@ -10,8 +10,22 @@ from typing import Any
 import models
 import pytest
 import torch
-from datasets import Dataset
-from models import VOCABULARY, all_rows, autograd_row, bert, labelled, llama, lora, opt, padding, prompts, stored, tiny
+from datasets import ClassLabel, Dataset, Value
+from models import (
+    VOCABULARY,
+    all_rows,
+    autograd_row,
+    bert,
+    labelled,
+    llama,
+    lora,
+    opt,
+    padding,
+    prompts,
+    roberta,
+    stored,
+    tiny,
+)
 from torch import nn
 from transformers import BatchEncoding, DataCollatorWithFlattening
 
@@ -286,3 +300,31 @@ def test_one_example_and_one_token_batches(tmp_path: Path) -> None:
         rows = stored(model, examples, tmp_path / str(n))
         assert models.worst_error(rows, [autograd_row(model, example) for example in examples]) < 1e-10
     assert len(stored(model, labelled(lambda i: 0, 1), tmp_path / "one")) == 1
+
+
+def test_queries_are_collected_under_wrong_labels_as_the_capture_does(tmp_path: Path) -> None:
+    rows = Dataset.from_list(labelled(lambda i: i % 3, 12))
+    torch.manual_seed(0)
+    model = lora(roberta(), ["query", "value"])
+    store = collect(model, rows, tmp_path / "rows", "query", wrong_labels=True)
+    right, wrong = store.rows("query").stats["label"], store.rows("query-mislabelled").stats["label"]
+    assert (right != wrong).all()
+    assert right.tolist() == rows["labels"][:]
+    two = lora(bert(), ["query", "value"])
+    store = collect(two, labelled(lambda i: i % 2), tmp_path / "two", "query", wrong_labels=True)
+    assert store.splits() == ["query"]
+    with pytest.raises(BadSetting, match=r"wrong_labels=True.*class numbers"):
+        collect(tiny(), prompts(), tmp_path / "language", "query", wrong_labels=True)
+    assert not (tmp_path / "language").exists()
+
+
+def test_splits_with_other_classes_are_refused(tmp_path: Path) -> None:
+    model = lora(bert(), ["query", "value"])
+    train, query = (
+        Dataset.from_list(labelled(lambda i: i % 2)).cast_column("labels", ClassLabel(names=names))
+        for names in (["bad", "good"], ["good", "bad"])
+    )
+    collect(model, train, tmp_path, "train")
+    with pytest.raises(StoreMismatch, match=r"\['good', 'bad'\] in 'query' and \['bad', 'good'\] in 'train'"):
+        collect(model, query, tmp_path, "query")
+    collect(model, query.cast_column("labels", Value("int64")), tmp_path, "query")  # numbers say nothing of names

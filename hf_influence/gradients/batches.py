@@ -168,6 +168,12 @@ class Examples:
         """What the dataset is known by when scores are applied to it; see `column_codes`."""
         return column_codes(self._whole)
 
+    @property
+    def classes(self) -> list[str] | None:
+        """The names of the classes, where the dataset has them."""
+        kinds = getattr(self._whole, "features", None) or {}
+        return next((kinds[name].names for name in LABELS if hasattr(kinds.get(name), "names")), None)
+
     @staticmethod
     def _ids_of(dataset: Any, id_column: str | None, first: Mapping[str, Any]) -> list[Any] | None:
         if id_column is None:

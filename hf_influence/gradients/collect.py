@@ -11,12 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hf_influence.errors import BadExample, StoreMismatch
+from hf_influence.errors import BadExample, BadSetting, StoreMismatch
 from hf_influence.gradients.batches import Collator, Examples
 from hf_influence.gradients.capture import RowCatcher
 from hf_influence.gradients.compress import Compressor, compressor_of
 from hf_influence.gradients.fixed import FixedWeights
 from hf_influence.gradients.identity import adapter_identity, model_identity
+from hf_influence.gradients.mislabelled import SPLIT, mislabelled
 from hf_influence.gradients.other_prompts import STATISTIC, OtherPrompts, other_prompt_losses
 from hf_influence.gradients.own_loss import OwnTask, kept_task, task_of
 from hf_influence.gradients.processes import first_process_first, rank, wait_for_all, world
@@ -47,6 +48,7 @@ def collect(
     rows: bool = True,
     features: bool = False,
     other_prompts: int | None = 0,
+    wrong_labels: bool = False,
     overwrite: bool = False,
 ) -> GradientStore:
     """The gradient of every example's own loss, taken at the model's present weights and kept on disk.
@@ -85,6 +87,9 @@ def collect(
             turn like its own and at random, as the statistic "other_prompt_loss" `[n, k]`, for `prompt_gain`; a forward
             pass for each. A prompt is what comes before the first label that is not -100. `None`: two where all
             examples have prompts.
+        wrong_labels: Of clean queries of more than two classes: keep their rows under wrong labels as well, in the
+            split "{split}-mislabelled", by which `auto` tells how probable it is that a label is wrong. Of two classes
+            they are known without.
         overwrite: Replace rows of another model, adapter or dataset instead of refusing.
 
     Returns:
@@ -94,15 +99,25 @@ def collect(
         UnsupportedModel: No LoRA, or trainable parameters without a rule (named).
         BadExample: An empty dataset, missing labels, or an example whose loss or gradient is not finite (named); other
             prompts are wanted where there are none.
+        BadSetting: Wrong labels of what has no class numbers.
         StoreMismatch: The folder holds rows of another model, adapter, dataset or compressor, or without features or
-            other prompts.
+            other prompts; or its other splits have other classes.
     """
     check_batch_size(batch_size)
-    plan = Plan.of(
-        model, dataset, data_collator, loss_reduction, compress, modules, skip, id_column, remove_unused_columns, task
-    )
+
+    def planned(dataset: Any, id_column: str | None) -> Plan:
+        keep = remove_unused_columns, task
+        return Plan.of(model, dataset, data_collator, loss_reduction, compress, modules, skip, id_column, *keep)
+
+    plan = planned(dataset, id_column)
+    if wrong_labels and (task is not None or getattr(plan.task, "problem", None) != "single_label_classification"):
+        raise BadSetting(
+            "wrong_labels=True puts other class numbers in the place of the labels, and there are none here: it is for "
+            "classifiers with one label an example and the loss of their own. Leave it out."
+        )
+    wrong = mislabelled(model, dataset) if wrong_labels else None
     try_out(model, plan.task, plan.examples, several=batch_size != 1)
-    return collect_planned(
+    store = collect_planned(
         model,
         plan,
         path,
@@ -115,6 +130,19 @@ def collect(
         other_prompts=other_prompts,
         overwrite=overwrite,
     )
+    if wrong is not None:
+        collect_planned(
+            model,
+            planned(wrong, None),
+            path,
+            SPLIT.format(split),
+            batch_size=batch_size,
+            point=point,
+            about=about,
+            rows=rows,
+            overwrite=overwrite,
+        )
+    return store
 
 
 def collect_planned(
@@ -146,6 +174,7 @@ def collect_planned(
             ids=examples.ids,
             id_column=examples.id_column,
             contents=examples.contents,
+            classes=examples.classes,
             point=point,
             rank=rank,
             about=about,

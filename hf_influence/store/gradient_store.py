@@ -160,6 +160,7 @@ class GradientStore:
         ids: Sequence[Any] | None = None,
         id_column: str | None = None,
         contents: dict[str, list[Any]] | None = None,
+        classes: list[str] | None = None,
         point: int = 0,
         rank: int = 0,
         about: PointAbout | None = None,
@@ -178,6 +179,7 @@ class GradientStore:
             ids: Their ids, where they are not 0 … n-1.
             id_column: The column that holds those.
             contents: What the dataset is known by when scores are applied to it; see `column_codes`.
+            classes: The names of its classes, where it has them.
             point: The parameter point.
             rank: Of several processes that share the work, each writes to a folder of its own until the writer of
                 rank 0 gathers them.
@@ -187,7 +189,8 @@ class GradientStore:
             overwrite: Delete what is there of another adapter state or dataset, instead of refusing.
 
         Raises:
-            StoreMismatch: The point or the split belongs to another adapter state or dataset, or lacks a statistic.
+            StoreMismatch: The point or the split belongs to another adapter state or dataset, lacks a statistic, or
+                has other classes than another split.
             StoreError: The rows do not fit onto the disk.
         """
         if not split or not all(c.isalnum() or c in "-_" for c in split):
@@ -206,7 +209,15 @@ class GradientStore:
                     "model, or into another folder."
                 )
         about = about or self.point_about(point)
-        manifest = Manifest(dataset, n, None if ids is None else list(ids), id_column, contents or {}, blocks)
+        for other in self.splits(point):
+            theirs = Manifest.read(folder / other).classes
+            if classes and theirs and classes != theirs:
+                raise StoreMismatch(
+                    f"the classes are {classes} in {split!r} and {theirs} in {other!r}, so one number means two "
+                    "classes. Give both the same, dataset.cast_column('label', other.features['label']) before the "
+                    "labels become numbers, or use another folder."
+                )
+        manifest = Manifest(dataset, n, None if ids is None else list(ids), id_column, contents or {}, classes, blocks)
         if rank > 0:
             writer = RowWriter(folder / split / f"rank-{rank}", self.header, manifest)
             writer.done |= RowWriter(folder / split, self.header, manifest).done

@@ -27,6 +27,7 @@ class Manifest:
         ids: Their ids, where they are not 0 … n-1.
         id_column: The column that holds those.
         contents: What the dataset is known by, column by column; see `column_codes`.
+        classes: The names of the classes, where the dataset has them.
         blocks: The shards hold the blocks of the rows, not the statistics of the examples alone.
         closed: Nothing more is to come, even if some examples have no row: training did not visit them.
         shards: The finished files.
@@ -37,6 +38,7 @@ class Manifest:
     ids: list[Any] | None = None
     id_column: str | None = None
     contents: dict[str, list[Any]] = field(default_factory=dict)
+    classes: list[str] | None = None
     blocks: bool = True
     closed: bool = False
     shards: list[dict[str, Any]] = field(default_factory=list)

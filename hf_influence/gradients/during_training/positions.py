@@ -29,6 +29,7 @@ class Positions:
         ids: Their ids, where they are not 0 … n-1.
         id_column: The column that holds those.
         contents: What the dataset is known by when scores are applied to it.
+        classes: The names of the classes, where it has them.
         duplicates: Number of examples that are equal to an earlier one; not known where ids tell them apart.
 
     Raises:
@@ -38,7 +39,8 @@ class Positions:
     def __init__(self, examples: Examples, per_token: bool):
         self.dataset, _ = examples.survey()
         self.n: int | None = len(examples)
-        self.ids, self.id_column, self.contents = examples.ids, examples.id_column, examples.contents
+        self.ids, self.id_column = examples.ids, examples.id_column
+        self.contents, self.classes = examples.contents, examples.classes
         self.duplicates = 0
         self._table: dict[Hashable, list[int]] = {}
         self._named = self.ids is not None and self.id_column in examples.collated([0])

@@ -71,7 +71,8 @@ class Sightings:
         n: `None`, as nobody knows how many there are.
         ids: The ids so far, by number; `None` without an id column.
         id_column: See above.
-        contents: Nothing.
+        contents: Nothing is known of the dataset.
+        classes: Nor of these.
         duplicates: 0, as what is equal counts as one example.
     """
 
@@ -81,6 +82,7 @@ class Sightings:
         self.ids: list[Any] | None = None if id_column is None else []
         self.id_column = id_column
         self.contents: dict[str, list[Any]] = {}
+        self.classes: list[str] | None = None
         self.duplicates = 0
         self._numbers: dict[Hashable, int] = {}
         self._next = 0
