@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Sequence
 from typing import Any
 
 from datasets import Dataset
@@ -11,6 +12,7 @@ from transformers import Trainer, TrainerState, TrainingArguments
 
 from hf_influence.callbacks.weighted import WeightedTrainer, soft_cross_entropy
 from hf_influence.errors import BadSetting
+from hf_influence.filter.actions import Written
 from hf_influence.gradients.processes import world
 from hf_influence.task import LABELS, Classification, Task, unwrapped
 
@@ -114,6 +116,35 @@ def check_believed(trainer: Trainer, problem: str | None) -> None:
             "rows of it pass GradientCapture(…, task=own_loss(torch.nn.functional.cross_entropy, "
             'reduction="none")), with queries whose labels are such vectors as well.'
         )
+
+
+def check_uses(trainer: Trainer, columns: Sequence[Written]) -> None:
+    """Refuse a Trainer for which weights, or labels that are class probabilities, are nothing or something else.
+
+    Args:
+        trainer: One that is to train on a curated dataset.
+        columns: What the decision has written into it.
+
+    Raises:
+        BadSetting: Says which Trainer to take.
+    """
+    hooks = {"compute_loss", "get_train_dataloader", "_get_train_sampler"}
+    own = [kind for kind in type(trainer).__mro__ if hooks & set(vars(kind)) and not _of_libraries(kind)]
+    for column in columns:
+        if column.old is None and not own:
+            raise BadSetting(
+                f"{type(trainer).__name__} takes no notice of the weights in the column {column.name!r}. Let "
+                f"make_trainer build a WeightedTrainer(…, weight_column={column.name!r}) where the dataset has it."
+            )
+        if column.new and isinstance(column.new[0], list) and not own and trainer.compute_loss_func is None:
+            raise BadSetting(
+                f"the column {column.name!r} has class probabilities, and {type(trainer).__name__} would take them for "
+                "several labels an example. Let make_trainer build a Trainer(…, compute_loss_func=soft_cross_entropy)."
+            )
+
+
+def _of_libraries(kind: type) -> bool:
+    return kind.__module__.split(".")[0] in ("transformers", "trl")
 
 
 def check_stream(dataset: Any, at_end: bool, budget: float | None) -> None:

@@ -16,6 +16,7 @@ from hf_influence.attribution.attribute import attribute
 from hf_influence.attribution.given import fingerprint
 from hf_influence.attribution.method import make_method
 from hf_influence.callbacks.capture import GradientCapture
+from hf_influence.callbacks.checks import check_uses
 from hf_influence.callbacks.curate import check_actions, check_rule
 from hf_influence.callbacks.packing import in_pieces
 from hf_influence.dataset.matching import ids_of
@@ -97,7 +98,8 @@ def curate_and_retrain(
 
     Raises:
         BadSetting: Fewer than one round, a rule that does more than drop or weigh in several rounds, a method or
-            capture that cannot work, or a `make_trainer` that loses the callbacks or goes on with trained weights.
+            capture that cannot work, or a `make_trainer` that loses the callbacks, goes on with trained weights, or
+            takes no notice of weights or of labels that are class probabilities.
         BadExample: Not a dataset with a length.
         StoreMismatch: The folder has rounds of another dataset, rule or method.
 
@@ -123,7 +125,7 @@ def curate_and_retrain(
         if not (place / "decision.json").is_file():
             current = dataset if before is None else carried_out(before, dataset)
             taker = GradientCapture(place / "rows", query_dataset, train_dataset=current, overwrite=True, **capture)
-            _train(make_trainer, current, [taker], models)
+            _train(make_trainer, current, [taker], models, before)
             if rank() == 0:
                 scores = attribute(taker.path, method, **{name: _left(v, at, dataset) for name, v in settings.items()})
                 scores.report[ASKED] = _asked(method, settings)
@@ -143,11 +145,18 @@ def curate_and_retrain(
             _keep(decision, place / "decision.json")
         decisions.append(decision)
     curated = carried_out(decisions[-1], dataset)
-    return Retrained(trainer=_train(make_trainer, curated, [], models), dataset=curated, decisions=decisions)
+    trainer = _train(make_trainer, curated, [], models, decisions[-1])
+    return Retrained(trainer=trainer, dataset=curated, decisions=decisions)
 
 
-def _train(make: MakeTrainer, dataset: Dataset, callbacks: list[TrainerCallback], models: list[ref[Any]]) -> Trainer:
-    """One run, of a trainer that is as it must be; `models` are those that were trained before."""
+def _train(
+    make: MakeTrainer,
+    dataset: Dataset,
+    callbacks: list[TrainerCallback],
+    models: list[ref[Any]],
+    decision: Decision | None,
+) -> Trainer:
+    """One run on what a decision has made, of a trainer that is as it must be; `models` were trained before."""
     trainer = make(dataset, callbacks)
     if any(all(other is not callback for other in trainer.callback_handler.callbacks) for callback in callbacks):
         raise BadSetting("make_trainer(dataset, callbacks) made a Trainer without these callbacks. Pass them on.")
@@ -167,6 +176,7 @@ def _train(make: MakeTrainer, dataset: Dataset, callbacks: list[TrainerCallback]
             'packing_strategy="bfd_split" trains on pieces of long examples, each with a score of its own, and a round '
             'decides on whole ones. Use packing_strategy="bfd", with a max_length that holds them.'
         )
+    check_uses(trainer, () if decision is None else decision.writes)
     models.append(ref(trainer.model))
     trainer.train()
     return trainer

@@ -82,8 +82,9 @@ def told_by_a_token(n: int, seed: int, classes: int = 2) -> list[Example]:
 class Classifies:
     """Makes Trainers of a classifier that learn from class probabilities as well, and remembers them."""
 
-    def __init__(self, folder: Path, classes: int = 2, **options: Any):
+    def __init__(self, folder: Path, classes: int = 2, loss: Any = soft_cross_entropy, **options: Any):
         self.folder, self.classes, self.options = folder, classes, {"num_train_epochs": 8, **options}
+        self.loss = loss
         self.made: list[Any] = []
 
     def __call__(self, rows: Dataset, callbacks: list[TrainerCallback]) -> Any:
@@ -92,8 +93,7 @@ class Classifies:
         model = lora(base, ["query", "value"], dtype=torch.float32, modules_to_save=["classifier"])
         settings: dict[str, Any] = {"learning_rate": 3e-2, "save_strategy": "no", **self.options}
         args = TrainingArguments(str(self.folder), use_cpu=True, report_to=[], disable_tqdm=True, **settings)
-        loss: Any = {"compute_loss_func": soft_cross_entropy}
-        self.made.append(Trainer(model, args, padding(), rows, callbacks=callbacks, **loss))
+        self.made.append(Trainer(model, args, padding(), rows, callbacks=callbacks, compute_loss_func=self.loss))
         return self.made[-1]
 
 
@@ -191,6 +191,17 @@ def test_weights_are_made_anew_each_round(tmp_path: Path) -> None:
     first, second = (run.train_dataset["weight"][:] for run in made[1:])
     assert first != second
     assert second == done.decisions[1].writes[0].new == done.dataset["weight"][:]
+
+
+def test_a_trainer_that_takes_no_notice_of_what_was_written_is_refused(tmp_path: Path) -> None:
+    data = Dataset.from_list(EXAMPLES)
+    with pytest.raises(BadSetting, match=r"no notice of the weights in the column 'weight'.*WeightedTrainer"):
+        curate_and_retrain(Makes(tmp_path), data, Reweight(), tmp_path / "weights", "loss")
+    assert (tmp_path / "weights/round-01/decision.json").is_file()  # so the same call goes on with another Trainer
+    rows = Dataset.from_list(labelled(lambda i: i % 3, 12))
+    relabel = Relabel(suspects=DatasetFilter(drop=0.5), how="soft", label="labels")
+    with pytest.raises(BadSetting, match=r"'labels' has class probabilities.*compute_loss_func=soft_cross_entropy"):
+        curate_and_retrain(Classifies(tmp_path, 3, loss=None), rows, relabel, tmp_path / "labels", "loss")
 
 
 def test_an_interrupted_call_goes_on_after_its_last_finished_round(tmp_path: Path) -> None:
