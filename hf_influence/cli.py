@@ -71,18 +71,34 @@ def attribute(
     store: Annotated[Path, typer.Argument(help="A store of rows, as GradientCapture and collect leave it.")],
     method: Annotated[str, typer.Option(help="`hf-influence methods` lists them.")] = "auto",
     setting: Annotated[list[str] | None, typer.Option("--set", help="Of the method, as JSON: --set k=5.")] = None,
+    groups: Annotated[
+        str | None, typer.Option(help="A column of --data, such as the task: each example among its own kind.")
+    ] = None,
+    data: Annotated[str | None, typer.Option(help="What was scored, for --groups; as for filter.")] = None,
+    split: Annotated[str, typer.Option(help="Of a dataset with several.")] = "train",
     lowest: Annotated[int, typer.Option(min=0, help="How many of the examples least worth keeping to show.")] = 10,
     output: Annotated[Path | None, typer.Option(help="File for the scores; Scores.load reads it.")] = None,
 ) -> None:
     """Score the training examples of a store; higher = more worth keeping."""
     from hf_influence.attribution import attribute as score
+    from hf_influence.dataset.matching import positions
     from hf_influence.errors import BadSetting
     from hf_influence.filter.wording import printable
     from hf_influence.scores import as_json
 
     if output is not None and output.is_dir():
         raise BadSetting(f"--output {output} is a folder, and scores go into a file. Name one: {output}/scores.st.")
-    scores = score(store, method, **dict(map(_setting, setting or [])))
+    settings, rows = dict(map(_setting, setting or [])), None
+    if (groups is None) != (data is None):
+        raise BadSetting("--groups is a column of --data. Give both: --data train.parquet --groups task.")
+    if groups is not None and data is not None:
+        rows = _load(data, split)
+        if groups not in rows.column_names:
+            raise BadSetting(f"--groups {groups} is no column of {data}, which has {rows.column_names}.")
+        settings["groups"] = rows[groups][:]
+    scores = score(store, method, **settings)
+    if rows is not None and positions(rows, scores).diff().ne(1).any():
+        raise BadSetting(f"the rows of {data} are in another order than those of {store}, and so are the groups.")
     print(f"{len(scores)} examples by {scores.method}; {as_json(scores.settings)}")
     for what, found in scores.report.items():
         print(f"{what}: {as_json(found)}")
@@ -96,7 +112,9 @@ def attribute(
 
 @app.command()
 def filter(
-    data: Annotated[str, typer.Argument(help="A parquet, JSON or CSV file, a folder of save_to_disk, or a hub name.")],
+    data: Annotated[
+        str, typer.Argument(help="A parquet, JSON, CSV or TSV file, a folder of save_to_disk, or a hub name.")
+    ],
     scores: Annotated[Path, typer.Argument(help="A file of scores, or a store, which is then scored by auto.")],
     output: Annotated[Path, typer.Option(help="Folder for the curated dataset, the decision and a dataset card.")],
     drop: Annotated[
@@ -209,19 +227,21 @@ def _load(data: str, split: str) -> Any:
     from hf_influence.filter.wording import printable
 
     path = Path(data)
-    kind = {".parquet": "parquet", ".json": "json", ".jsonl": "json", ".csv": "csv"}.get(path.suffix.lower())
+    suffix = path.suffix.lower()
+    kind = {".parquet": "parquet", ".json": "json", ".jsonl": "json", ".csv": "csv", ".tsv": "csv"}.get(suffix)
     try:
         if path.is_dir():
             loaded = load_from_disk(data)
         elif kind:
-            loaded = load_dataset(kind, data_files=data, split="train")
+            tabs = {"sep": "\t"} if suffix == ".tsv" else {}
+            loaded = load_dataset(kind, data_files=data, split="train", **tabs)
         else:
             return load_dataset(data, split=split)
     except (OSError, ValueError, DatasetsError) as error:
         cause = error.__cause__ or error  # datasets says no more than that there was one
         raise BadExample(
             f"no dataset can be read from {data} ({type(cause).__name__}: {printable(cause, 300)}). Name a parquet, "
-            "JSON or CSV file, a folder of save_to_disk or a dataset of the hub."
+            "JSON, CSV or TSV file, a folder of save_to_disk or a dataset of the hub."
         ) from error
     if isinstance(loaded, DatasetDict):
         return of_split(loaded, split)

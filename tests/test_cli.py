@@ -35,6 +35,12 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     make_store(folder / "classified", {"a": train}, stats=stats)
     odds = torch.tensor([[3.0], [-1.0], [2.0], [-0.5]])
     Scores(odds, list(range(N)), "auto", report={"log_odds": {}}).save(folder / "odds.st")
+    make_store(folder / "named", {"a": train}, stats=stats, ids=list("abcd"))
+    (about,) = (folder / "named").rglob("train/rows.json")
+    about.write_text(json.dumps({**json.loads(about.read_text()), "id_column": "name"}))
+    turned = rows.add_column("label", [0, 2, 1, 2]).add_column("name", list("abdc"))
+    turned.save_to_disk(folder / "turned")
+    turned.to_csv(folder / "turned.tsv", sep="\t")
     rows.to_json(folder / "rows.jsonl")
     rows.to_json(folder / "rows.JSONL")
     (folder / "broken.json").write_text("{")
@@ -73,6 +79,11 @@ def said(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *w
         ("relabel classes odds.st --output out --store nope", "nope is not a gradient store"),
         ("relabel classes odds.st --output out --how flip --suspects 1", "how='flip' is for two classes"),
         ("attribute store --output disk", "--output disk is a folder"),
+        ("attribute store --groups task", "--groups is a column of --data. Give both"),
+        ("attribute store --data disk", "--groups is a column of --data. Give both"),
+        ("attribute store --data disk --groups task", "--groups task is no column of disk, which has ['text']"),
+        ("attribute store --data disk --groups text --method ip", "method 'ip' has no setting 'groups'"),
+        ("attribute named --data turned --groups label", "are in another order than those of named"),
         ("attribute store --set method=ip", "--set method=ip is no setting"),
         ("attribute store --set store=ip", "--set store=ip is no setting"),
         ("attribute store --method ip --set point=abc", "point must be a whole number"),
@@ -119,6 +130,15 @@ def test_of_more_than_two_classes_labels_are_given_by_the_probabilities_in_a_sto
     else:
         expected = Relabel(suspects=DatasetFilter(drop=0.5)).apply(data, attribute("classified"), phi)
     assert load_from_disk(tmp_path / "out").to_dict() == expected.to_dict() != data.to_dict()
+
+
+def test_each_example_is_compared_with_its_own_kind(place: Path, tmp_path: Path) -> None:
+    words = ["--data", str(place / "turned.tsv"), "--groups", "label", "--output", str(tmp_path / "s.st")]
+    result = CliRunner().invoke(cli.app, ["attribute", str(place / "classified"), *words])
+    assert result.exit_code == 0, result.output
+    assert torch.equal(
+        Scores.load(tmp_path / "s.st").values, attribute(place / "classified", groups=[0, 2, 1, 2]).values
+    )
 
 
 def test_what_methods_lack_in_a_store_is_given_as_json(place: Path) -> None:
