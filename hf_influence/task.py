@@ -218,8 +218,9 @@ def labels_of(batch: dict[str, Any]) -> Tensor:
     for name in LABELS:
         if isinstance(batch.get(name), Tensor):
             return batch.pop(name)
+    there = [name for name, value in batch.items() if value is not None]
     raise BadExample(
-        f"the collated batch has no labels (it has: {', '.join(batch)}). Give the dataset a column 'labels' (or "
+        f"the collated batch has no labels (it has: {', '.join(there)}). Give the dataset a column 'labels' (or "
         "'label'), or a data_collator that makes one, such as DataCollatorForLanguageModeling(tokenizer, mlm=False)."
     )
 
@@ -265,6 +266,11 @@ def _binary_cross_entropy(z: Tensor, labels: Tensor) -> Judged:
 
 
 def _label_cross_entropy(z: Tensor, labels: Tensor) -> Judged:
+    if labels.numel() != len(z):
+        raise BadExample(
+            f"the labels are of the shape {list(labels.shape)}, and one class number an example is wanted. For several "
+            'labels an example set model.config.problem_type = "multi_label_classification", and let them be floats.'
+        )
     labels = labels.reshape(-1)
     check_labels(labels, z.shape[1])
     y = labels[:, None]

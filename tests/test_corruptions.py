@@ -158,6 +158,14 @@ def test_own_kinds_and_own_column_names():
         corrupt_answers(rows, [lambda known, i, rng: known.answers[i]], share=1, answer="output", within=None)
 
 
+@pytest.mark.parametrize(("prompt", "answer"), [("text", "answer"), ("prompt", "text")])
+def test_a_column_text_may_be_the_prompts_or_the_answers(prompt, answer):
+    rows = Dataset.from_dict({"text": ["a 1", "b 2"], "answer": ["x 3", "y 4"]})
+    made = corrupt_answers(rows, ["truncated"], 1, prompt=prompt, answer=answer, within=None)
+    assert made[answer][:] == [text[:1] for text in rows[answer]]
+    assert all(made[name][:] == rows[name][:] for name in rows.column_names if name != answer)
+
+
 @pytest.mark.parametrize(
     ("columns", "settings", "error", "message"),
     [
@@ -165,6 +173,8 @@ def test_own_kinds_and_own_column_names():
         ({"answer": ["a"]}, {"share": 1.5, "within": None}, BadSetting, "share=1.5"),
         ({"answer": ["a"]}, {"kinds": ["rude"], "within": None}, BadSetting, "'rude' is no kind.*refusal"),
         ({"answer": ["a"]}, {"kinds": [], "within": None}, BadSetting, "kinds is empty"),
+        ({"answer": ["a"]}, {"kinds": ["refusal"] * 2, "within": None}, BadSetting, "'refusal' more than once"),
+        ({"answer": ["a"]}, {"kinds": [lambda *_: "b", lambda *_: "c"], "within": None}, BadSetting, "not lambda"),
         ({"answer": ["a", None]}, {"within": None}, BadExample, "row 1 has no text"),
         ({"answer": ["a"], "kind": ["b"]}, {"within": None}, BadExample, r"\['kind'\] already"),
         ({"answer": ["a"], "prompt": ["b"], "text": ["b a"]}, {"within": None}, BadExample, "'text' of row 0 is not"),
@@ -205,6 +215,7 @@ def test_class_labels_keep_their_names_and_may_flip_to_a_class_that_does_not_occ
         ({"label": [0, 1], "is_wrong": [True, False]}, {}, "flipped before"),
         ({"label": [0, None]}, {}, "row 1 has no label"),
         ({"label": [1, 1]}, {"share": 0.5}, "all 2 labels are 1"),
+        ({"label": [[0, 1], [1]]}, {}, r"column 'label' holds \[0, 1\], .* a single label"),
     ],
 )
 def test_labels_that_cannot_be_flipped_are_named(columns, settings, message):

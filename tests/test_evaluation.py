@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from hf_influence.errors import BadSetting
+from hf_influence.errors import BadExample, BadSetting
 from hf_influence.evaluation import class_detection, mislabel_detection
 from hf_influence.scores import Scores
 
@@ -75,6 +75,24 @@ def test_labels_may_be_any_sequence(kind):
     assert class_detection(per_query(random_scores(q=2)), kind(codes), kind([0, 1])) == expected
 
 
+def test_query_labels_belong_to_the_columns_as_they_stand():
+    """Those of groups and of an id column are often 0 … q − 1 in another order, and are no places."""
+    values = torch.tensor([[0.0, 1.0]] * 3 + [[1.0, 0.0]] * 3)
+    groups = Scores(values, list(range(6)), "ip", query_ids=[1, 0])
+    assert class_detection(groups, [0, 0, 0, 1, 1, 1], groups.query_ids).auc_mean == 1
+    ids, values, query = [4, 2, 5, 0, 3, 1], random_scores(), CLASSES[2:] + CLASSES[:2]
+    named = Scores(values, ids, "ip", query_ids=ids[:4], id_column="idx")
+    assert class_detection(named, CLASSES, query[:4]) == class_detection(per_query(values), CLASSES, query[:4])
+
+
+def test_examples_with_several_labels_are_named():
+    scores, several = per_query(random_scores(q=2)), [[0], [1], [0, 1], [1], [0], [1]]
+    with pytest.raises(BadExample, match=r"train_labels holds \[0\], .* a single label"):
+        class_detection(scores, several, [0, 1])
+    with pytest.raises(BadExample, match=r"query_labels holds \[0, 1\], .* a single label"):
+        class_detection(scores, CLASSES, np.array([[0, 1], [1, 0]]))
+
+
 def test_queries_whose_class_cannot_be_measured_are_counted_and_left_out():
     values = random_scores(q=2)
     result = class_detection(per_query(values), CLASSES, ["math", "unseen"])
@@ -95,7 +113,7 @@ def test_results_can_be_written_as_json():
     [
         (one_column([1.0] * 6), CLASSES, ["math"], "belongs to no query"),
         (per_query(random_scores(q=2)), CLASSES[:5], ["math", "poem"], "train_labels has 5 .* cover 6"),
-        (per_query(random_scores(q=2)), CLASSES, ["math"], "query_labels has 1 .* cover 2"),
+        (per_query(random_scores(q=2)), CLASSES, ["math"], "query_labels has 1 .* cover 2 queries or groups"),
         (per_query(random_scores(q=2)), CLASSES, ["m", "p"], "'m', 'p'; of the training examples: 'math', 'poem'"),
         (per_query(random_scores(q=1)), ["math"] * 6, ["math"], "in and outside"),
     ],

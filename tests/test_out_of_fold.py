@@ -13,7 +13,7 @@ from scipy.stats import rankdata
 from torch import nn
 
 from hf_influence import Scores, combined
-from hf_influence.errors import BadSetting, StoreMismatch
+from hf_influence.errors import BadExample, BadSetting, StoreMismatch
 from hf_influence.evaluation import out_of_fold
 
 EXAMPLES = prompts(9)
@@ -85,6 +85,26 @@ def test_ids_do_not_part_copies_and_the_kept_losses_are_of_one_kind(tmp_path: Pa
         out_of_fold(
             named, fits, folds=3, id_column="name", data_collator=padding(), folder=tmp_path, loss_reduction="sum"
         )
+    with pytest.raises(StoreMismatch, match="fold_of_rows"):  # without the column copies are told apart by their names
+        out_of_fold(named, fits, folds=3, data_collator=padding(), folder=tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"id_column": "idx"}, BadExample, "no column 'idx' among .*input_ids"),
+        ({"id_column": "source"}, BadExample, "'source' must hold a different integer or string"),
+        ({"id_column": "labels"}, BadExample, "'labels' must hold a different integer or string"),
+        ({"data_colator": padding()}, TypeError, "data_colator"),
+    ],
+)
+def test_what_cannot_work_is_told_before_the_first_training(
+    options: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    fits = Fits()
+    with pytest.raises(error, match=message):
+        out_of_fold(DATA.add_column("source", ["a"] * 10), fits, folds=3, **options)
+    assert fits.given == []
 
 
 @pytest.mark.parametrize("folds", [1, 10])

@@ -117,6 +117,26 @@ def test_queries_that_never_change_are_skipped_and_scores_without_order_count_no
         lds(per_query(values), torch.ones(32, 3), subsets)
 
 
+@pytest.mark.parametrize("one", [0.1, 1 / 3, 1.0, 7e-310, 1e9 / 7])
+def test_scores_that_are_all_equal_foretell_nothing(one):
+    values = torch.full((101, 1), one, dtype=torch.float64)
+    losses = torch.randn(64, 5, dtype=torch.float64)
+    found = lds(Scores(values, list(range(101)), "constant"), losses, draw_subsets(101, 64))
+    assert (found.per_query, found.spread) == ([0] * 5, 0)
+
+
+def test_small_differences_of_large_scores_count():
+    values = 1 + 1e-7 * torch.randn(40, 2, dtype=torch.float64)
+    subsets = draw_subsets(40, 32)
+    assert lds(per_query(values), -subsets.double() @ (values - 1), subsets).lds == pytest.approx(1)
+
+
+def test_losses_and_subsets_may_be_arrays(measured):
+    subsets, losses = measured
+    scores = per_query(torch.randn(N, M))
+    assert lds(scores, losses.numpy(), subsets.numpy()) == lds(scores, losses, subsets)
+
+
 def test_the_spread_is_that_over_other_subsets_and_queries():
     """The standard deviation of the score when the whole experiment is done again, against the bootstrap of one."""
     again, claimed = [], []
@@ -260,6 +280,25 @@ def test_removal_curves_drop_what_they_say_and_compare_with_as_many_at_random(tm
     assert (turned["lowest"], turned["highest"]) == (10, 35)
     assert turned["random"] == second["random"]
     assert len(seen) == trained + 2, "other scores share the random drops"
+
+
+@pytest.mark.parametrize(
+    ("fractions", "seeds"),
+    [
+        (np.array([0.1, 0.7]), np.arange(2)),
+        (np.array([0.1, 0.7], np.float32), [np.int64(0), np.int64(1)]),
+        ([torch.tensor(0.1), torch.tensor(0.7)], torch.arange(2)),
+    ],
+)
+def test_fractions_and_seeds_may_be_arrays_and_tensors(fractions, seeds, tmp_path):
+    rows = Dataset.from_dict({"value": [float(i) for i in range(10)]})
+    scores = Scores(torch.arange(10.0)[:, None], list(range(10)), "mine")
+
+    def total(kept):
+        return sum(kept["value"])
+
+    expected = removal_curve(scores, rows, total, (0.1, 0.7), seeds=(0, 1))
+    assert removal_curve(scores, rows, total, fractions, seeds=seeds, folder=tmp_path) == expected
 
 
 def test_removal_follows_the_ids_of_the_scores():

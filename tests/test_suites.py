@@ -184,6 +184,33 @@ def test_keys_that_are_no_file_names_are_told_apart(tmp_path):
     assert len(list(tmp_path.iterdir())) == 3
 
 
+@pytest.mark.parametrize("in_memory", [True, False])
+@pytest.mark.parametrize(
+    ("one", "other"), [({"seed": 1}, {"seed": "1"}), ({"set": "a", "seed": 1}, {"set": "a,seed=1"})]
+)
+def test_keys_of_the_same_name_are_never_mixed(tmp_path, one, other, in_memory):
+    runs = Runs(None if in_memory else tmp_path)
+    runs.do(one, lambda: 1)
+    with pytest.raises(StoreMismatch, match="has the same name"):
+        runs.do(other, lambda: 2)
+    assert runs.do(one, lambda: 3) == 1
+
+
+def test_keys_may_hold_numbers_of_numpy_and_nothing_that_cannot_be_kept(tmp_path):
+    assert Runs(tmp_path).do({"seed": np.int64(1), "sizes": (2, 3)}, lambda: 1) == 1
+    assert Runs(tmp_path).do({"seed": 1, "sizes": [2, 3]}, lambda: 2) == 1
+    with pytest.raises(BadSetting, match="cannot be written as JSON"):
+        Runs(tmp_path).do({"model": object()}, lambda: pytest.fail("worked before the key was looked at"))
+
+
+def test_results_of_the_suites_are_found_by_their_keys():
+    files = sorted((Path(__file__).parent / "benchmarks" / "results").glob("*/*.json"))
+    assert files
+    for file in files:
+        kept = json.loads(file.read_text())
+        assert Runs(file.parent, kept["settings"]).do(kept["key"], lambda: None) == kept["result"]
+
+
 def test_results_in_memory_are_remembered_too():
     runs = Runs()
     assert [runs.do({"seed": 0}, lambda value=value: value) for value in (1, 2)] == [1, 1]

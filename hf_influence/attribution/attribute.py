@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +58,8 @@ def attribute(
     opened = store if isinstance(store, GradientStore) else GradientStore.open(store)
     if query_split != "query" and _looks_at_queries(chosen):
         _check_split(opened, query_split)
+    if query_split == "query" and isinstance(chosen, Auto) and chosen.parts is None:
+        _tell_of_others(opened, train_split)
     rows = chosen.select(Selection(opened, train_split, query_split), point)
     values = chosen.score(rows)
     with_queries = "queries" in chosen.needs
@@ -82,6 +85,17 @@ def _looks_at_queries(method: Method) -> bool:
     """Whether it asks for queries; by default "auto" does where they are there."""
     parts = method.parts if isinstance(method, Auto) else (method.name,)
     return parts is None or any("queries" in class_of(name).needs for name in parts)
+
+
+def _tell_of_others(store: GradientStore, train_split: str) -> None:
+    """Say so where "auto" has to do without queries, though there is a split that may hold some."""
+    splits = {name for point in store.points() for name in store.splits(point)}
+    if train_split in splits and "query" not in splits and (others := sorted(splits - {train_split})):
+        warnings.warn(
+            f"{store.path} has no split 'query', so 'auto' goes without clean queries. If {others[0]!r} holds some: "
+            f"attribute(…, query_split={others[0]!r}).",
+            stacklevel=3,
+        )
 
 
 def _check_split(store: GradientStore, split: str) -> None:

@@ -15,7 +15,7 @@ from hf_influence.attribution.method import Method, class_of, make_method
 from hf_influence.attribution.over_points import OverPoints, OverTraining
 from hf_influence.attribution.selection import Selection
 from hf_influence.attribution.trust import Epoch, log_odds, normal_scores
-from hf_influence.attribution.witnesses import Signs, of_prompts, witnesses
+from hf_influence.attribution.witnesses import Signs, check_queries, of_prompts, witnesses
 from hf_influence.dataset.groups import group_of
 from hf_influence.errors import BadSetting, MissingRows
 from hf_influence.scores import LOG_ODDS, mean_ranks
@@ -218,6 +218,7 @@ class Auto(OverTraining, name="auto"):
         asks = "kernel_ridge" if is_classification(rows) else OF_PROMPTS
         if self.parts is not None or asks not in scores or "queries" not in last.words() or len(last.query) < 2:
             return plain, None, 0.5
+        check_queries(last)
         if asks == OF_PROMPTS:
             witness = of_prompts(last, scores[OF_PROMPTS])
             return (plain, None, 0.5) if witness is None else (plain, witness.share(), witness.auc)

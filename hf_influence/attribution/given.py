@@ -64,13 +64,23 @@ class Examples(Protocol):
     def dataset_size(self) -> int | None:
         """Of the whole dataset, if it has one."""
 
+    @property
+    def id_column(self) -> str | None:
+        """What names them."""
+
 
 def one_for_each(values: Any, rows: Examples, method: str, setting: str, what: str, whose: str) -> list[Any]:
     """The values as a list, one for each row in dataset order; of values for the whole dataset, those of the rows.
 
     Raises:
-        BadSetting: They are not as many, or no sequence.
+        BadSetting: They are not as many, no sequence, or of a stream whose examples have no ids.
     """
+    if rows.dataset_size is None and rows.id_column is None:
+        raise BadSetting(
+            f"method '{method}': {setting} goes by the order of the dataset, and these rows are of a stream, numbered "
+            "in the order of training. Capture with id_column=…, and give one for each of rows.ids; or give the "
+            "capture a map-style train_dataset of the same examples."
+        )
     values = values.tolist() if isinstance(values, Tensor | np.ndarray) else values
     plain = hasattr(values, "__len__") and not isinstance(values, str | Mapping | Set)
     listed = list(values) if plain else None  # by place: a column of pandas would be asked for its labels

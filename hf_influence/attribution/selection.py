@@ -62,6 +62,11 @@ class Selection:
         """Number of examples of the dataset, those without a row among them; `None` for a stream."""
         return self.train.dataset_size
 
+    @property
+    def id_column(self) -> str | None:
+        """The column that the ids come from; `None` where they are positions."""
+        return self.train.id_column
+
     @cached_property
     def ids(self) -> list[Any]:
         """The examples that any of the points holds, in dataset order."""

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor
 
 from hf_influence.attribution.kernel_ridge import KernelRidge
@@ -24,9 +27,16 @@ from hf_influence.attribution.trust import (
     sighting_in_first,
     trust_of,
 )
+from hf_influence.errors import BadSetting
 from hf_influence.gradients.mislabelled import SPLIT
 from hf_influence.gradients.other_prompts import STATISTIC
 from hf_influence.store import Rows
+
+FAR_APART = 0.25
+"""Share of the queries that would have to be of other classes, beyond what chance does."""
+
+MOST_SEEN = 0.1
+"""Share of the queries that may be training examples: short ones may be equal by chance."""
 
 Signs = Mapping[int, Epoch]
 """Of the points of training."""
@@ -93,6 +103,41 @@ def witnesses(rows: Selection, last: Selection, ridge: Tensor, signs: Signs) -> 
         examples = last.train.stats.get("margin", margins[:0])
         found["margin"] = Witness(margins, wrong, examples, _signs_of_margins(rows) if len(examples) else {})
     return found, other is not None or _two_classes(last)
+
+
+def check_queries(last: Selection) -> None:
+    """Refuse queries that cannot bear witness, and warn of those that do so poorly.
+
+    Raises:
+        BadSetting: All are of one class, and the examples of several: whatever is of another looks wrong.
+    """
+    train, query = last.train.stats, last.query.stats
+    if "label" in train and "label" in query and train["label"].ndim == 1:
+        counts = [torch.bincount(one["label"].long()).double() for one in (train, query)]
+        ours, theirs = (torch.nn.functional.pad(one, (0, max(map(len, counts)) - len(one))) for one in counts)
+        if int((theirs > 0).sum()) == 1 < int((ours > 0).sum()):
+            raise BadSetting(
+                f"all {len(last.query)} queries are of the class {int(theirs.argmax())}, and the examples of "
+                f"{int((ours > 0).sum())}, so right labels of the other classes would look wrong. Take queries of all "
+                "classes, drawn at random (clean.shuffle(seed=0).select(range(100))); or choose a method by name."
+            )
+        apart = float((ours / ours.sum() - theirs / theirs.sum()).abs().sum()) / 2
+        if apart - math.sqrt(len(ours) / len(last.query)) / 2 > FAR_APART:
+            warnings.warn(
+                "the classes of the queries are in other proportions than those of the examples (a share of "
+                f"{apart:.2f} is in other classes), so right labels of classes that are rare among the queries may "
+                "look wrong. Draw the queries at random from data like those of training.",
+                stacklevel=6,
+            )
+    if "hash" in train and "hash" in query:
+        seen = int(torch.isin(query["hash"], train["hash"]).sum())
+        if seen > MOST_SEEN * len(last.query):
+            warnings.warn(
+                f"{seen} of the {len(last.query)} queries are training examples as well, whose labels the model has "
+                "seen: they are taken to be right, and fewer others look wrong than are. Take queries that it has not "
+                "been trained on.",
+                stacklevel=6,
+            )
 
 
 def of_prompts(last: Selection, scores: Tensor) -> Witness | None:

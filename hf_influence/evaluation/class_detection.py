@@ -9,7 +9,7 @@ from sklearn.metrics import roc_auc_score
 from sklearn.utils import Bunch
 
 from hf_influence.errors import BadSetting
-from hf_influence.evaluation.labels import labels_for
+from hf_influence.evaluation.labels import check_single, labels_for, one_each
 from hf_influence.scores import Scores
 
 
@@ -35,7 +35,7 @@ def class_detection(
     Args:
         scores: One column per query, `[n, q]`.
         train_labels: n classes in dataset order; in the order of `scores.ids` where these are not dataset indices.
-        query_labels: q classes, likewise.
+        query_labels: q classes in the order of the columns, as `scores.query_ids`.
         absolute: Rank by magnitude, as the papers do; `False` ranks by the signed score.
 
     Returns:
@@ -45,6 +45,7 @@ def class_detection(
 
     Raises:
         BadSetting: Labels that do not fit the scores, scores without queries, or nothing left to measure.
+        BadExample: An example with several labels.
 
     >>> import torch
     >>> scores = Scores(torch.tensor([[3.0, 0.1], [-2.0, 0.3], [1.0, 0.2]]), [0, 1, 2], "ip", query_ids=[0, 1])
@@ -56,8 +57,10 @@ def class_detection(
             f"the scores of '{scores.method}' are one column that belongs to no query, and class detection ranks the "
             "training examples for each query. Use a method that compares with queries, such as 'ip' or 'datainf'."
         )
-    train = labels_for(scores.ids, train_labels, "train_labels", scores.id_column)
-    query = labels_for(scores.query_ids, query_labels, "query_labels")
+    train = labels_for(scores, train_labels, "train_labels")
+    query = one_each(len(scores.query_ids), query_labels, "query_labels", "queries or groups of them")
+    check_single(train, "train_labels")
+    check_single(query, "query_labels")
     values = scores.values.double().cpu().numpy()  # [n, q]
     strength = np.abs(values) if absolute else values
 

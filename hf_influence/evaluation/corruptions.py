@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from random import Random
 
@@ -43,8 +44,8 @@ def corrupt_answers(
     form and length alone, so look at each kind: `mislabel_detection(scores, data["is_wrong"], kinds=data["kind"])`.
 
     Args:
-        dataset: With string columns of prompts and answers. A column `text` must be prompt + answer and is written
-            again.
+        dataset: With string columns of prompts and answers. A column `text` beside them must be prompt + answer and is
+            written again.
         kinds: Names in the table, or functions `(answers, row, rng) -> wrong answer or None`, called by their name.
         share: In [0, 1].
         seed: The same seed makes the same mistakes.
@@ -56,7 +57,7 @@ def corrupt_answers(
         The dataset with three more columns: `is_wrong`, `kind` ("clean" where it is not wrong), and `right_answer`.
 
     Raises:
-        BadSetting: A share out of range, an unknown kind, or too few rows where a kind can be made.
+        BadSetting: A share out of range, an unknown kind, two of one name, or too few rows where a kind can be made.
         BadExample: A column is missing, there already, or holds no text.
 
     See also: flipped_labels (for classification), mislabel_detection.
@@ -65,11 +66,18 @@ def corrupt_answers(
     >>> corrupt_answers(right, ["swapped_within"], share=0.5)["answer"][:]
     ['2', '2']
     """
-    made = dict(map(_named, [kinds] if isinstance(kinds, str) else kinds))
+    named = list(map(_named, [kinds] if isinstance(kinds, str) else kinds))
+    made = dict(named)
     wanted = int(share_of(share) * len(dataset))
     _check(dataset, prompt, answer, within)
     if not made:
         raise BadSetting("kinds is empty, so no answer can be made wrong. Leave it out for all kinds.")
+    if len(made) < len(named):
+        twice = next(name for name, count in Counter(name for name, _ in named).items() if count > 1)
+        raise BadSetting(
+            f"kinds has {twice!r} more than once, and the wrong answers are told apart by the names of their kinds. "
+            "List each kind once, and give each function of your own a name: def, not lambda."
+        )
 
     columns = dataset.with_format(None).to_dict()
     right: list[str] = columns[answer]
@@ -85,7 +93,7 @@ def corrupt_answers(
 
     chosen = _choose(wrong, wanted, len(right), Random(seed))
     given = [wrong[chosen[i]][i] if i in chosen else text for i, text in enumerate(right)]
-    if "text" in columns:
+    if _has_whole(dataset, prompt, answer):
         columns["text"] = [start + end for start, end in zip(columns[prompt], given, strict=True)]
     columns |= {
         answer: given,
@@ -122,8 +130,14 @@ def _named(kind: str | Kind) -> tuple[str, Kind]:
     return kind, KINDS[kind]
 
 
+def _has_whole(dataset: Dataset, prompt: str, answer: str) -> bool:
+    """Whether a column `text` has prompt and answer together."""
+    return "text" in dataset.column_names and "text" not in (prompt, answer)
+
+
 def _check(dataset: Dataset, prompt: str, answer: str, within: str | None) -> None:
-    needed = [answer, *([prompt] if "text" in dataset.column_names else []), *([within] if within else [])]
+    whole = _has_whole(dataset, prompt, answer)
+    needed = [answer, *([prompt] if whole else []), *([within] if within else [])]
     if missing := [column for column in needed if column not in dataset.column_names]:
         raise BadExample(
             f"the dataset has the columns {dataset.column_names} but no {missing}. Name its own: prompt=…, answer=…, "
@@ -135,7 +149,7 @@ def _check(dataset: Dataset, prompt: str, answer: str, within: str | None) -> No
     for column in {answer, prompt} & set(needed):
         if (row := next((i for i, text in enumerate(plain[column]) if not isinstance(text, str)), None)) is not None:
             raise BadExample(f"row {row} has no text in its column {column!r}. Leave it out, or name another column.")
-    if "text" in needed or "text" not in dataset.column_names:
+    if not whole:
         return
     parts = zip(plain["text"], plain[prompt], plain[answer], strict=True)
     if (row := next((i for i, (text, start, end) in enumerate(parts) if text != start + end), None)) is not None:

@@ -21,6 +21,8 @@ from hf_influence.scores import Scores
 
 FEWEST = 32
 """Subsets below which a rank correlation over them says little: by chance alone it has a deviation of 1/√(k − 1)."""
+SAME = 1e-12
+"""Sums of scores that differ by less are the same, relative to the sum of |score| over all rows."""
 
 
 def draw_subsets(n: int, count: int = 64, share: float = 0.5, seed: int = 0) -> Tensor:
@@ -93,7 +95,9 @@ def retrain_on_subsets(
     return torch.tensor(losses, dtype=torch.float64)
 
 
-def lds(scores: Scores, losses: Tensor, subsets: Tensor, *, seed: int = 0, draws: int = 500) -> Bunch:
+def lds(
+    scores: Scores, losses: Tensor | np.ndarray, subsets: Tensor | np.ndarray, *, seed: int = 0, draws: int = 500
+) -> Bunch:
     """Mean over the queries of the rank correlation between foretold and measured losses over subsets of the data.
 
         LDS = mean_q Spearman_S( Σ_{i ∈ S} score[i, q],  −loss_q(model trained on S) )
@@ -130,6 +134,7 @@ def lds(scores: Scores, losses: Tensor, subsets: Tensor, *, seed: int = 0, draws
     """
     if draws < 2:
         raise BadSetting(f"draws={draws}: a spread takes at least 2 of them, an interval some hundred.")
+    losses, subsets = torch.as_tensor(losses), torch.as_tensor(subsets)
     k, n = subsets.shape if subsets.ndim == 2 else (0, 0)
     fits = k > 2 and losses.ndim == 2 and len(losses) == k and len(scores) == n
     if not fits or (scores.query_ids is not None and losses.shape[1] != scores.values.shape[1]):
@@ -140,11 +145,10 @@ def lds(scores: Scores, losses: Tensor, subsets: Tensor, *, seed: int = 0, draws
         )
     if not losses.isfinite().all():
         raise BadSetting("losses has a value that is not finite, which has no rank. Look at the training that gave it.")
-    place = labels_for(scores.ids, range(n), "subsets", scores.id_column)
+    place = labels_for(scores, range(n), "subsets")
     members = subsets[:, place].double()  # [k, n] in the order of the scores
     measured = -losses.double().cpu().numpy()  # [k, m]
-    foretold = (members @ scores.values.detach().cpu().double()).numpy()  # [k, m] or [k, 1]
-    foretold = np.broadcast_to(foretold, measured.shape)
+    foretold = np.broadcast_to(_sums(members, scores.values.detach().cpu().double()), measured.shape)
     moves = measured.min(0) < measured.max(0)
     if not moves.any():
         raise BadSetting(
@@ -164,6 +168,16 @@ def lds(scores: Scores, losses: Tensor, subsets: Tensor, *, seed: int = 0, draws
         "skipped": int((~moves).sum()),
     }
     return Bunch(**found)
+
+
+def _sums(members: Tensor, values: Tensor) -> np.ndarray:
+    """How far the sum of the scores over each subset is from that over the first, `[k, m]`, in whole steps.
+
+    What adds up to the same differs by rounding alone, which is less than a step and must not be ranked.
+    """
+    sums = members @ values
+    step = SAME * values.abs().sum(0).clamp_min(torch.finfo(values.dtype).tiny)
+    return ((sums - sums[0]) / step).round().numpy()
 
 
 def _bootstrap(foretold: np.ndarray, measured: np.ndarray, draws: int, draw: np.random.Generator) -> list[float]:

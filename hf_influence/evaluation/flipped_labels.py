@@ -7,6 +7,7 @@ from random import Random
 from datasets import ClassLabel, Dataset, Value
 
 from hf_influence.errors import BadExample
+from hf_influence.evaluation.labels import check_single
 from hf_influence.evaluation.shares import share_of
 
 
@@ -19,14 +20,14 @@ def flipped_labels(dataset: Dataset, share: float = 0.2, seed: int = 0, column: 
         dataset: With one label an example.
         share: In [0, 1].
         seed: The same seed flips the same labels.
-        column: The column of labels, of any type.
+        column: The column of labels, of any type but lists.
 
     Returns:
         The dataset with two more columns: `is_wrong`, and `right_label` with what was there before.
 
     Raises:
         BadSetting: A share out of range.
-        BadExample: A column is missing or there already, a row has no label, or all have the same.
+        BadExample: A column is missing or there already, a row has no label or several, or all have the same.
 
     See also: corrupt_answers (for text), mislabel_detection.
 
@@ -40,6 +41,7 @@ def flipped_labels(dataset: Dataset, share: float = 0.2, seed: int = 0, column: 
     if taken := [name for name in ("is_wrong", "right_label") if name in dataset.column_names]:
         raise BadExample(f"the dataset has {taken} already: its labels were flipped before. Flip once.")
     right = list(dataset.with_format(None)[column])
+    check_single(right, f"column {column!r}")
     feature = dataset.features[column]
     classes = list(range(feature.num_classes)) if isinstance(feature, ClassLabel) else list(dict.fromkeys(right))
     if (row := next((i for i, label in enumerate(right) if label is None or label not in classes), None)) is not None:

@@ -61,7 +61,7 @@ def mislabel_detection(
     >>> mislabel_detection(scores, [False, True, False]).auc
     1.0
     """
-    flags = labels_for(scores.ids, is_mislabeled, "is_mislabeled", scores.id_column)
+    flags = labels_for(scores, is_mislabeled, "is_mislabeled")
     if stray := [flag for flag in flags if flag not in (0, 1)]:
         raise BadSetting(
             f"is_mislabeled holds {stray[0]!r}; it must say of each example whether its label is wrong (True or "
@@ -76,7 +76,7 @@ def mislabel_detection(
     suspicion = -scores.mean().cpu().numpy()  # [n]
     groups = None
     if within is not None:
-        groups = [group_of(value) for value in labels_for(scores.ids, within, "within", scores.id_column)]
+        groups = [group_of(value) for value in labels_for(scores, within, "within")]
     place = suspicion if groups is None else _rank_within(groups, suspicion)
     result = Bunch(
         auc=float(roc_auc_score(wrong, place)), average_precision=float(average_precision_score(wrong, place))
@@ -84,7 +84,7 @@ def mislabel_detection(
     if LOG_ODDS in scores.report:
         result["calibration_error"] = _calibration_error(scores.probability_wrong().numpy(), wrong)
     if kinds is not None:
-        kind = np.array(list(map(str, labels_for(scores.ids, kinds, "kinds", scores.id_column))))
+        kind = np.array(list(map(str, labels_for(scores, kinds, "kinds"))))
         result["auc_by_kind"] = {}
         for name in sorted(set(kind[wrong])):
             rows = np.flatnonzero(~wrong | (kind == name))  # the other kinds are out of the ranking within groups, too

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 from random import Random
-from typing import Any
 
 import torch
 from datasets import Dataset
@@ -13,10 +12,13 @@ from torch import nn
 
 from hf_influence.dataset.contents import column_codes, row_codes
 from hf_influence.dataset.matching import ids_of
-from hf_influence.errors import BadSetting
+from hf_influence.errors import BadExample, BadSetting
 from hf_influence.evaluation.runs import Runs, content_of
+from hf_influence.gradients.batches import Collator
 from hf_influence.gradients.losses import losses
+from hf_influence.gradients.sweep import BatchSize
 from hf_influence.scores import Scores
+from hf_influence.task import Reduction
 
 
 def out_of_fold(
@@ -27,7 +29,10 @@ def out_of_fold(
     seed: int = 0,
     id_column: str | None = None,
     folder: str | Path | None = None,
-    **options: Any,
+    data_collator: Collator | None = None,
+    batch_size: BatchSize = "auto",
+    loss_reduction: Reduction = "mean",
+    remove_unused_columns: bool = True,
 ) -> Scores:
     """Minus the loss of each example under a model that was trained on the other folds alone.
 
@@ -49,17 +54,22 @@ def out_of_fold(
         id_column: The column that names the examples; by default they are indices.
         folder: Where the losses of every fold are kept at once; the same call goes on after an interruption. One folder
             for each way of training: `fit` and the collator cannot be checked.
-        **options: As in `losses`: data_collator, batch_size, loss_reduction.
+        data_collator: As in `losses`, like all that follow.
+        batch_size: See there.
+        loss_reduction: See there.
+        remove_unused_columns: See there.
 
     Returns:
         `Scores` of method "out_of_fold" in dataset order, one column.
 
     Raises:
         BadSetting: A number of folds that cannot be made.
-        StoreMismatch: The folder holds the folds of another dataset, seed or loss.
+        BadExample: No such id column, or one that names two examples alike.
+        StoreMismatch: The folder holds other folds, or those of another dataset, seed or loss.
 
     See also: loss, loss_mean, confident_learning.
     """
+    ids = _ids(dataset, id_column)
     codes = row_codes(dataset, [name for name in dataset.column_names if name != id_column])
     distinct = list(dict.fromkeys(codes))
     if not 2 <= folds <= len(distinct):
@@ -69,22 +79,39 @@ def out_of_fold(
     Random(seed).shuffle(distinct)
     place = {code: k % folds for k, code in enumerate(distinct)}
     fold = [place[code] for code in codes]
-    reduction = options.get("loss_reduction", "mean")
-    runs = Runs(folder, {"dataset": content_of(dataset), "folds": folds, "seed": seed, "loss_reduction": reduction})
+    settings = {"folds": folds, "seed": seed, "loss_reduction": loss_reduction}
+    drawn = content_of(Dataset.from_dict({"fold": fold}))
+    runs = Runs(folder, {"dataset": content_of(dataset), **settings, "fold_of_rows": drawn})
     scores = torch.zeros(len(dataset), 1)
     for k in range(folds):
         held = [i for i, own in enumerate(fold) if own == k]
 
         def train(k: int = k, held: list[int] = held) -> list[float]:
             model = fit(dataset.select([i for i, own in enumerate(fold) if own != k]))
-            return losses(model, dataset.select(held), **options)["loss"].tolist()
+            judged = losses(
+                model,
+                dataset.select(held),
+                data_collator=data_collator,
+                batch_size=batch_size,
+                loss_reduction=loss_reduction,
+                remove_unused_columns=remove_unused_columns,
+            )
+            return judged["loss"].tolist()
 
         scores[held, 0] = -torch.tensor(runs.do({"fold": k}, train))
-    return Scores(
-        scores,
-        list(ids_of(dataset, id_column)),
-        "out_of_fold",
-        {"folds": folds, "seed": seed, "loss_reduction": reduction},
-        id_column=id_column,
-        contents=column_codes(dataset),
-    )
+    return Scores(scores, ids, "out_of_fold", settings, id_column=id_column, contents=column_codes(dataset))
+
+
+def _ids(dataset: Dataset, id_column: str | None) -> list[int] | list[str]:
+    if id_column is not None and id_column not in dataset.column_names:
+        raise BadExample(
+            f"no column '{id_column}' among {dataset.column_names}, by which the examples are to be named. Choose one "
+            "of them, or leave id_column out: then they are named by their places."
+        )
+    ids = list(ids_of(dataset, id_column))
+    if not all(isinstance(name, (int, str)) for name in ids) or len(set(ids)) < len(ids):
+        raise BadExample(
+            f"the id column {id_column!r} must hold a different integer or string for each example, as a score could "
+            "mean either row otherwise. Use a column of unique ids."
+        )
+    return ids

@@ -14,6 +14,7 @@ from sklearn.utils import Bunch
 
 from hf_influence.dataset.matching import in_dataset_order
 from hf_influence.errors import BadSetting
+from hf_influence.evaluation.labels import plain
 from hf_influence.evaluation.runs import Runs, content_of
 from hf_influence.evaluation.shares import share_of
 from hf_influence.scores import Scores
@@ -57,7 +58,8 @@ def removal_curve(
 
     See also: lds (both directions in one figure), retraining_gain.
     """
-    counts = {fraction: int(share_of(fraction) * len(dataset)) for fraction in fractions}
+    counts = {float(share): int(share * len(dataset)) for share in map(share_of, fractions)}
+    seeds = plain(seeds)
     if unusable := [f for f, count in counts.items() if not 0 < count < len(dataset)]:
         raise BadSetting(
             f"fractions has {unusable[0]}, which leaves out {counts[unusable[0]]} of {len(dataset)} rows; it must "
@@ -85,7 +87,7 @@ def removal_curve(
     name = content_of(Dataset.from_dict({"score": by_row.tolist()}))
     curve = []
     for fraction, count in counts.items():
-        point: dict[str, object] = {"fraction": float(fraction), "removed": count}
+        point: dict[str, object] = {"fraction": fraction, "removed": count}
         for end in ends:
             point[end] = without(order[end][:count], drop=end, rows=count, scores=f"{scores.method} {name}")
         draws = []

@@ -16,6 +16,7 @@ from datasets import Dataset
 from hf_influence.dataset.contents import code_of_all, row_codes
 from hf_influence.errors import BadSetting, StoreError, StoreMismatch
 from hf_influence.evaluation.provenance import provenance
+from hf_influence.scores import as_json
 from hf_influence.store.files import write_json
 
 
@@ -68,15 +69,17 @@ class Runs:
             work: What to do; returns plain values (they go through JSON).
 
         Raises:
-            StoreMismatch: The folder holds that run with other settings.
+            BadSetting: An empty key, or one that is no plain values.
+            StoreMismatch: The folder holds that run with other settings, or another run under the same name.
         """
+        key = json.loads(as_json(dict(key)))
         name = _file_name(key)
         run = self._read(self.folder / name) if self.folder and (self.folder / name).is_file() else self._kept.get(name)
         if run is None:
             started = time.perf_counter()
             result = work()
             content = {
-                "key": dict(key),
+                "key": key,
                 "settings": self.settings,
                 "about": provenance(),
                 "seconds": time.perf_counter() - started,
@@ -88,6 +91,11 @@ class Runs:
                 write_json(self.folder / name, content)
             else:
                 self._kept[name] = run
+        elif run.key != key:
+            raise StoreMismatch(
+                f"{name} is the run {run.key}, and {key} has the same name, so one would be taken for the other. Use "
+                "values in the keys that read differently, or another folder."
+            )
         return run.result
 
     def __iter__(self) -> Iterator[Run]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from fractions import Fraction
 
+import numpy as np
+
 from hf_influence.errors import BadSetting
 
 
@@ -15,4 +17,4 @@ def share_of(share: float) -> Fraction:
     """
     if isinstance(share, bool) or not 0 <= share <= 1:
         raise BadSetting(f"share={share!r} is not a share of the rows; give a number from 0 to 1.")
-    return Fraction(str(share))
+    return Fraction(str(np.asarray(share)))  # in its own precision, also of numpy and torch

@@ -68,7 +68,8 @@ class Examples:
                     "first: dataset.map(lambda row: tokenizer(row['text']))."
                 )
             self._columns: list[str] | None = taken
-            if hasattr(dataset, "select_columns"):
+            transformed = getattr(dataset, "format", {}).get("type") == "custom"  # which may need the other columns
+            if hasattr(dataset, "select_columns") and not transformed:
                 dataset = dataset.select_columns(taken)
         else:
             self._columns = None
@@ -180,7 +181,8 @@ class Examples:
             return None
         if id_column not in first:
             raise BadExample(f"the dataset has no id column {id_column!r}; its columns are {list(first)}.")
-        ids = list(dataset[id_column]) if hasattr(dataset, "column_names") else [row[id_column] for row in dataset]
+        stored = id_column in (getattr(dataset, "column_names", None) or ())
+        ids = list(dataset.with_format(None)[id_column]) if stored else [row[id_column] for row in dataset]
         if not all(isinstance(value, (int, str)) for value in ids) or len(set(ids)) != len(ids):
             raise BadExample(f"the id column {id_column!r} must hold a different integer or string for each example.")
         return ids

@@ -1,0 +1,133 @@
+"""Queries that cannot bear witness are refused, and those that do so poorly are told of."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pytest
+import torch
+from datasets import Dataset
+from models import bert, labelled, lora, padding, tiny
+from stores import make_store
+from torch import Tensor
+from watched import EXAMPLES, train
+
+from hf_influence import attribute, collect
+from hf_influence.callbacks import GradientCapture
+from hf_influence.errors import BadExample, BadSetting
+from hf_influence.evaluation import mislabel_detection
+from hf_influence.store import GradientStore
+
+N = 40
+CLASSES = {"name": "classification", "problem_type": "single_label_classification", "num_labels": 4}
+
+
+def rows(n: int, seed: int) -> dict[str, Tensor]:
+    return {"a": torch.randn(n, 3, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)}
+
+
+def store_of(path: Path, labels: list[int], query: list[int], hashes: list[int] | None = None) -> GradientStore:
+    """A store of a classifier with examples and queries of these classes."""
+    m = len(query)
+    stats = {"loss": torch.arange(N) * 1.0, "label": torch.tensor(labels), "hash": torch.arange(N)}
+    query_stats = {"label": torch.tensor(query), "hash": torch.tensor(hashes or range(1000, 1000 + m))}
+    return make_store(path, rows(N, 0), rows(m, 1), stats=stats, query_stats=query_stats, task=CLASSES)
+
+
+EVEN = [i % 4 for i in range(N)]
+ONE = [2] * 20
+MOSTLY = [0] * 36 + [1, 2, 3, 3]
+
+
+@pytest.mark.parametrize("labels", [EVEN, [i % 2 for i in range(N)]])
+def test_queries_of_one_class_are_refused(tmp_path: Path, labels: list[int]) -> None:
+    store = store_of(tmp_path, labels, ONE)
+    with pytest.raises(
+        BadSetting, match=r"all 20 queries are of the class 2, and the examples of [24].*drawn at random"
+    ):
+        attribute(store)
+    assert len(attribute(store, "kernel_ridge")) == N  # what was asked for by name
+    assert len(attribute(store, parts=["kernel_ridge", "loss"])) == N
+
+
+@pytest.mark.parametrize(
+    ("labels", "query", "told"),
+    [
+        (EVEN, MOSTLY, True),
+        (EVEN, EVEN, False),
+        (EVEN, [i % 3 for i in range(N)], False),  # one class of four is missing
+        (EVEN, [0, 1, 2, 2, 3], False),  # few, by chance
+        (MOSTLY, MOSTLY, False),
+        ([0] * N, [0] * 20, False),
+    ],
+)
+def test_classes_in_other_proportions_are_told(tmp_path: Path, labels: list[int], query: list[int], told: bool) -> None:
+    store = store_of(tmp_path, labels, query)
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        attribute(store)
+    assert any("in other proportions" in str(one.message) for one in seen) == told
+
+
+def test_queries_that_are_training_examples_are_told(tmp_path: Path) -> None:
+    with pytest.warns(UserWarning, match="3 of the 20 queries are training examples as well"):
+        attribute(store_of(tmp_path / "3", EVEN, EVEN[:20], [5, 6, 7, *range(100, 117)]))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        attribute(store_of(tmp_path / "2", EVEN, EVEN[:20], [5, 6, *range(100, 118)]))
+
+
+def test_a_split_of_queries_by_another_name_is_told(tmp_path: Path) -> None:
+    model = lora(bert(), ["query", "value"], dtype=torch.float32)
+    collect(model, labelled(lambda i: i % 2, 8), tmp_path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        attribute(tmp_path)
+    collect(model, labelled(lambda i: i % 2, 6, seed=1), tmp_path, "validation")
+    with pytest.warns(UserWarning, match=r"no split 'query'.*attribute\(…, query_split='validation'\)"):
+        scores = attribute(tmp_path)
+    assert scores.report["parts"] == {"loss": 1.0}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        attribute(tmp_path, query_split="validation")
+
+
+def test_groups_of_a_stream_without_ids_are_refused(tmp_path: Path) -> None:
+    def captured(name: str, **settings: Any) -> GradientStore:
+        capture = GradientCapture(tmp_path / name, during="epochs", at_end=False, **settings)
+        stream = datasets.IterableDataset.from_generator(lambda: iter(EXAMPLES[::-1]))
+        train(tiny(torch.float32), tmp_path, capture, data=stream, max_steps=8)
+        return GradientStore.open(tmp_path / name)
+
+    groups = [i % 2 for i in range(10)]
+    with pytest.raises(BadSetting, match=r"groups goes by the order of the dataset.*of a stream.*id_column=…"):
+        attribute(captured("stream"), groups=groups)
+    scores = attribute(tmp_path / "stream", "loss_mean")
+    with pytest.raises(BadSetting, match=r"of a stream.*whose the is_mislabeled are"):
+        mislabel_detection(scores, groups)
+    at_hand = captured("at hand", train_dataset=Dataset.from_list(EXAMPLES))
+    assert len(attribute(at_hand, groups=groups)) == 10
+
+
+def test_a_dataset_with_a_transform_is_collected(tmp_path: Path) -> None:
+    raw = Dataset.from_list([{"words": row["input_ids"], "kind": row["labels"]} for row in labelled(lambda i: i % 2)])
+
+    def transform(batch: dict[str, Any]) -> dict[str, Any]:
+        return {"input_ids": batch["words"], "labels": batch["kind"], "words": batch["words"]}
+
+    model = lora(bert(), ["query", "value"])
+    store = collect(model, raw.with_transform(transform), tmp_path / "transformed")
+    plain = collect(model, labelled(lambda i: i % 2), tmp_path / "plain")
+    name = plain.blocks[0]
+    torch.testing.assert_close(store.rows().block(name), plain.rows().block(name))
+
+
+def test_labels_that_are_no_single_class_are_named(tmp_path: Path) -> None:
+    several = labelled(lambda i: [0, 1], 4)
+    with pytest.raises(BadExample, match=r"shape \[1, 2\].*multi_label_classification"):
+        collect(lora(bert(), ["query", "value"]), several, tmp_path / "several")
+    with pytest.raises(BadExample, match=r"no labels \(it has: input_ids, attention_mask\)"):
+        collect(tiny(), EXAMPLES, tmp_path / "none", data_collator=lambda rows: padding()(rows) | {"labels": None})
