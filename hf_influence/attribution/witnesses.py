@@ -127,7 +127,7 @@ def check_queries(last: Selection) -> None:
                 "the classes of the queries are in other proportions than those of the examples (a share of "
                 f"{apart:.2f} is in other classes), so right labels of classes that are rare among the queries may "
                 "look wrong. Draw the queries at random from data like those of training.",
-                stacklevel=6,
+                stacklevel=5,
             )
     if "hash" in train and "hash" in query:
         seen = int(torch.isin(query["hash"], train["hash"]).sum())
@@ -136,7 +136,7 @@ def check_queries(last: Selection) -> None:
                 f"{seen} of the {len(last.query)} queries are training examples as well, whose labels the model has "
                 "seen: they are taken to be right, and fewer others look wrong than are. Take queries that it has not "
                 "been trained on.",
-                stacklevel=6,
+                stacklevel=5,
             )
 
 
