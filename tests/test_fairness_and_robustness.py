@@ -8,11 +8,12 @@ from typing import Any
 
 import models
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from datasets import ClassLabel, Dataset
 from models import bert, labelled, lora, padding, prompts, tiny
-from torch import nn
+from torch import Tensor, nn
 from worlds import accuracy, examples, fitted, half_moons, network, tensors
 
 from hf_influence import evasion, robustness
@@ -24,7 +25,8 @@ from hf_influence.evaluation import (
     fair_score,
     swap_terms,
 )
-from hf_influence.gradients import losses
+from hf_influence.gradients import losses, own_loss
+from hf_influence.task import CausalLM
 
 PAIRS = [("he", "she"), ("actor", "actress"), ("his wife", "her husband"), ("wife", "husband"), ("John", "Mary")]
 
@@ -44,6 +46,22 @@ def test_parity_is_the_gap_between_the_means_of_groups() -> None:
     assert demographic_parity(np.float32(y), torch.tensor([0, 0, 1, 1, 1])) == pytest.approx(0.8 - 1.1 / 3)
     scalars = [torch.tensor(v) for v in (0, 0, 1, 1, 1)]
     assert demographic_parity([torch.tensor(v) for v in y], scalars) == pytest.approx(0.8 - 1.1 / 3)
+
+
+def test_columns_of_a_table_are_taken_in_their_order_whatever_its_index_says() -> None:
+    people = pd.DataFrame({"y": [0.1, 0.9, 0.7, 0.4, 0.2], "sex": list("xffmm"), "class": [1, 1, 1, 0, 0]})
+    known = people[people.sex != "x"]
+    assert demographic_parity(known.y, known.sex) == pytest.approx(0.5)
+    assert demographic_parity(known.y[::-1], known.sex[::-1]) == pytest.approx(0.5)
+    assert fair_score(known["class"], known["class"][::-1]) == 1
+
+
+def test_those_without_a_group_are_one_group() -> None:
+    y, missing = [0.9, 0.1, 0.5, 0.5], float("nan")
+    assert demographic_parity(y, [missing, float("nan"), 1.0, 1.0]) == 0
+    assert demographic_parity(y, pd.Series([missing, missing, 1.0, 1.0])) == 0
+    assert demographic_parity(y, torch.tensor([missing, missing, 1.0, 1.0])) == 0
+    assert demographic_parity(y, [None, missing, "f", "f"]) == 0
 
 
 def test_the_fair_score_is_the_share_that_changes() -> None:
@@ -98,6 +116,8 @@ def test_labels_are_biased_against_one_group_alone(typed: bool) -> None:
         biased_labels(rows, 0.1, column="gender", group="f")
     with pytest.raises(BadSetting, match="not a share"):
         biased_labels(rows, 1.1, column="sex", group="f")
+    with pytest.raises(BadSetting, match="right=1 and wrong=1 are one label"):
+        biased_labels(rows, 0.1, column="sex", group="f", wrong=1)
 
 
 @pytest.mark.parametrize(
@@ -164,6 +184,42 @@ def test_the_attack_is_made_for_the_model_at_hand(direction: Any, steps: int) ->
     assert found == pytest.approx(attacked(model, *tensors(test), 0.8, steps, direction == "sign"))
     assert found < accuracy(model, test) - 0.1
     assert accuracy_under_attack(model, test, robustness(1e-9)) == pytest.approx(accuracy(model, test))
+
+
+def friendly(logits: Tensor, labels: Tensor) -> Tensor:
+    return -nn.functional.cross_entropy(logits, labels, reduction="none")
+
+
+def test_the_attack_goes_up_the_loss_that_is_given() -> None:
+    train, test, _ = half_moons(0)
+    model = fitted(network(16), train, epochs=60)
+    clean, attack = accuracy(model, test), robustness(0.8, 3)
+    assert accuracy_under_attack(model, test, attack, task=own_loss(friendly)) > clean + 0.02
+    with pytest.raises(BadSetting, match="task="):
+        accuracy_under_attack(model, test, attack, task=CausalLM())
+
+
+def test_examples_that_cannot_be_moved_are_judged_where_they_are() -> None:
+    train, test, _ = half_moons(0)
+    model = fitted(network(3, seed=1), train, epochs=300, learning_rate=0.05)
+    x, y = tensors(test)
+    z = model(x.requires_grad_()).logits
+    (g,) = torch.autograd.grad((z[:, 0] - z[:, 1]).sum(), x)
+    still, right = (g == 0).all(1), z.argmax(1) == y
+    assert 100 < still.sum() < 500, "all ReLUs are shut there"
+    assert bool(right[still].all())
+    for attack in (evasion(), robustness(0.1), robustness(0.1, direction="sign")):
+        assert accuracy_under_attack(model, [row for row, at in zip(test, still, strict=True) if at], attack) == 1
+    assert accuracy_under_attack(model, test, evasion()) > float(still.double().mean())
+
+
+def test_what_is_neither_right_nor_wrong_is_refused() -> None:
+    draw = torch.Generator().manual_seed(0)
+    data = examples(torch.randn(6, 2, generator=draw).double().numpy(), np.arange(6) % 2)
+    data[4]["x"][0] = torch.nan
+    for attack in (evasion(), robustness(0.1)):
+        with pytest.raises(BadExample, match=r"example 4 a loss that is not finite.*smaller epsilon"):
+            accuracy_under_attack(network(), data, attack, batch_size=3)
 
 
 def test_evasion_turns_every_answer_of_a_linear_model() -> None:

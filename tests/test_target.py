@@ -21,13 +21,15 @@ from models import (
     prompts,
     tiny,
 )
-from test_families import FAMILIES
+from test_families import FAMILIES, Family
 from torch import Tensor, nn
 from worlds import examples, network, tensors
 
 from hf_influence import GradientStore, attribute, collect, collect_target, dropout, evasion, fairness, robustness
 from hf_influence.errors import BadExample, BadSetting, StoreError, StoreMismatch, UnsupportedModel
-from hf_influence.gradients import example_losses
+from hf_influence.evaluation import accuracy_under_attack
+from hf_influence.gradients import example_losses, label_smoothing
+from hf_influence.gradients import own_loss as loss_of
 
 N = 8
 Row = dict[str, Tensor]
@@ -75,12 +77,22 @@ def alone(example: Example) -> Example:
     return {name: example[name] for name in ("input_ids", "labels")}
 
 
-def gap(model: nn.Module, data: list[Example], column: str, groups: tuple[Any, Any]) -> Tensor:
+def by_softmax(logits: Tensor) -> Tensor:
+    return logits.softmax(1)
+
+
+def gap(
+    model: nn.Module,
+    data: list[Example],
+    column: str,
+    groups: tuple[Any, Any],
+    probabilities: Callable[[Tensor], Tensor] = by_softmax,
+) -> Tensor:
     """|E[ŷ | one group] − E[ŷ | the other]|, one query at a time."""
     means = []
     for group in groups:
         members = [torch.tensor([row["input_ids"]]) for row in data if row[column] == group]
-        means.append(torch.stack([model(ids).logits.softmax(1)[0, 1] for ids in members]).mean())
+        means.append(torch.stack([probabilities(model(ids).logits)[0, 1] for ids in members]).mean())
     return (means[0] - means[1]).abs()
 
 
@@ -100,6 +112,48 @@ def test_fairness_is_the_gradient_of_the_gap(
     measured, own = slope(model, row_of(store, "fairness"), lambda: gap(model, data, column, groups))
     assert measured == pytest.approx(own, rel=1e-4)
     assert attribute(store, "ip", query_split="fairness").query_ids == rows.ids
+
+
+@pytest.mark.parametrize("problem", [None, "multi_label_classification"])
+def test_where_an_example_has_several_labels_each_has_its_own_probability(tmp_path: Path, problem: str | None) -> None:
+    torch.manual_seed(0)
+    model = lora(bert(num_labels=3, problem_type=problem), ["query", "value"], modules_to_save=["classifier"]).eval()
+    data = [{**row, "labels": [1.0, 0.0, float(i % 2)]} for i, row in enumerate(people())]
+    collect(model, data, tmp_path)
+    store = collect_target(model, data, tmp_path, target=fairness("age"), split="fairness", batch_size=3)
+    value = gap(model, data, "age", (0, 1), torch.sigmoid)
+    torch.testing.assert_close(store.rows("fairness").stats["value"][0], value.detach(), rtol=1e-8, atol=1e-12)
+    torch.testing.assert_close(row_of(store, "fairness"), gradient(model, value), rtol=1e-8, atol=1e-12)
+
+
+class MeanLogit:
+    """Of class 1, summed and counted in the model's own numbers."""
+
+    def __call__(self, model: nn.Module, batch: dict[str, Any]) -> Tensor:
+        z = model(batch["x"]).logits[:, 1]
+        return torch.stack([z.sum(), z.new_tensor(len(z))])
+
+    def combine(self, sums: Tensor) -> Tensor:
+        return sums[0] / sums[1]
+
+
+def test_half_precision_counts_every_query(tmp_path: Path) -> None:
+    n, model = 600, network(4).bfloat16()
+    x = torch.randn(n, 2, generator=torch.Generator().manual_seed(0)).bfloat16()
+    data = [{"x": point, "labels": 0, "old": int(i % 3 == 0)} for i, point in enumerate(x)]
+    store = collect(model, data[:4], tmp_path, modules="trainable")
+    logits = torch.cat([model(one).logits for one in x[:, None].detach()]).detach().double()
+    y = logits.softmax(1)[:, 1]
+    for batch_size in (1, 200):
+        where = f"fairness-{batch_size}"
+        collect_target(model, data, tmp_path, target=fairness("old"), split=where, batch_size=batch_size)
+        found = store.rows(where).stats["value"][0].double()
+        torch.testing.assert_close(found, (y[::3].mean() - y.mean()).abs() * 1.5, rtol=1e-5, atol=0)
+    one, two = (row_of(store, f"fairness-{batch_size}") for batch_size in (1, 200))
+    longest = max(float(row.norm()) for row in one.values())
+    torch.testing.assert_close(two, one, rtol=0, atol=0.02 * longest)
+    collect_target(model, data, tmp_path, target=MeanLogit(), split="mean", batch_size=1)
+    torch.testing.assert_close(store.rows("mean").stats["value"][0].double(), logits[:, 1].mean(), rtol=1e-9, atol=0)
 
 
 def test_an_example_that_narrows_the_gap_is_worth_keeping(tmp_path: Path) -> None:
@@ -246,6 +300,45 @@ def test_robustness_is_the_gradient_at_moved_embeddings(tmp_path: Path, directio
     assert measured == pytest.approx(own, rel=1e-4)
 
 
+def friendly(logits: Tensor, labels: Tensor) -> Tensor:
+    return -nn.functional.cross_entropy(logits, labels, reduction="none")
+
+
+LOSSES: dict[str, tuple[Any, Any, dict[str, Any], Any]] = {
+    "label smoothing": (classifier, people, {"task": label_smoothing(0.3)}, None),  # the store tells
+    "own function": (classifier, people, {"task": loss_of(friendly)}, loss_of(friendly)),
+    "sum over tokens": (tiny, prompts, {"loss_reduction": "sum"}, None),
+}
+
+
+@pytest.mark.parametrize("kind", LOSSES)
+def test_robustness_is_of_the_loss_of_the_rows(tmp_path: Path, kind: str) -> None:
+    make, queries, settings, told = LOSSES[kind]
+    model, data = make(), queries()
+    store = collect(model, data, tmp_path, **settings)
+    for split, epsilon in (("still", 1e-9), ("moved", 0.05)):
+        collect_target(model, data, tmp_path, target=robustness(epsilon), split=split, task=told, batch_size=3)
+    rows = {name: rows.sum(0) for name, rows in all_rows(store.rows("train")).items()}
+    torch.testing.assert_close(row_of(store, "still"), rows, rtol=1e-5, atol=1e-7)
+    still, moved = (store.rows(split).stats["value"][0] for split in ("still", "moved"))
+    torch.testing.assert_close(still, store.rows("train").stats["loss"].sum(), rtol=1e-5, atol=1e-7)
+    assert moved > still, "up that loss"
+
+
+@pytest.mark.parametrize("family", [FAMILIES["T5"], FAMILIES["BART"]], ids=["T5", "BART"])
+def test_of_a_translator_what_the_encoder_reads_is_moved(tmp_path: Path, family: Family) -> None:
+    model, data, collate = family.model().double().eval(), family.data(), family.collate("left")
+    collect(model, data, tmp_path, data_collator=collate)
+    target = robustness(0.5, 2)
+    store = collect_target(model, data, tmp_path, target=target, split="robust", data_collator=collate, batch_size=3)
+    moves = [attacked(model, row, 0.5, 2, "gradient") for row in data]
+    value = moved_loss(model, data, moves)
+    torch.testing.assert_close(store.rows("robust").stats["value"][0], value.detach(), rtol=1e-7, atol=1e-10)
+    torch.testing.assert_close(row_of(store, "robust"), gradient(model, value), rtol=1e-6, atol=1e-9)
+    assert value > moved_loss(model, data, [torch.zeros(())] * len(data))
+    assert 0 <= accuracy_under_attack(model, data, target, data_collator=collate) <= 1
+
+
 def test_language_models_can_be_attacked_and_images_where_their_pixels_are(tmp_path: Path) -> None:
     model, data = tiny(), prompts()
     store = collect(model, data, tmp_path / "text")
@@ -286,6 +379,27 @@ def test_evasion_of_a_linear_model_has_the_closed_form_of_the_paper(tmp_path: Pa
     collect_target(model, data, tmp_path, target=evasion(gamma), split="evasion", batch_size=4)
     torch.testing.assert_close(row_of(store, "evasion"), gradient(model, value), rtol=1e-8, atol=1e-12)
     torch.testing.assert_close(store.rows("evasion").stats["value"][0], value.detach())
+
+
+def test_a_query_without_a_gradient_stays_where_it_is() -> None:
+    model, x = network(4), torch.randn(5, 2, dtype=torch.float64)
+    with torch.no_grad():
+        model.layers[0].bias.fill_(-100.0)  # no ReLU is ever open
+    batch = {"x": x, "labels": torch.tensor([0, 1, 0, 1, 0])}
+    for target in (robustness(0.1), robustness(0.1, 3), robustness(0.1, direction="sign"), evasion()):
+        assert bool((target.adversary(model, batch) == 0).all())
+
+
+def test_no_step_is_longer_than_it_is_said_to_be() -> None:
+    """Of sure examples the gradient is so small that its squares are 0, or 0 itself."""
+    x, model = torch.randn(50, 2, generator=torch.Generator().manual_seed(0)), network().float()
+    with torch.no_grad():
+        model.layers[0].weight.mul_(100)
+    batch = {"x": x, "labels": model(x).logits.argmax(1)}
+    lengths = robustness(0.01).adversary(model, batch).norm(dim=1)
+    torch.testing.assert_close(lengths, 0.01 * (lengths > 0))
+    assert 0 < (lengths == 0).sum() < 25
+    assert float(robustness(0.01, 3).adversary(model, batch).norm(dim=1).max()) < 0.010001
 
 
 def test_the_model_comes_back_as_it_was(tmp_path: Path) -> None:
@@ -338,12 +452,17 @@ def built(kind: Any) -> Any:
     return lora(model, ["query"]).eval()
 
 
+def regression() -> Any:
+    return lora(bert(num_labels=2, problem_type="regression"), ["query"]).eval()
+
+
 WRONG: dict[str, tuple[Any, Any, type[Exception], str]] = {
     "column": (classifier, fairness("gender"), BadExample, r"no column 'gender'.*its columns are \['input_ids'"),
     "groups": (classifier, fairness("sex"), BadExample, r"a query has sex='[mf]'.*groups=\(…, …\)"),
     "member": (classifier, fairness("sex", groups=("f", "x")), BadExample, "a query has sex='m'"),
     "no member": (classifier, fairness("one"), BadExample, r"no query has one=1.*cannot be compared"),
     "classes": (classifier, fairness("age", positive=2), UnsupportedModel, r"class 2, and .* logits of shape \[8, 2\]"),
+    "regression": (regression, fairness("age"), UnsupportedModel, "class 1, and .* predicts numbers"),
     "language model": (tiny, fairness("age"), UnsupportedModel, "Use a classifier with that class"),
     "boundary": (tiny, evasion(), UnsupportedModel, r"no decision boundary.*robustness\(epsilon=…\)"),
     "no embedding": (
@@ -371,6 +490,8 @@ def test_what_cannot_be_a_target_is_refused_with_a_reason(tmp_path: Path, case: 
     make, target, error, message = WRONG[case]
     model = make()
     data = [{**row, "one": 0, "age": i % 2, "sex": "fm"[i % 2]} for i, row in enumerate(people())]
+    if model.config.problem_type == "regression":
+        data = [{**row, "labels": [0.5, -1.0]} for row in data]
     if model.config.model_type == "llama":
         data = [{**row, "labels": row["input_ids"]} for row in data]
     store = collect(model, data, tmp_path)

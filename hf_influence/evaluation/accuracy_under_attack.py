@@ -7,9 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hf_influence.errors import UnsupportedModel
+from hf_influence.errors import BadExample, UnsupportedModel
 from hf_influence.gradients.batches import Collator, Examples, inputs_of
 from hf_influence.gradients.modes import evaluating
+from hf_influence.gradients.own_loss import OwnTask
+from hf_influence.gradients.own_loss import task_of as own_task
 from hf_influence.gradients.sweep import BatchSize, check_batch_size, sweep
 from hf_influence.gradients.targets.robustness import MovedQueries
 from hf_influence.task import LanguageModel, task_of
@@ -23,6 +25,7 @@ def accuracy_under_attack(
     data_collator: Collator | None = None,
     batch_size: BatchSize = "auto",
     remove_unused_columns: bool = True,
+    task: OwnTask | None = None,
 ) -> float:
     """The share of examples that are predicted right after an adversary who sees the model has moved each of them.
 
@@ -44,18 +47,21 @@ def accuracy_under_attack(
         data_collator: As in `collect`, like the two that follow.
         batch_size: See there.
         remove_unused_columns: See there.
+        task: See there: the loss that `robustness` moves the examples up. What is right does not depend on it.
 
     Returns:
         From 0 to 1.
 
     Raises:
-        BadExample: An empty dataset, or one without labels.
+        BadExample: An empty dataset, one without labels, or an answer that is not finite.
+        BadSetting: A task that does not suit the model.
         UnsupportedModel: A model whose answers are not right or wrong, or without an input that can be moved.
 
     See also: hf_influence.robustness (the loss under the same attack, as a target).
     Source: Revisiting Inner Product (IP Ensemble), section 7.
     """
     check_batch_size(batch_size)
+    attack = attack.with_task(own_task(model, task=task))
     examples = Examples(dataset, model, data_collator, None, remove_unused_columns)
     _, lengths = examples.survey()
     device = next(model.parameters()).device
@@ -65,20 +71,31 @@ def accuracy_under_attack(
         with attack.moving(model, there) as moved:
             return _correct(model, moved)
 
+    total = 0.0
     with evaluating(model), torch.no_grad():
-        batches = sweep(correct, examples, range(len(examples)), lengths, batch_size, device, "attack")
-        return float(torch.cat([one for _, one in batches]).double().mean())
+        for positions, right in sweep(correct, examples, range(len(examples)), lengths, batch_size, device, "attack"):
+            if bad := right.isnan().nonzero().flatten().tolist():
+                raise BadExample(
+                    f"under attack the model gives example {positions[bad[0]]} a loss that is not finite, so its "
+                    "answer is neither right nor wrong. Look at the loss without an attack, losses(model, dataset); "
+                    "where that is finite, choose a smaller epsilon or gamma."
+                )
+            total += float(right.double().sum())
+    return total / len(examples)
 
 
 def _correct(model: nn.Module, batch: dict[str, Any]) -> Tensor:
-    """1 where an example is predicted right and 0 where not, `[b]`; of a language model the share of right tokens."""
+    """1 where an example is predicted right and 0 where not, `[b]`; of a language model the share of right tokens.
+
+    NaN where its loss is not finite.
+    """
     task = task_of(model)
     inputs, labels, mask = inputs_of(model, batch, task)
     targets = task.targets(labels, mask) if isinstance(task, LanguageModel) else labels
-    stats = task.outcome(model(**inputs).logits, targets).stats
-    if "correct" not in stats:
+    outcome = task.outcome(model(**inputs).logits, targets)
+    if "correct" not in outcome.stats:
         raise UnsupportedModel(
             f"{type(model).__name__} predicts numbers, which are neither right nor wrong, so it has no accuracy. Look "
             "at its loss under attack: collect_target(..., target=robustness(...)) stores it as the statistic 'value'."
         )
-    return stats["correct"]
+    return outcome.stats["correct"].where(outcome.loss.isfinite(), torch.nan)

@@ -7,7 +7,7 @@ from typing import Any
 
 from datasets import Dataset, Value
 
-from hf_influence.errors import BadExample
+from hf_influence.errors import BadExample, BadSetting
 from hf_influence.evaluation.shares import share_of
 
 
@@ -41,7 +41,7 @@ def biased_labels(
         The dataset with one more column, `is_wrong`.
 
     Raises:
-        BadSetting: A share out of range.
+        BadSetting: A share out of range, or one label as both the right and the wrong one.
         BadExample: A column is missing or there already, or fewer rows than wanted have that group and label.
 
     >>> rows = Dataset.from_dict({"sex": ["f", "f", "m", "m"], "label": [1, 1, 1, 1]})
@@ -52,6 +52,11 @@ def biased_labels(
     See also: flipped_labels (wrong labels against no one in particular), demographic_parity, fair_score.
     """
     wanted = int(share_of(share) * len(dataset))
+    if wrong == right:
+        raise BadSetting(
+            f"right={right!r} and wrong={wrong!r} are one label, so no row would be wronged. Pass as wrong= the label "
+            "that rows are to get, and as right= the one that they lose."
+        )
     if missing := [name for name in (column, label) if name not in dataset.column_names]:
         raise BadExample(f"the dataset has the columns {dataset.column_names} but no {missing}. Name yours.")
     if "is_wrong" in dataset.column_names:

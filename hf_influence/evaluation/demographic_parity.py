@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from hf_influence.dataset.groups import group_of
 from hf_influence.errors import BadSetting
 
 
@@ -21,7 +22,7 @@ def demographic_parity(predictions: Any, groups: Iterable[Any]) -> float:
     Args:
         predictions: One number an example, `[n]`: the predicted probability of the positive class, or the predicted
             class 0 or 1.
-        groups: The group of each example, any values.
+        groups: The group of each example, any values; those without one (None, NaN) are a group together.
 
     Raises:
         BadSetting: Not one finite number an example, or less than two groups.
@@ -32,10 +33,11 @@ def demographic_parity(predictions: Any, groups: Iterable[Any]) -> float:
     See also: fair_score, hf_influence.fairness (the same as a target for scores).
     Source: Revisiting Inner Product (IP Ensemble), eq. 3.
     """
-    y = torch.as_tensor(predictions if hasattr(predictions, "shape") else list(predictions), dtype=torch.float64)
+    plain = predictions.tolist() if hasattr(predictions, "tolist") else list(predictions)
+    y = torch.as_tensor(plain, dtype=torch.float64)
     members: dict[Any, list[int]] = {}
     for i, group in enumerate(groups):
-        members.setdefault(group.tolist() if hasattr(group, "tolist") else group, []).append(i)
+        members.setdefault(group_of(group), []).append(i)
     count = sum(map(len, members.values()))
     if y.shape != (count,) or not bool(torch.isfinite(y).all()):
         raise BadSetting(

@@ -19,6 +19,8 @@ class Fairness:
 
         f = |E[ŷ | a = a₁] − E[ŷ | a = a₀]|,   ŷ the predicted probability of class `positive`
 
+    That is by softmax where an example has one label, and by the sigmoid of its own logit where it may have several.
+
     Source: Revisiting Inner Product (IP Ensemble), eq. 3.
     """
 
@@ -45,16 +47,24 @@ class Fairness:
                 f"{self.groups[1]!r}. Leave other queries out, or name the values: fairness({self.sensitive!r}, "
                 "groups=(…, …))."
             )
-        task = task_of(model)
-        logits = model(**inputs_of(model, batch, task)[0]).logits
-        if not isinstance(task, Classification) or logits.ndim != 2 or not self.positive < logits.shape[1] > 1:
-            raise UnsupportedModel(
-                f"fairness compares the probability of class {self.positive}, and {type(model).__name__} gives logits "
-                f"of shape {list(logits.shape)}. Use a classifier with that class, or a target of your own."
-            )
-        y = logits.softmax(1)[:, self.positive]  # [b]
+        y = self._probability(model, batch)
         mine = [torch.tensor([value == group for value in members], device=y.device) for group in self.groups]
         return torch.stack([number for member in mine for number in (y[member].sum(), member.sum().to(y))])
+
+    def _probability(self, model: nn.Module, batch: dict[str, Any]) -> Tensor:
+        """That of the class, `[b]`, in float64."""
+        task = task_of(model)
+        inputs, labels, _ = inputs_of(model, batch, task)
+        z = model(**inputs).logits
+        problem = task.settled(labels).problem if isinstance(task, Classification) else None
+        if problem in (None, "regression") or z.ndim != 2 or not self.positive < z.shape[1]:
+            found = "predicts numbers" if problem == "regression" else f"gives logits of shape {list(z.shape)}"
+            raise UnsupportedModel(
+                f"fairness compares the probability of class {self.positive}, and {type(model).__name__} {found}. Use "
+                "a classifier with that class, or a target of your own."
+            )
+        several = problem == "multi_label_classification"
+        return (z.double().sigmoid() if several else z.double().softmax(1))[:, self.positive]
 
     def combine(self, sums: Tensor) -> Tensor:
         """The gap, from the sums over all queries."""

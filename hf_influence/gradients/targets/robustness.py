@@ -5,16 +5,17 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hf_influence.errors import BadSetting, UnsupportedModel
 from hf_influence.gradients.batches import inputs_of
-from hf_influence.gradients.example_losses import example_losses
-from hf_influence.task import Classification, Reduction, task_of, unwrapped
+from hf_influence.gradients.example_losses import losses_by
+from hf_influence.task import Classification, Task, task_of, unwrapped
 
 Direction = Literal["sign", "gradient"]
 Scalars = Callable[[nn.Module, dict[str, Any]], Tensor]
@@ -28,11 +29,20 @@ class MovedQueries(ABC):
     makes of the tokens.
     """
 
-    loss_reduction: Reduction = "mean"
+    task: Task | None = field(default=None, kw_only=True, repr=False)
+    """What says which loss; `None` for that of the model."""
 
     def __call__(self, model: nn.Module, batch: dict[str, Any]) -> Tensor:
         with self.moving(model, batch) as moved:
-            return example_losses(model, moved, self.loss_reduction).sum()
+            return self.losses(model, moved).sum()
+
+    def with_task(self, task: Task) -> MovedQueries:
+        """The same by another loss."""
+        return replace(self, task=task)
+
+    def losses(self, model: nn.Module, batch: dict[str, Any]) -> Tensor:
+        """That of each example, `[b]`."""
+        return losses_by(self.task or task_of(model), model, batch)
 
     @contextmanager
     def moving(self, model: nn.Module, batch: dict[str, Any]) -> Iterator[dict[str, Any]]:
@@ -66,6 +76,8 @@ class Robustness(MovedQueries):
 
         δ ← δ + ε/steps · sign(∇_x ℓ)        or        δ ← δ + ε/steps · ∇_x ℓ / ‖∇_x ℓ‖₂
 
+    A query whose gradient is 0 stays where it is.
+
     Source: Revisiting Inner Product (IP Ensemble), eq. 4, with the adversary of Goodfellow et al., Explaining and
     Harnessing Adversarial Examples, ICLR 2015.
     """
@@ -85,8 +97,8 @@ class Robustness(MovedQueries):
         """The displacement δ of the inputs, `[b, …]`."""
         shift = torch.zeros(())
         for _ in range(self.steps):
-            _, g = self._slope(model, batch, shift, lambda m, b: example_losses(m, b, self.loss_reduction))
-            step = g.sign() if self.direction == "sign" else g / _length(g)
+            _, g = self._slope(model, batch, shift, self.losses)
+            step = g.sign() if self.direction == "sign" else _unit(g)[0]
             shift = shift.to(step) + step * (self.epsilon / self.steps)
         return shift
 
@@ -98,7 +110,8 @@ class Evasion(MovedQueries):
         δ_j = −γ m_j ∇_x m_j / ‖∇_x m_j‖²,   m the logit of the label minus the best other one
 
     Exact for a model that is linear in its input, where it is the closed form of the paper; for others the boundary of
-    the model linearised at x. As in the paper, a query on the wrong side is moved to the right one.
+    the model linearised at x. As in the paper, a query on the wrong side is moved to the right one. A query whose
+    margin does not change with its input has no boundary to cross and stays where it is.
 
     Source: Revisiting Inner Product (IP Ensemble), eq. 4.
     """
@@ -112,15 +125,16 @@ class Evasion(MovedQueries):
     def adversary(self, model: nn.Module, batch: dict[str, Any]) -> Tensor:
         """The displacement δ of the inputs, `[b, …]`."""
         margin, g = self._slope(model, batch, torch.zeros(()), _margins)
-        return g * (-self.gamma * margin.to(g)).reshape(-1, *[1] * (g.ndim - 1)) / _length(g).square()
+        unit, length = _unit(g)
+        distance = margin.to(length) / length.where(length > 0, torch.inf)  # [b]
+        return unit * (-self.gamma * distance).reshape(-1, *[1] * (g.ndim - 1))
 
 
-def robustness(
-    epsilon: float, steps: int = 1, *, direction: Direction = "gradient", loss_reduction: Reduction = "mean"
-) -> Robustness:
+def robustness(epsilon: float, steps: int = 1, *, direction: Direction = "gradient") -> Robustness:
     """The loss of the queries after each was moved up its own loss, as a target for `collect_target`.
 
     Higher scores are worth keeping for robustness: without such an example the loss under attack is predicted to rise.
+    The loss is that of the rows in the store, be it label smoothing or a function of one's own.
 
     Args:
         epsilon: How far a query is moved: each entry of its input by at most that much with direction="sign", the whole
@@ -128,9 +142,8 @@ def robustness(
             numbers, else of the input embedding; `model.get_input_embeddings().weight.norm(dim=1)` shows these.
         steps: In so many steps, with the gradient taken anew in each.
         direction: Along the loss gradient, or along the signs of its entries.
-        loss_reduction: As in `collect`.
     """
-    return Robustness(loss_reduction, epsilon, steps, direction)
+    return Robustness(epsilon, steps, direction)
 
 
 def evasion(gamma: float = 1.1) -> Evasion:
@@ -139,7 +152,7 @@ def evasion(gamma: float = 1.1) -> Evasion:
     Args:
         gamma: 1 is on the boundary (to first order), 2 as far behind it as the query was before it.
     """
-    return Evasion(gamma=gamma)
+    return Evasion(gamma)
 
 
 def _margins(model: nn.Module, batch: dict[str, Any]) -> Tensor:
@@ -180,8 +193,11 @@ def _moved(model: nn.Module, batch: dict[str, Any], move: Callable[[Tensor], Ten
 
 
 def _embedding(model: nn.Module) -> nn.Module:
+    """What looks up the input tokens; an encoder has a module of its own for that, if with the decoder's weights."""
+    base = unwrapped(model)
+    encodes = getattr(getattr(base, "config", None), "is_encoder_decoder", False)
     try:
-        found = unwrapped(model).get_input_embeddings()
+        found = (base.get_encoder() if encodes else base).get_input_embeddings()
     except (AttributeError, NotImplementedError) as error:
         raise _without_embedding(model, "of which it has none") from error
     if not isinstance(found, nn.Module):
@@ -196,7 +212,13 @@ def _without_embedding(model: nn.Module, found: str) -> UnsupportedModel:
     )
 
 
-def _length(g: Tensor) -> Tensor:
-    """Of each example's whole gradient, `[b, 1, …]`; no gradient, no step."""
-    length = torch.linalg.vector_norm(g.flatten(1), dim=1).clamp(min=torch.finfo(g.dtype).tiny)
-    return length.reshape(-1, *[1] * (g.ndim - 1))
+def _unit(g: Tensor) -> tuple[Tensor, Tensor]:
+    """Each example's whole gradient at length 1, `[b, …]`, and its length, `[b]`; both 0 where there is no gradient.
+
+    In units of the largest entry meanwhile: of a sure example all entries are so small that their squares are 0.
+    """
+    flat = g.flatten(1).to(torch.promote_types(g.dtype, torch.float32))
+    largest = flat.abs().amax(1, keepdim=True)
+    scaled = flat / largest.where(largest > 0, 1)
+    length = torch.linalg.vector_norm(scaled, dim=1) * largest[:, 0]
+    return F.normalize(scaled, dim=1).view_as(g), length

@@ -50,10 +50,11 @@ def collect_target(
     loss of the queries may be replaced by whatever should be *small*: then higher = more worth keeping as ever, since
     a method predicts how far f rises without the example. Give the negative of what should be large.
 
-    A target is a function, or an object that may have two things more: `columns`, names of columns of the dataset that
-    each batch is to carry (as a tensor where they are numbers, else as a list); and `combine`, for a target that is no
-    sum over batches. Then a call gives `[k]` numbers, their sums s over all batches go to `combine(s) -> scalar`, and
-    the row is `Σ_k ∂f/∂s_k ∇s_k`; a mean, a difference of means, a ratio can be had that way.
+    A target is a function, or an object that may have three things more: `columns`, names of columns of the dataset
+    that each batch is to carry (as a tensor where they are numbers, else as a list); `with_task(task) -> target`, where
+    it is to know the loss of the rows; and `combine`, for a target that is no sum over batches. Then a call gives `[k]`
+    numbers, their sums s over all batches (in float64) go to `combine(s) -> scalar`, and the row is `Σ_k ∂f/∂s_k ∇s_k`;
+    a mean, a difference of means, a ratio can be had that way.
 
     Plain autograd, in evaluation mode, one batch in memory at a time; the model comes back as it was. The row holds the
     parameters that the store has as blocks and goes through the store's compressor. Its statistic "value" is f.
@@ -88,6 +89,8 @@ def collect_target(
     store = GradientStore.open(path)
     adapter = adapter_identity(model)
     plan = Plan.again(store, model, dataset, data_collator, None, remove_unused_columns, task)
+    if hasattr(target, "with_task"):
+        target = target.with_task(plan.task)
     _check_place(store, split, point, adapter, overwrite)
     fingerprint, lengths = plan.examples.survey()
     carried = {name: _column(dataset, name) for name in getattr(target, "columns", ())}
@@ -124,7 +127,7 @@ def collect_target(
         def back(batch: dict[str, Any]) -> list[Tensor]:
             numbers = _numbers(target, model, _on(batch, device), many=combine is not None)
             _check_grown(numbers, name)
-            scalar = numbers if slope is None else numbers @ slope.to(numbers)
+            scalar = numbers if slope is None else numbers @ slope
             parts = torch.autograd.grad(scalar, list(blocks.values()), materialize_grads=True)
             exact = [part.to(torch.promote_types(part.dtype, torch.float32)).flatten() for part in parts]
             return [numbers.detach().sum(), *exact]
@@ -208,10 +211,10 @@ def _on(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
 
 
 def _numbers(target: Target, model: nn.Module, batch: dict[str, Any], many: bool) -> Tensor:
-    """What the target gives: a scalar, or `[k]` if `many`."""
+    """What the target gives: a scalar, or `[k]` if `many`; in float64, as half precision cannot count past 256."""
     numbers = target(model, batch)
     _check_scalar(numbers, "the target", many)
-    return numbers
+    return numbers.double()
 
 
 def _check_scalar(numbers: object, what: str, many: bool = False) -> None:
