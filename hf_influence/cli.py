@@ -83,6 +83,7 @@ def attribute(
     from hf_influence.attribution import attribute as score
     from hf_influence.dataset.matching import positions
     from hf_influence.errors import BadSetting
+    from hf_influence.filter.replay import of_split
     from hf_influence.filter.wording import printable
     from hf_influence.scores import as_json
 
@@ -93,6 +94,7 @@ def attribute(
         raise BadSetting("--groups is a column of --data. Give both: --data train.parquet --groups task.")
     if groups is not None and data is not None:
         rows = _load(data, split)
+        rows = of_split(rows, split) if isinstance(rows, dict) else rows
         if groups not in rows.column_names:
             raise BadSetting(f"--groups {groups} is no column of {data}, which has {rows.column_names}.")
         settings["groups"] = rows[groups][:]
@@ -122,7 +124,7 @@ def filter(
     ] = None,
     keep: Annotated[str | None, typer.Option(help="A share or a count.")] = None,
     within: Annotated[str | None, typer.Option(help="A column; each of its values is cut for itself.")] = None,
-    split: Annotated[str, typer.Option(help="Of a dataset with several.")] = "train",
+    split: Annotated[str, typer.Option(help="Of a dataset with several; the others stay as they are.")] = "train",
 ) -> None:
     """Leave out the examples least worth keeping: a better dataset, and why each row stays or goes."""
     from hf_influence.filter import DatasetFilter
@@ -143,7 +145,7 @@ def relabel(
     store: Annotated[
         Path | None, typer.Option(help="The store that was scored, where there are more than two classes.")
     ] = None,
-    split: Annotated[str, typer.Option(help="Of a dataset with several.")] = "train",
+    split: Annotated[str, typer.Option(help="Of a dataset with several; the others stay as they are.")] = "train",
 ) -> None:
     """Give the examples the labels they should have, as far as that is known; all of them stay."""
     from hf_influence.filter import DatasetFilter, Relabel
@@ -169,17 +171,17 @@ def _curate(rule: Any, data: str, split: str, scores: Path, output: Path, **more
     """Apply a rule of the filter module, and keep what comes of it."""
     from hf_influence.errors import BadSetting, StoreError
     from hf_influence.filter import save_curated
-    from hf_influence.scores import Scores
 
     if not scores.exists():
         raise StoreError(
             f"there is no file or folder {scores}. Name scores, as `hf-influence attribute STORE --output FILE` writes "
             "them, or a store."
         )
-    if Path(data).is_dir() and output.resolve() == Path(data).resolve():
-        raise BadSetting(f"--output {output} is the dataset itself, which would be lost. Name another folder.")
-    rows = _load(data, split)
-    curated = rule.apply(rows, Scores.load(scores) if scores.is_file() else scores, **more)
+    if Path(data).is_dir() and Path(data).resolve() in (output.resolve(), *output.resolve().parents):
+        raise BadSetting(
+            f"--output {output} is the dataset itself, or in it, and rows would be lost. Name another folder."
+        )
+    curated = rule.apply(_load(data, split), scores, split=split, **more)
     save_curated(curated, rule.report, output)
     print(f"{rule.report}\nwritten to {output}; datasets.load_from_disk({str(output)!r}) reads it")
 
@@ -214,7 +216,7 @@ def _amount(text: str | None) -> Any:
 
 
 def _load(data: str, split: str) -> Any:
-    """The dataset, or the split of it, that a name stands for.
+    """The dataset that a name stands for; with all its splits, if it has several.
 
     Raises:
         BadExample: It cannot be read, or has no such split.
@@ -236,7 +238,8 @@ def _load(data: str, split: str) -> Any:
             tabs = {"sep": "\t"} if suffix == ".tsv" else {}
             loaded = load_dataset(kind, data_files=data, split="train", **tabs)
         else:
-            return load_dataset(data, split=split)
+            part = "[" in split or "+" in split  # beside which there are no others
+            loaded = load_dataset(data, split=split if part else None)
     except (OSError, ValueError, DatasetsError) as error:
         cause = error.__cause__ or error  # datasets says no more than that there was one
         raise BadExample(
@@ -244,8 +247,8 @@ def _load(data: str, split: str) -> Any:
             "JSON, CSV or TSV file, a folder of save_to_disk or a dataset of the hub."
         ) from error
     if isinstance(loaded, DatasetDict):
-        return of_split(loaded, split)
-    if split not in ("train", str(loaded.split)):
+        of_split(loaded, split)
+    elif split not in ("train", str(loaded.split)):
         raise BadExample(f"{data} is one dataset without splits, so it has no {split!r}. Leave --split out.")
     return loaded
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -108,10 +109,10 @@ class Scores:
         """Ids of the `k` examples least worth keeping, worst first; ties in dataset order.
 
         Raises:
-            BadSetting: `k` is negative.
+            BadSetting: `k` is negative, or no whole number.
         """
-        if k < 0:
-            raise BadSetting(f"lowest({k}): how many examples to give is a number of 0 or more.")
+        if not isinstance(k, Integral) or k < 0:
+            raise BadSetting(f"lowest({k!r}): how many examples to give is a whole number of 0 or more.")
         order = self.mean().argsort(stable=True)[:k].tolist()
         return [self.ids[i] for i in order]
 
@@ -119,14 +120,15 @@ class Scores:
         """Of wrong labels or answers the probability, `[n_train]`: 1 / (1 + exp(score)), of scores that are log-odds.
 
         Raises:
-            BadSetting: They are not; those by "auto" are, with clean queries that tell right from wrong.
+            BadSetting: They are not; those by "auto" are, of single labels or of answers to prompts, with clean
+                queries that tell right from wrong.
         """
         if LOG_ODDS not in self.report:
             raise BadSetting(
-                f"scores by '{self.method}' rank the examples and are no probabilities. Those by 'auto' are log-odds "
-                "where the store has clean queries that tell right from wrong: attribute(store). Of more than two "
-                "classes, and of prompts and answers, they must have been captured at the end of training "
-                "(GradientCapture(…, query_dataset=…)), or collected with wrong_labels=True or other_prompts=2."
+                f"scores by '{self.method}' rank the examples and are no probabilities. Those by 'auto' are log-odds, "
+                "of single labels or of prompts and answers, where clean queries at the end of training tell right "
+                "from wrong (collect(…) takes wrong_labels=True or other_prompts=2 for that). Of several labels an "
+                "example, and of regression, they never are."
             )
         return torch.sigmoid(-self.mean())
 

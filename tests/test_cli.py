@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from datasets import Dataset, DatasetDict, load_from_disk
+from datasets import Dataset, DatasetDict, NamedSplit, load_from_disk
 from stores import make_store
 from typer.testing import CliRunner
 
@@ -71,7 +72,7 @@ def said(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *w
         ("filter disk nope.st --drop 1 --output out", "there is no file or folder nope.st. Name scores"),
         ("filter disk s.st --drop 1 --output disk", "is the dataset itself"),
         ("filter dict s.st --drop 1 --output ./dict/", "is the dataset itself"),
-        ("filter dict s.st --drop 1 --output dict/train", "can't overwrite itself"),
+        ("filter dict s.st --drop 1 --output dict/train", "is the dataset itself, or in it"),
         ("filter disk s.st --drop 1 --output s.st", "s.st"),
         ("relabel classes odds.st --output out", "of more than two classes needs the model's probabilities. Pass the"),
         ("relabel classes odds.st --output out", "or --store runs/mine, which has them if it is of a classifier"),
@@ -114,7 +115,35 @@ def test_a_split_is_filtered_where_there_is_one(place: Path, tmp_path: Path, dat
     given = ["filter", str(place / data), str(place / "s.st"), "--keep", "2", "--split", split]
     done = CliRunner().invoke(cli.app, [*given, "--output", str(tmp_path / "out")])
     assert done.exit_code == 0, done.output
-    assert len(load_from_disk(tmp_path / "out")) == 2
+    whole, curated = load_from_disk(str(place / data)), load_from_disk(str(tmp_path / "out"))
+    assert type(curated) is type(whole)
+    sizes = {"train": N, "test": N} | {split: 2} if data == "dict" else 2
+    assert (curated.num_rows if data == "dict" else len(curated)) == sizes
+
+
+def test_the_other_splits_stay_when_one_is_relabelled(place: Path, tmp_path: Path) -> None:
+    rows = load_from_disk(str(place / "classes"))
+    DatasetDict(train=rows, validation=rows.select([1, 0])).save_to_disk(tmp_path / "splits")
+    words = [str(tmp_path / "splits"), str(place / "odds.st"), "--store", str(place / "classified")]
+    done = CliRunner().invoke(cli.app, ["relabel", *words, "--output", str(tmp_path / "out")])
+    assert done.exit_code == 0, done.output
+    new = load_from_disk(str(tmp_path / "out"))
+    assert new["validation"].to_dict() == rows.select([1, 0]).to_dict()
+    assert len(new["train"]["label"][0]) == 3
+
+
+def test_of_a_dataset_on_the_hub_all_splits_are_read(place: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    whole = load_from_disk(str(place / "dict"))
+
+    def load(name: str, split: str | None = None) -> Any:
+        return whole if split is None else Dataset.from_dict(whole["train"].to_dict(), split=NamedSplit(split))
+
+    monkeypatch.setattr("datasets.load_dataset", load)
+    for split, rows in (("test", {"train": N, "test": N - 1}), ("train[:4]", N - 1)):
+        words = ["filter", "me/data", str(place / "s.st"), "--drop", "1", "--split", split]
+        done = CliRunner().invoke(cli.app, [*words, "--output", str(tmp_path / split)])
+        assert done.exit_code == 0, done.output
+        assert load_from_disk(str(tmp_path / split)).num_rows == rows
 
 
 @pytest.mark.parametrize("words", ["odds.st --store classified", "classified --how predicted --suspects 0.5"])

@@ -10,9 +10,10 @@ import pytest
 import torch
 from datasets import ClassLabel, Dataset, DatasetDict, Features, List, Value, load_dataset, load_from_disk
 from huggingface_hub import DatasetCard
+from stores import make_store
 
 from hf_influence.dataset.contents import row_code, row_codes
-from hf_influence.errors import BadExample, StoreError
+from hf_influence.errors import BadExample, BadSetting, StoreError
 from hf_influence.filter import DatasetFilter, Decision, Prune, Relabel, Reweight, Separate, add_to_card, save_curated
 from hf_influence.filter.card import END, START, with_section
 from hf_influence.scores import Scores
@@ -269,8 +270,10 @@ def test_a_file_that_is_no_decision_is_refused(tmp_path: Path) -> None:
     path.write_text("{")
     with pytest.raises(StoreError, match="does not hold a decision"):
         Decision.load(path)
-    with pytest.raises(StoreError, match="does not hold a decision"):
-        Decision.load(tmp_path / "none.json")
+    for nothing in (tmp_path / "none.json", tmp_path / "empty"):
+        (tmp_path / "empty").mkdir(exist_ok=True)
+        with pytest.raises(StoreError, match="does not hold a decision"):
+            Decision.load(nothing)
 
 
 def hostile() -> tuple[Dataset, Decision]:
@@ -348,6 +351,7 @@ def test_a_curated_folder_has_data_decision_and_card(tmp_path: Path) -> None:
         save_curated(curated, flip.report, tmp_path / "out")
     same(load_from_disk(str(tmp_path / "out")), curated)
     decision = Decision.load(tmp_path / "out" / "decision.json")
+    assert Decision.load(tmp_path / "out") == Decision.load(str(tmp_path / "out")) == decision
     same(decision.undo(load_from_disk(str(tmp_path / "out"))), data)
     assert (tmp_path / "out" / "README.md").read_text().count(START) == 1
     parts = Separate(how="otsu")
@@ -356,6 +360,34 @@ def test_a_curated_folder_has_data_decision_and_card(tmp_path: Path) -> None:
         assert type(load_from_disk(str(tmp_path / "out"))) is type(made)
     with pytest.raises(BadExample, match="IterableDataset cannot be saved"):
         save_curated(data.to_iterable_dataset(), decision, tmp_path / "no")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("splits", [False, True])
+def test_a_dataset_with_a_transform_is_saved_as_it_is_stored(tmp_path: Path, splits: bool) -> None:
+    data = plain().with_transform(lambda batch: {"upper": [text.upper() for text in batch["text"]]})
+    trim = DatasetFilter(drop=2)
+    curated = trim.apply(DatasetDict(train=data, test=data) if splits else data, scores_of(VALUES))
+    save_curated(curated, trim.report, tmp_path / "out")
+    loaded = load_from_disk(str(tmp_path / "out"))
+    same(loaded, curated.with_format(None))
+    same(
+        Decision.load(tmp_path / "out").replay(DatasetDict(train=plain(), test=plain()) if splits else plain()), loaded
+    )
+    assert (curated["train"] if splits else curated)[0] == {"upper": "ROW 0"}, "the transform stays where it was"
+
+
+def test_what_cannot_be_kept_is_refused_and_nothing_is_written(tmp_path: Path) -> None:
+    trim = DatasetFilter(drop=2)
+    curated = trim.apply(plain(), scores_of(VALUES))
+    for other, kind in ((trim, "DatasetFilter"), (DatasetFilter(drop=1).report, "NoneType"), ("out", "str")):
+        with pytest.raises(BadSetting, match=rf"{kind} is no decision.*trim\.report"):
+            save_curated(curated, other, tmp_path / "out")
+    store = make_store(tmp_path / "store", {"a": torch.ones(2, 2)}).path
+    before = sorted(store.rglob("*"))
+    with pytest.raises(BadSetting, match="is a gradient store"):
+        save_curated(curated, trim.report, store)
+    assert sorted(store.rglob("*")) == before
+    assert list(tmp_path.iterdir()) == [store]
 
 
 def test_suggestions_keep_nested_columns() -> None:

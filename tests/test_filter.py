@@ -8,8 +8,9 @@ import torch
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
 from stores import make_store
 
-from hf_influence.errors import BadExample, BadSetting
-from hf_influence.filter import DatasetFilter
+from hf_influence.attribution.combined import combined
+from hf_influence.errors import BadExample, BadSetting, StoreError
+from hf_influence.filter import DatasetFilter, Prune, Relabel, Reweight, Separate
 from hf_influence.filter.thresholds import doubtful, mixture, negative, otsu
 from hf_influence.scores import Scores
 
@@ -226,12 +227,26 @@ def test_a_threshold_chooses_the_number_of_rows():
 @pytest.mark.parametrize("rule", ["otsu", "mixture", otsu, mixture])
 def test_no_gap_is_looked_for_in_places_of_a_ranking(rule):
     scores = Scores(torch.tensor([[-1.0], [0.0], [1.0]]), ids=[0, 1, 2], method="auto")
-    with pytest.raises(BadSetting, match='Use drop="doubtful"'):
-        DatasetFilter(drop=rule).apply(numbered(3), scores)
-    with pytest.raises(BadSetting, match="none is negative"):
-        DatasetFilter(drop="negative").apply(numbered(3), scores)
+    for ranking in (scores, combined(scores, scores)):
+        with pytest.raises(BadSetting, match=f'by {ranking.method!r} are a ranking.*Use drop="doubtful"'):
+            DatasetFilter(drop=rule).apply(numbered(3), ranking)
+        with pytest.raises(BadSetting, match=f"by {ranking.method!r} are a ranking here, of which none is negative"):
+            DatasetFilter(drop="negative").apply(numbered(3), ranking)
     odds = Scores(scores.values, scores.ids, "auto", report={"log_odds": {}})
     assert DatasetFilter(drop="negative").apply(numbered(3), odds)["row"][:] == [1, 2]
+
+
+def test_nothing_is_negative_on_a_scale_from_0_to_1():
+    values = torch.tensor([[0.0], [0.4], [1.0]])
+    for rule in ("negative", negative):
+        with pytest.raises(BadSetting, match="'self_confidence' all lie between 0 and 1"):
+            DatasetFilter(drop=rule).apply(numbered(3), Scores(values, [0, 1, 2], "self_confidence"))
+    for other in (
+        Scores(values * 3, [0, 1, 2], "margin"),
+        Scores(values, [0, 1, 2], "cosine", query_ids=[0]),
+        Scores(values, [0, 1, 2], "auto", report={"log_odds": {}}),
+    ):
+        assert len(DatasetFilter(drop="negative").apply(numbered(3), other)) == 3, "no row does harm"
 
 
 def test_doubtful_labels_are_those_that_are_not_twice_as_probably_right_as_wrong():
@@ -253,3 +268,42 @@ def test_a_store_is_scored_by_the_default_method(tmp_path: Path) -> None:
         assert trim.apply(rows, given)["text"][:] == ["good", "fine", "fair"]
         assert trim.report is not None
         assert trim.report.sources[0]["method"] == "auto"
+
+
+def test_scores_are_read_from_their_file(tmp_path: Path) -> None:
+    scores = scores_of([1.0, -1.0, 2.0])
+    scores.save(tmp_path / "s.st")
+    for given in (tmp_path / "s.st", str(tmp_path / "s.st"), [scores, tmp_path / "s.st"]):
+        assert DatasetFilter(drop=1).apply(numbered(3), given)["row"][:] == [0, 2]
+    flip = Relabel(suspects=DatasetFilter(drop=1))
+    phi = torch.tensor([[0.1, 0.9]] * 3)
+    assert flip.apply(numbered(3, label=[0, 0, 1]), str(tmp_path / "s.st"), phi)["label"][:] == [0, 1, 1]
+    with pytest.raises(BadSetting, match="needs the model's probabilities"):
+        flip.apply(numbered(3, label=[0, 0, 1]), str(tmp_path / "s.st"))
+    (tmp_path / "other").write_text("x")
+    with pytest.raises(StoreError, match="does not hold scores"):
+        DatasetFilter(drop=1).apply(numbered(3), tmp_path / "other")
+
+
+@pytest.mark.parametrize("rule", [DatasetFilter(drop=1), Reweight(), Relabel(how="posterior"), Prune(), Separate()])
+def test_what_is_no_scores_is_named(rule) -> None:
+    data, scores = numbered(3, label=[0, 1, 1]), scores_of([1.0, -1.0, 2.0])
+    for given, kind in (
+        (scores.values, "Tensor"),
+        (scores.values.numpy(), "ndarray"),
+        ([1.0, -1.0, 2.0], "float"),
+        (None, "NoneType"),
+        ([[scores]], "list"),
+    ):
+        with pytest.raises(BadSetting, match=f"{kind} is no scores"):
+            rule.decide(data, given)
+    with pytest.raises(BadSetting, match="no scores were given"):
+        rule.decide(data, [])
+    for swapped in (rule.decide, rule.apply):
+        with pytest.raises(BadSetting, match=r"Dataset is no scores.*after the dataset"):
+            swapped(scores, data)
+    for other in ([{"row": 0}], scores):
+        with pytest.raises(BadExample, match=r"is not a datasets\.Dataset"):
+            rule.apply(other, scores)
+    with pytest.raises(BadExample, match=r"the split that was scored, of \['train', 'test'\]"):
+        rule.decide(DatasetDict(train=data, test=data), scores)

@@ -103,6 +103,12 @@ def test_scores_of_other_origin_know_the_dataset_as_well(scores: Scores) -> None
     assert TRIM.apply(ROWS.shuffle(0), mine).num_rows == 6  # nothing is known of these
 
 
+def test_scores_of_pieces_are_told_from_those_of_rows() -> None:
+    pieces = Scores(torch.zeros(9, 1), list(range(9)), "loss")
+    with pytest.raises(BadSetting, match=r'"bfd_split" it cuts rows to pieces.*train with "bfd"'):
+        TRIM.apply(ROWS, pieces)
+
+
 def test_rows_of_training_know_the_dataset(tmp_path: Path) -> None:
     data = Dataset.from_list([{**row, "text": f"text {i}"} for i, row in enumerate(EXAMPLES)])
     capture = GradientCapture(tmp_path / "rows", during="epochs", at_end=False)

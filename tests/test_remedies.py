@@ -384,6 +384,40 @@ def test_sources_of_different_informativeness_are_separated() -> None:
         Separate(column="source_number").apply(data, scores)
 
 
+def test_one_split_is_pruned_or_separated_and_the_others_stay() -> None:
+    splits = DatasetDict(train=rows([0] * 4), test=rows([0] * 2))
+    scores = Scores(torch.tensor([[-0.1], [-5.0], [-0.2], [-6.0]]), [0, 1, 2, 3], "self_ip")
+    for remedy in (Prune(drop=2), Separate(how="otsu", column="part")):
+        alone = remedy.apply(splits["train"], scores)
+        for split, other in (("train", "test"), ("dev", "train")):
+            held = DatasetDict({split: splits["train"], other: splits["test"]})
+            new = remedy.apply(held, scores, split=split)
+            assert list(new) == [split, other]
+            assert new[split].to_dict() == alone.to_dict()
+            assert new[other].to_dict() == splits["test"].to_dict()
+            assert remedy.report.undo(new, rest=held, split=split)[split].to_dict() == splits["train"].to_dict()
+        with pytest.raises(BadExample, match="no 'dev'"):
+            remedy.apply(splits, scores, split="dev")
+    with pytest.raises(BadSetting, match=r"has splits already.*Separate\(column='…'\)"):
+        Separate(how="otsu").apply(splits, scores)
+
+
+def test_pruning_and_separating_take_one_set_of_scores_in_any_form(tmp_path: Path) -> None:
+    data, loss = rows([0] * 4), torch.tensor([0.1, 5.0, 0.2, 6.0])
+    make_store(tmp_path / "store", {"a": torch.ones(4, 2)}, stats={"loss": loss})
+    scores = attribute(tmp_path / "store", "loss")
+    scores.save(tmp_path / "s.st")
+    for remedy in (Prune(drop=2), Separate(how="otsu", column="part")):
+        expected = remedy.apply(data, scores).to_dict()
+        for given in ([scores], tmp_path / "s.st", [str(tmp_path / "s.st")]):
+            assert remedy.apply(data, given).to_dict() == expected
+        with pytest.raises(BadSetting, match=r"(Prune|Separate) goes by one set of scores, and 2 were given"):
+            remedy.apply(data, [scores, scores])
+    assert Prune(drop=2).apply(data, tmp_path / "store").to_dict() == Prune(drop=2).apply(data, scores).to_dict()
+    with pytest.raises(BadSetting, match="by 'auto' are a ranking"):
+        Separate().apply(data, tmp_path / "store")
+
+
 def test_groups_have_one_name_however_many_they_are() -> None:
     values = torch.cat([torch.linspace(10 * k, 10 * k + 0.1, 40) for k in range(11)])
     separate = Separate(groups=11)

@@ -11,6 +11,7 @@ import pytest
 import torch
 from datasets import Dataset
 
+from hf_influence.attribution.combined import combined
 from hf_influence.errors import BadSetting, MissingRows
 from hf_influence.filter import DatasetFilter
 from hf_influence.scores import Scores
@@ -49,12 +50,25 @@ def test_whole_numbers_are_scores(tmp_path: Path) -> None:
     assert torch.equal(Scores.load(tmp_path / "s").values, scores.values)
 
 
-def test_a_negative_number_of_scores_is_refused() -> None:
+def test_what_is_no_number_of_scores_is_refused() -> None:
     scores = per_query(torch.zeros(3, 1))
     assert scores.lowest(0) == []
     assert scores.lowest(9) == [0, 1, 2]
-    with pytest.raises(BadSetting, match=r"lowest\(-1\)"):
-        scores.lowest(-1)
+    assert scores.lowest(np.int64(2)) == [0, 1]
+    for wrong in (-1, 0.1, "10", None):
+        with pytest.raises(BadSetting, match=rf"lowest\({wrong!r}\).*whole number"):
+            scores.lowest(wrong)  # type: ignore[arg-type]
+
+
+def test_scores_that_are_no_probabilities_say_which_never_are() -> None:
+    with pytest.raises(BadSetting, match=r"^scores by 'auto' rank .* several labels an example, and of regression"):
+        Scores(torch.zeros(3, 1), [0, 1, 2], "auto").probability_wrong()
+
+
+@pytest.mark.parametrize("given", [[per_query(torch.zeros(3, 1))] * 2, [], torch.zeros(3, 1), "runs/mine"])
+def test_what_is_no_scores_is_not_combined(given: Any) -> None:
+    with pytest.raises(BadSetting, match=rf"{type(given).__name__} is no scores.*combined\(\*several\)"):
+        combined(given)
 
 
 def test_scores_without_queries_to_compare_with_are_refused() -> None:

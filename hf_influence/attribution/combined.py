@@ -32,7 +32,7 @@ def combined(*scores: Scores, groups: Sequence[Any] | None = None) -> Scores:
         groups the settings keep a fingerprint.
 
     Raises:
-        BadSetting: No scores, scores of different examples, or groups that do not fit.
+        BadSetting: No scores, something else, scores of different examples, or groups that do not fit.
 
     >>> import torch
     >>> a = Scores(torch.tensor([[0.9], [-0.4], [0.2]]), ["x", "y", "z"], "ip")
@@ -42,6 +42,8 @@ def combined(*scores: Scores, groups: Sequence[Any] | None = None) -> Scores:
     """
     if not scores:
         raise BadSetting("no scores were given, so there is nothing to combine.")
+    if others := [type(one).__name__ for one in scores if not isinstance(one, Scores)]:
+        raise BadSetting(f"{others[0]} is no scores. Give each as an argument: combined(a, b), or combined(*several).")
     ids, values = scores[0].ids, in_order_of_first(scores)
     within = [None] * len(ids) if groups is None else list(map(group_of, groups))
     if len(within) != len(ids):

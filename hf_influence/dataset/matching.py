@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from datasets import Dataset, IterableDataset
+from datasets import Dataset, DatasetDict, IterableDataset
 from torch import Tensor
 
 from hf_influence.dataset.contents import column_codes
@@ -81,8 +81,8 @@ def positions(dataset: Dataset, scores: Scores) -> Tensor:
         raise BadSetting(
             f"the scores cover {len(scores)} examples and the dataset has {n} rows: they belong to another "
             "dataset, or to another version of it. Filter the one that was scored, or score this one. (An SFTTrainer "
-            "leaves out rows that are too long, and cuts some to pieces: pass GradientCapture(…, train_dataset=…) "
-            "the rows that you have.)"
+            "leaves out rows that are too long: pass GradientCapture(…, train_dataset=…) the rows that you have. With "
+            'packing_strategy="bfd_split" it cuts rows to pieces, and the scores are of those: train with "bfd".)'
         )
     ids = ids_of(dataset, id_column)
     row = {id_: i for i, id_ in enumerate(ids)}
@@ -137,7 +137,14 @@ def ids_of(dataset: Dataset, id_column: str | None) -> Sequence[Any]:
     return range(len(dataset)) if id_column is None else dataset.with_format(None)[id_column][:]
 
 
-def _check(dataset: Dataset, id_column: str | None) -> None:
+def _check(dataset: Any, id_column: str | None) -> None:
+    if isinstance(dataset, IterableDataset):
+        raise BadExample(
+            "an IterableDataset has all its rows at its end only, and they are needed before. Make a Dataset of it: "
+            "Dataset.from_generator(lambda: iter(stream))."
+        )
+    if isinstance(dataset, DatasetDict):
+        raise BadExample(f"a DatasetDict is several datasets. Give the split that was scored, of {list(dataset)}.")
     if not isinstance(dataset, Dataset):
         raise BadExample(
             f"{type(dataset).__name__} is not a datasets.Dataset (or IterableDataset), which is what is filtered. Make "

@@ -10,7 +10,7 @@ from datasets import Dataset, DatasetDict
 from huggingface_hub import DatasetCard
 
 from hf_influence.dataset.contents import code_of_all
-from hf_influence.errors import BadExample
+from hf_influence.errors import BadExample, BadSetting
 from hf_influence.filter.actions import DONE
 from hf_influence.filter.on_disk import text_of
 from hf_influence.filter.wording import markdown
@@ -107,19 +107,29 @@ def with_section(text: str, section: str) -> str:
 def save_curated(curated: Dataset | DatasetDict, decision: Decision, folder: str | Path) -> None:
     """The curated dataset, `decision.json` and the section in `README.md`, in one folder.
 
-    `datasets.load_from_disk(folder)` and `Decision.load(folder / "decision.json")` read them.
+    `datasets.load_from_disk(folder)` and `Decision.load(folder)` read them. The rows are saved as they are stored:
+    formats and transforms are set anew on what is loaded.
 
     Raises:
         BadExample: Not a dataset with a length.
-        BadSetting: A decision that cannot be saved; nothing is written then.
+        BadSetting: No decision, or one that cannot be saved, or the folder of a store; nothing is written then.
     """
+    from hf_influence.filter.decision import Decision
+
     if not isinstance(curated, (Dataset, DatasetDict)):
         raise BadExample(
             f"{type(curated).__name__} cannot be saved to a folder. Save the decision alone, decision.save(path), and "
             "replay it on the stream."
         )
+    if not isinstance(decision, Decision):
+        raise BadSetting(
+            f"{type(decision).__name__} is no decision. Pass the report of the rule that made the dataset, which "
+            "`apply` leaves: save_curated(curated, trim.report, folder)."
+        )
+    if (Path(folder) / "store.json").is_file():
+        raise BadSetting(f"{folder} is a gradient store, which the dataset would be mixed with. Name another folder.")
     text = text_of(decision)
-    curated.save_to_disk(str(folder))
+    curated.with_format(None).save_to_disk(str(folder))
     for left in ("dataset_info.json", "state.json") if isinstance(curated, DatasetDict) else ("dataset_dict.json",):
         (Path(folder) / left).unlink(missing_ok=True)  # of a dataset of the other kind, which would be loaded instead
     write_whole(Path(folder) / "decision.json", text)

@@ -25,7 +25,7 @@ from hf_influence.filter.decision import Decision, sources_of
 from hf_influence.filter.rankings import Given, rankings_of
 from hf_influence.filter.replay import carried_out, of_split
 from hf_influence.filter.report import group_sizes
-from hf_influence.filter.streams import StreamRows
+from hf_influence.filter.streams import By, StreamRows
 from hf_influence.filter.thresholds import THRESHOLDS, Threshold, check_scale, name_of
 
 _ADDED = {"influence": Value("float64"), "influence_rank": Value("int64")}
@@ -41,6 +41,7 @@ class DatasetFilter:
     are equal. A fraction f stands for ⌊f · n⌋ rows, f as written (0.29 of 100 is 29). Cost: one sort.
 
     >>> train = Dataset.from_dict({"text": ["good", "bad", "fine", "fair"]})
+    >>> from hf_influence.scores import Scores
     >>> scores = Scores(torch.tensor([[0.9], [-0.7], [0.4], [0.1]]), ids=[0, 1, 2, 3], method="ip")
     >>> trim = DatasetFilter(drop=0.25)
     >>> trim.apply(train, scores)["text"][:]
@@ -71,7 +72,8 @@ class DatasetFilter:
     agree: int | None = None
     """With several scores: how many of them must drop a row; by default all."""
     columns: bool = False
-    """Add `influence` (mean score) and `influence_rank` (0 = least worth keeping, before the drop)."""
+    """Add `influence` (mean score) and `influence_rank` (0 = least worth keeping, before the drop). The other splits of
+    a `DatasetDict` do not get them, and the hub takes splits with the same columns: push that split alone."""
 
     report: Decision | None = field(default=None, init=False, repr=False, compare=False)
     """What the last `apply` decided: `report.explain(id)`, `report.save(path)`, `report.replay(dataset)`, …"""
@@ -92,16 +94,16 @@ class DatasetFilter:
             return
         check_amount(name, amount, fractions=name != "keep_tokens")
 
-    def apply(self, dataset: Data, scores: Given, split: str = "train", by: StreamRows | None = None) -> Data:
+    def apply(self, dataset: Data, scores: Given, split: str = "train", by: By = None) -> Data:
         """A new dataset with the same columns (and two more if `columns`); `dataset` itself is left alone.
 
         Args:
             dataset: What was scored, or a `DatasetDict` of which one split was; its other splits stay as they are. Of
                 an `IterableDataset` the rows are dropped as they come.
-            scores: Of every row, or a store, which then is scored by "auto". Several of them drop a row only if they
-                agree; its score is then the mean of its places in the rankings, from 0 (worst) to 1.
+            scores: Of every row, or a file of them, or a store, which then is scored by "auto". Several of them drop a
+                row only if they agree; its score is then the mean of its places in the rankings, from 0 (worst) to 1.
             split: Which of a `DatasetDict`.
-            by: For a stream whose scores have no id column: how its rows are known; see `StreamRows`.
+            by: For a stream whose scores have no id column: how its rows are known; see `StreamRows`, or the store.
 
         Raises:
             BadExample: Not a dataset, no rows, or a column that is missing or taken.
@@ -112,7 +114,7 @@ class DatasetFilter:
         self.report = self.decide(dataset, scores, by)
         return carried_out(self.report, dataset, by)
 
-    def decide(self, dataset: Dataset | IterableDataset, scores: Given, by: StreamRows | None = None) -> Decision:
+    def decide(self, dataset: Dataset | IterableDataset, scores: Given, by: By = None) -> Decision:
         """What `apply` would do with each row; arguments and errors as there."""
         rankings = rankings_of(scores)
         needed = self._votes(len(rankings))
@@ -147,7 +149,7 @@ class DatasetFilter:
         stay = (~gone).nonzero()[:, 0].tolist()
         known, per_token = None, True
         if table is None and rankings[0].id_column is None:
-            known, per_token = (by or StreamRows()).stored(rankings[0])
+            known, per_token = StreamRows.of(by).stored(rankings[0])
         return Decision(
             rule=rule,
             sources=sources_of(*rankings),
@@ -177,8 +179,6 @@ class DatasetFilter:
         return rule + (f", agree={self.agree}" if self.agree is not None else "")
 
     def _votes(self, rankings: int) -> int:
-        if not rankings:
-            raise BadSetting("no scores were given, so there is nothing to rank the rows by.")
         needed = rankings if self.agree is None else self.agree
         if not 1 <= needed <= rankings:
             raise BadSetting(f"agree={self.agree} of {rankings} score(s): ask for 1 to {rankings} of them.")

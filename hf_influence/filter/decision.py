@@ -24,7 +24,7 @@ from hf_influence.scores import Scores
 from hf_influence.store.files import write_whole
 
 if TYPE_CHECKING:
-    from hf_influence.filter.streams import StreamRows
+    from hf_influence.filter.streams import By
 
 
 def sources_of(*rankings: Scores) -> tuple[dict[str, Any], ...]:
@@ -167,7 +167,7 @@ class Decision:
             table[f"{column.name}_after"] = column.new
         return Dataset.from_dict(table)
 
-    def replay(self, dataset: Any, split: str = "train", by: StreamRows | None = None) -> Any:
+    def replay(self, dataset: Any, split: str = "train", by: By = None) -> Any:
         """Do the same to the same dataset again: bit-identical rows.
 
         Args:
@@ -212,13 +212,14 @@ class Decision:
 
     @classmethod
     def load(cls, path: str | Path) -> Decision:
-        """Read what `save` wrote.
+        """Read what `save` wrote, or `save_curated`: its folder will do.
 
         Raises:
             StoreError: No such file, not a decision, or one that was damaged or changed.
         """
+        path = Path(path)
         try:
-            return cls(**fields_of(path))
+            return cls(**fields_of(path / "decision.json" if path.is_dir() else path))
         except (OSError, KeyError, TypeError, ValueError, AttributeError) as error:
             raise StoreError(
                 f"{path} does not hold a decision as it was saved ({type(error).__name__}: {printable(error)}). "

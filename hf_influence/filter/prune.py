@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import torch
-from datasets import Dataset
+from datasets import Dataset, DatasetDict
 from torch import Tensor
 
 from hf_influence.attribution.method import methods
@@ -13,8 +13,10 @@ from hf_influence.dataset.contents import row_codes
 from hf_influence.dataset.matching import ids_of, in_dataset_order
 from hf_influence.errors import BadSetting
 from hf_influence.filter.cutting import check_amount, count_of, gone_by, groups_of, reasons_of
+from hf_influence.filter.dataset_filter import Data
 from hf_influence.filter.decision import Decision, sources_of
-from hf_influence.filter.replay import carried_out
+from hf_influence.filter.rankings import Given, one_ranking_of
+from hf_influence.filter.replay import carried_out, of_split
 from hf_influence.filter.report import group_sizes
 from hf_influence.scores import Scores
 
@@ -54,18 +56,26 @@ class Prune:
     def __post_init__(self) -> None:
         check_amount("drop", self.drop)
 
-    def apply(self, dataset: Dataset, scores: Scores) -> Dataset:
+    def apply(self, dataset: Data, scores: Given, split: str = "train") -> Data:
         """A new dataset with the same columns.
 
+        Args:
+            dataset: What was scored, or a `DatasetDict` of which one split was; its other splits stay as they are.
+            scores: Of every row, or a file of them, or a store, which then is scored by "auto".
+            split: Which of a `DatasetDict`.
+
         Raises:
-            BadExample: Not a dataset, no rows, or no such column.
-            BadSetting: Scores with queries, or of another dataset, or a rule that leaves no row.
+            BadExample: Not a dataset, a stream, no rows, or no such column.
+            BadSetting: Scores with queries, several, or of another dataset, or a rule that leaves no row.
         """
+        if isinstance(dataset, DatasetDict):
+            return DatasetDict({**dataset, split: self.apply(of_split(dataset, split), scores)})
         self.report = self.decide(dataset, scores)
         return carried_out(self.report, dataset)
 
-    def decide(self, dataset: Dataset, scores: Scores) -> Decision:
+    def decide(self, dataset: Dataset, scores: Given) -> Decision:
         """What `apply` would do with each row; arguments and errors as there."""
+        scores = one_ranking_of(scores, "Prune")
         check_without_queries(scores, "Prune drops the highest scores")
         mean = in_dataset_order(dataset, scores).mean(1)  # [n]
         n, names = len(mean), ids_of(dataset, scores.id_column)

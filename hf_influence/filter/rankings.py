@@ -1,4 +1,4 @@
-"""What rules are given to decide by: scores, or a store that has yet to be scored, and what it says beside them."""
+"""What rules are given to decide by: scores, a file of them, or a store that has yet to be scored, and what it says."""
 
 from __future__ import annotations
 
@@ -20,9 +20,44 @@ Given = Ranking | Sequence[Ranking]
 
 
 def rankings_of(given: Given) -> list[Scores]:
-    """Scores as they are; of a store, or the path of one, those of `attribute(store)`: its default method."""
-    several = [given] if isinstance(given, Ranking) else list(given)
-    return [one if isinstance(one, Scores) else attribute(one) for one in several]
+    """Scores as they are, or out of a file; of a store, or the path of one, those of `attribute(store)`, by "auto".
+
+    Raises:
+        BadSetting: None, or something else, such as numbers without ids or a dataset.
+        StoreError: A path of neither.
+    """
+    several = [given] if isinstance(given, Ranking) or not isinstance(given, Sequence) else given
+    if not several:
+        raise BadSetting("no scores were given, so there is nothing to rank the rows by.")
+    return [_ranking_of(one) for one in several]
+
+
+def one_ranking_of(given: Given, rule: str) -> Scores:
+    """The scores of a rule that goes by one set of them; errors as in `rankings_of`, and several are refused."""
+    first, *others = rankings_of(given)
+    if others:
+        raise BadSetting(f"{rule} goes by one set of scores, and {len(others) + 1} were given.")
+    return first
+
+
+def store_of(given: Any) -> StoreOrPath | None:
+    """The store, or the path of one; `None` of anything else, and of a file, which holds scores."""
+    is_file = isinstance(given, (str, Path)) and Path(given).is_file()
+    return given if isinstance(given, StoreOrPath) and not is_file else None
+
+
+def _ranking_of(given: Any) -> Scores:
+    if isinstance(given, Scores):
+        return given
+    if (store := store_of(given)) is not None:
+        return attribute(store)
+    if isinstance(given, (str, Path)):
+        return Scores.load(given)
+    raise BadSetting(
+        f"{type(given).__name__} is no scores. Pass what attribute(store) gives, the file that it was saved to, or the "
+        "store, after the dataset; numbers of yours as Scores(values, ids, 'mine'), values [n, 1] and ids the places "
+        "of the rows in the dataset."
+    )
 
 
 def wrong_of(rankings: Sequence[Scores], ids: Sequence[Any]) -> Tensor:
@@ -31,9 +66,8 @@ def wrong_of(rankings: Sequence[Scores], ids: Sequence[Any]) -> Tensor:
     Raises:
         BadSetting: Several sets of scores, or scores that are no log-odds.
     """
-    if len(rankings) != 1:
-        raise BadSetting(f"how='posterior' goes by one set of scores, and {len(rankings)} were given.")
-    wrong = dict(zip(rankings[0].ids, rankings[0].probability_wrong().tolist(), strict=True))
+    scores = one_ranking_of(rankings, "how='posterior'")
+    wrong = dict(zip(scores.ids, scores.probability_wrong().tolist(), strict=True))
     return torch.tensor([wrong[name] for name in ids], dtype=torch.float64)
 
 

@@ -15,10 +15,10 @@ from hf_influence.errors import BadExample, BadSetting
 from hf_influence.filter.actions import Written
 from hf_influence.filter.dataset_filter import Data, DatasetFilter
 from hf_influence.filter.decision import Decision
-from hf_influence.filter.rankings import Given, StoreOrPath, rankings_of, statistic_in, wrong_of
+from hf_influence.filter.rankings import Given, StoreOrPath, rankings_of, statistic_in, store_of, wrong_of
 from hf_influence.filter.replay import carried_out, of_split
 from hf_influence.filter.report import group_sizes
-from hf_influence.filter.streams import StreamRows
+from hf_influence.filter.streams import By, StreamRows
 from hf_influence.filter.wording import quoted
 from hf_influence.scores import Scores
 
@@ -113,12 +113,14 @@ class Relabel:
         dataset: Data,
         scores: Given,
         probabilities: Any = None,
-        by: StreamRows | None = None,
+        by: By = None,
         split: str = "train",
     ) -> Data:
         """The dataset with the new labels; arguments and errors as in `suggest`.
 
-        Of a `DatasetDict` the rows of one `split` are relabelled, and the others stay as they are.
+        Of a `DatasetDict` the rows of one `split` are relabelled, and the others stay as they are, so that metrics read
+        their labels as before. The hub takes splits with labels of the same kind: after "soft" and "posterior" push
+        that split alone, `new["train"].push_to_hub(…)`.
 
         An `IterableDataset` is relabelled as its rows come; `by` must name the store then, which knows their labels and
         probabilities. Numbers of yours are in the order of the scores.
@@ -135,15 +137,15 @@ class Relabel:
         dataset: Dataset | IterableDataset,
         scores: Given,
         probabilities: Any = None,
-        by: StreamRows | None = None,
+        by: By = None,
     ) -> Decision:
         """What `apply` would do with each row; arguments and errors as there."""
-        rankings = rankings_of(scores)
-        labels = self._labels(dataset, rankings[0], by)
+        rankings, by = rankings_of(scores), StreamRows.of(by)
         decision = (self.suspects or DatasetFilter(drop=0)).decide(dataset, rankings, by)
+        labels = self._labels(dataset, rankings[0], by)
         rows = [i for i, action in enumerate(decision.actions) if action == "drop" or self.suspects is None]
         feature = (dataset.features or {}).get(self.label)
-        places = (scores, by and by.store) if probabilities is None else (probabilities,)
+        places = (store_of(scores), by.store) if probabilities is None else (probabilities,)
         store = next((place for place in places if isinstance(place, StoreOrPath)), None)
         if store is not None and self.how != "flip":
             probabilities = self._stored(store, rankings[0], decision.ids, labels)
@@ -182,14 +184,11 @@ class Relabel:
             writes=(Written(name=self.label, new=new, feature=kind, old=old, old_feature=feature),),
         )
 
-    def _labels(self, dataset: Dataset | IterableDataset, scores: Scores, by: StreamRows | None) -> list[int]:
+    def _labels(self, dataset: Dataset | IterableDataset, scores: Scores, by: StreamRows) -> list[int]:
         """The class number of each row; those of a stream come from the store."""
         if self.label not in (dataset.column_names or [self.label]):
             raise BadExample(f"no column {self.label!r} among {dataset.column_names}. Name it: Relabel(label='…', …).")
-        if isinstance(dataset, Dataset):
-            labels = dataset.with_format(None)[self.label][:]
-        else:
-            labels = (by or StreamRows()).labels(scores)
+        labels = dataset.with_format(None)[self.label][:] if isinstance(dataset, Dataset) else by.labels(scores)
         if not all(isinstance(label, int) and label >= 0 for label in labels):
             raise BadExample(
                 f"the column {self.label!r} holds {next(x for x in labels if not isinstance(x, int) or x < 0)!r}, "

@@ -8,7 +8,7 @@ from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict,
 
 from hf_influence.dataset.contents import row_codes
 from hf_influence.errors import BadExample
-from hf_influence.filter.streams import StreamRows, carried_out_on_stream
+from hf_influence.filter.streams import By, StreamRows, carried_out_on_stream
 from hf_influence.filter.wording import quoted
 
 if TYPE_CHECKING:
@@ -26,10 +26,10 @@ def of_split(splits: Any, split: str) -> Any:
     return splits[split]
 
 
-def carried_out(decision: Decision, dataset: Any, by: StreamRows | None = None) -> Any:
+def carried_out(decision: Decision, dataset: Any, by: By = None) -> Any:
     """The rows that stay, with the columns that are written, in a dataset that is taken for the right one."""
     if isinstance(dataset, IterableDataset):
-        return carried_out_on_stream(decision, dataset, by or StreamRows())
+        return carried_out_on_stream(decision, dataset, StreamRows.of(by))
     out = dataset.select(decision.kept)
     for column in decision.writes:
         new = [column.new[i] for i in decision.kept]
@@ -43,7 +43,7 @@ def carried_out(decision: Decision, dataset: Any, by: StreamRows | None = None) 
     return DatasetDict({name: out.select(at).remove_columns(decision.split_by) for name, at in rows.items()})
 
 
-def replayed(decision: Decision, dataset: Any, split: str, by: StreamRows | None) -> Any:
+def replayed(decision: Decision, dataset: Any, split: str, by: By) -> Any:
     """See `Decision.replay`."""
     if isinstance(dataset, (DatasetDict, IterableDatasetDict)):
         return type(dataset)({**dataset, split: replayed(decision, of_split(dataset, split), split, by)})

@@ -14,7 +14,7 @@ from hf_influence.filter.dataset_filter import Data, DatasetFilter
 from hf_influence.filter.decision import Decision
 from hf_influence.filter.rankings import Given, rankings_of, wrong_of
 from hf_influence.filter.replay import carried_out, of_split
-from hf_influence.filter.streams import StreamRows
+from hf_influence.filter.streams import By
 from hf_influence.scores import mean_ranks
 
 HOW = ("softmax", "clipped", "ranks", "posterior")
@@ -61,10 +61,11 @@ class Reweight:
         if not self.temperature > 0:
             raise BadSetting(f"temperature={self.temperature!r} must be above 0.")
 
-    def apply(self, dataset: Data, scores: Given, by: StreamRows | None = None, split: str = "train") -> Data:
+    def apply(self, dataset: Data, scores: Given, by: By = None, split: str = "train") -> Data:
         """The dataset with the column of weights; rows of an `IterableDataset` get theirs as they come.
 
-        Of a `DatasetDict` the rows of one `split` are weighed, and the others stay as they are.
+        Of a `DatasetDict` the rows of one `split` are weighed, and the others stay as they are. The hub takes splits
+        with the same columns: push that split alone, `new["train"].push_to_hub(…)`.
 
         Raises:
             BadExample: The column is taken.
@@ -75,12 +76,12 @@ class Reweight:
         self.report = self.decide(dataset, scores, by)
         return carried_out(self.report, dataset, by)
 
-    def decide(self, dataset: Dataset | IterableDataset, scores: Given, by: StreamRows | None = None) -> Decision:
+    def decide(self, dataset: Dataset | IterableDataset, scores: Given, by: By = None) -> Decision:
         """What `apply` would do with each row; arguments and errors as there."""
-        if self.column in (dataset.column_names or ()):
-            raise BadExample(f"the dataset has a column {self.column!r} already. Name another: Reweight(column='…').")
         rankings = rankings_of(scores)
         decision = DatasetFilter(drop=0).decide(dataset, rankings, by)
+        if self.column in (dataset.column_names or ()):
+            raise BadExample(f"the dataset has a column {self.column!r} already. Name another: Reweight(column='…').")
         if self.how == "posterior":
             right = (1 - 2 * wrong_of(rankings, decision.ids)).clamp(min=0) ** (1 / self.temperature)
             if len(right) and not right.any():

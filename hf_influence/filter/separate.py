@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from datasets import Dataset, Value
+from datasets import Dataset, DatasetDict, Value
 from sklearn.mixture import GaussianMixture
 from torch import Tensor
 
@@ -15,11 +15,11 @@ from hf_influence.errors import BadExample, BadSetting
 from hf_influence.filter.actions import Written
 from hf_influence.filter.decision import Decision, sources_of
 from hf_influence.filter.prune import check_without_queries
-from hf_influence.filter.replay import carried_out
+from hf_influence.filter.rankings import Given, one_ranking_of
+from hf_influence.filter.replay import carried_out, of_split
 from hf_influence.filter.report import group_sizes
-from hf_influence.filter.thresholds import THRESHOLDS
+from hf_influence.filter.thresholds import THRESHOLDS, check_scale
 from hf_influence.filter.wording import quoted
-from hf_influence.scores import Scores
 
 HOW = ("mixture", "otsu")
 COLUMN = "influence_group"
@@ -35,6 +35,7 @@ class Separate:
         "otsu"      the cut that makes the means of two groups differ most; it always finds two
 
     >>> train = Dataset.from_dict({"text": ["12", "house number 7", "40", "sign 31"]})
+    >>> from hf_influence.scores import Scores
     >>> scores = Scores(torch.tensor([[-0.1], [-5.0], [-0.2], [-6.0]]), ids=[0, 1, 2, 3], method="self_ip")
     >>> groups = Separate(how="otsu").apply(train, scores)
     >>> {name: rows["text"][:] for name, rows in groups.items()}
@@ -64,19 +65,35 @@ class Separate:
         if not isinstance(self.groups, int) or self.groups < 2 or (self.how == "otsu" and self.groups != 2):
             raise BadSetting(f"groups={self.groups!r}: give a whole number, at least 2; how='otsu' makes exactly 2.")
 
-    def apply(self, dataset: Dataset, scores: Scores) -> Any:
+    def apply(self, dataset: Any, scores: Given, split: str = "train") -> Any:
         """A DatasetDict with a split for each group; with `column` a dataset with one more column.
 
+        Args:
+            dataset: What was scored; with `column` also a `DatasetDict` of which one split was. Its other splits stay
+                as they are.
+            scores: Of every row, or a file of them, or a store, which then is scored by "auto".
+            split: Which of a `DatasetDict`.
+
         Raises:
-            BadExample: Not a dataset, no rows, or the column is taken.
-            BadSetting: Scores with queries or of another dataset, or scores that form fewer groups.
+            BadExample: Not a dataset, a stream, no rows, or the column is taken.
+            BadSetting: Scores with queries, several, of another dataset or by ranks, or scores that form fewer groups;
+                a `DatasetDict` without `column`.
         """
+        if isinstance(dataset, DatasetDict):
+            if self.column is None:
+                raise BadSetting(
+                    "the groups become the splits of a DatasetDict, and this dataset has splits already. Give one of "
+                    "them, dataset['train'], or Separate(column='…'), which names the group of each row."
+                )
+            return DatasetDict({**dataset, split: self.apply(of_split(dataset, split), scores)})
         self.report = self.decide(dataset, scores)
         return carried_out(self.report, dataset)
 
-    def decide(self, dataset: Dataset, scores: Scores) -> Decision:
+    def decide(self, dataset: Dataset, scores: Given) -> Decision:
         """What `apply` would do with each row; arguments and errors as there."""
+        scores = one_ranking_of(scores, "Separate")
         check_without_queries(scores, "Separate takes scores apart that say how typical a row is")
+        check_scale(self.how, scores)
         values = in_dataset_order(dataset, scores)  # [n, 1]
         name = self.column or COLUMN
         if name in dataset.column_names:

@@ -54,6 +54,11 @@ class StreamRows:
         if self.unscored not in UNSCORED:
             raise BadSetting(f"unscored={self.unscored!r}: choose one of {', '.join(map(repr, UNSCORED))}.")
 
+    @classmethod
+    def of(cls, by: By) -> StreamRows:
+        """Itself; of a store, or the path of one, the rows as it knows them; of `None` rows without a store."""
+        return by if isinstance(by, StreamRows) else cls(store=by)
+
     def code(self, row: Mapping[str, Any], per_token: bool) -> int:
         """The hash of what the model is given of a row.
 
@@ -120,6 +125,10 @@ class StreamRows:
                 "capture with id_column=…."
             )
         return self.store if isinstance(self.store, GradientStore) else GradientStore.open(self.store)
+
+
+By = StreamRows | str | Path | GradientStore | None
+"""How the rows of a stream are told apart; a store alone where its rows were captured as they come."""
 
 
 def carried_out_on_stream(decision: Decision, stream: IterableDataset, by: StreamRows) -> IterableDataset:

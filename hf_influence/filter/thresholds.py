@@ -76,7 +76,8 @@ def negative(values: Tensor) -> Tensor:
     """The rows with a mean score below zero: without them the queries' loss is predicted to fall.
 
     Of scores by "auto": the rows whose label is rather wrong than right, as far as that is known. A filter refuses
-    scores of which none is above zero, as with self-influence or losses: there zero means nothing.
+    scores of which none is above zero, as with self-influence or losses, and scores without queries that all lie
+    between 0 and 1, as with probabilities: there zero means nothing.
     """
     return values.double().mean(1) < 0
 
@@ -141,32 +142,45 @@ def _discovered(values: Tensor, rate: float, permutations: int, seed: int) -> Te
 
 THRESHOLDS: dict[str, Threshold] = {"otsu": otsu, "mixture": mixture, "negative": negative, "doubtful": doubtful}
 
+RANKINGS = ("auto", "combined")
+"""What gives places in an order."""
+
 
 def check_scale(drop: object, scores: Scores) -> None:
     """Refuse to look for what scores do not have.
 
     Raises:
-        BadSetting: "otsu" or "mixture" on scores by "auto", which have no gaps; "doubtful" on scores that are no
-            log-odds; "negative" on scores of which none is above zero.
+        BadSetting: "otsu" or "mixture" on scores by "auto" or `combined`, which have no gaps; "doubtful" on scores that
+            are no log-odds; "negative" on a ranking, on scores of which none is above zero, and on scores without
+            queries that all lie between 0 and 1.
     """
     name = next((name for name, own in THRESHOLDS.items() if drop in (name, own)), None)
     if name == "doubtful":
         scores.probability_wrong()
-    if name == "negative" and len(scores.values) and scores.mean().max() <= 0:
+    ranking = scores.method in RANKINGS
+    if name in ("otsu", "mixture") and ranking:
+        raise BadSetting(
+            f'scores by {scores.method!r} are a ranking on a scale that has no gaps of its own, so "{name}" would find '
+            'one where there is none. Use drop="doubtful" (scores by attribute(store), with clean queries), a share, '
+            f"or \"{name}\" on other scores: attribute(store, 'loss_mean')."
+        )
+    if name == "negative" and ranking and LOG_ODDS not in scores.report:
+        raise BadSetting(
+            f"scores by {scores.method!r} are a ranking here, of which none is negative: whether a label is wrong is "
+            'known with clean queries alone (see drop="doubtful"). Use a share.'
+        )
+    if name != "negative" or not len(scores):
+        return
+    low, high = scores.mean().aminmax()
+    if high <= 0:
         raise BadSetting(
             "no score is above zero, so zero does not part good from bad (self-influence, losses and outlier scores "
             'are all negative). Use drop="mixture", drop="otsu" or a share.'
         )
-    if name == "negative" and scores.method == "auto" and LOG_ODDS not in scores.report:
+    if low >= 0 and high <= 1 and scores.query_ids is None and LOG_ODDS not in scores.report:
         raise BadSetting(
-            "scores by 'auto' are a ranking here, of which none is negative: whether a label is wrong is known with "
-            'clean queries alone (see drop="doubtful"). Use a share.'
-        )
-    if name in ("otsu", "mixture") and scores.method == "auto":
-        raise BadSetting(
-            f"scores by 'auto' are a ranking on a scale that has no gaps of its own, so drop=\"{name}\" would find one "
-            'where there is none. Use drop="doubtful" (with clean queries), a share, or '
-            f"drop=\"{name}\" on other scores: attribute(store, 'loss_mean')."
+            f"the scores by {scores.method!r} all lie between 0 and 1, as probabilities do, so none is negative and "
+            "zero does not part good from bad. Use a share."
         )
 
 
