@@ -69,6 +69,11 @@ def test_a_split_of_queries_that_is_nowhere_is_refused(tmp_path: Path, settings:
     assert len(attribute(store, query_split="typo", parts=["loss"])) == 6
 
 
+def test_a_point_that_is_no_number_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(BadSetting, match=r"point='0' is no number.*points\(\)"):
+        attribute(make_store(tmp_path, TRAIN, QUERY), "ip", point="0")  # type: ignore[arg-type]
+
+
 def test_missing_store(tmp_path: Path) -> None:
     with pytest.raises(StoreError, match="not a gradient store"):
         attribute(tmp_path, "ip")

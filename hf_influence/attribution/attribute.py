@@ -10,7 +10,7 @@ from hf_influence.attribution.auto import Auto
 from hf_influence.attribution.finite import check_finite
 from hf_influence.attribution.method import Method, class_of, make_method
 from hf_influence.attribution.selection import Selection
-from hf_influence.errors import MissingRows
+from hf_influence.errors import BadSetting, MissingRows
 from hf_influence.scores import Scores
 from hf_influence.store import GradientStore
 
@@ -54,6 +54,10 @@ def attribute(
         BadExample: A row holds NaN or infinity.
         NotConverged: A method that iterates did not come to a result.
     """
+    if point is not None and not isinstance(point, int):
+        raise BadSetting(
+            f"point={point!r} is no number of a parameter point. GradientStore.open(path).points() has them."
+        )
     chosen = make_method(method, settings)
     opened = store if isinstance(store, GradientStore) else GradientStore.open(store)
     if query_split != "query" and _looks_at_queries(chosen):

@@ -12,6 +12,7 @@ from datasets import Features, IterableDataset
 
 from hf_influence.dataset.contents import row_code
 from hf_influence.errors import BadExample, BadSetting
+from hf_influence.filter.rankings import statistic_in
 from hf_influence.filter.wording import quoted
 from hf_influence.gradients.batches import Collator, padding_with
 from hf_influence.gradients.during_training.training import Batch
@@ -97,24 +98,15 @@ class StreamRows:
         return self._stored(scores, "label")
 
     def _stored(self, scores: Scores, statistic: str) -> list[int]:
-        store, found = self.opened(), dict[Any, int]()
-        split = scores.settings.get("train_split", "train")
-        wanted = set(scores.ids)
-        for point in store.points():
-            if split in store.splits(point) and not wanted <= found.keys():
-                rows = store.rows(split, point)
-                if statistic not in rows.stats:
-                    raise BadSetting(
-                        f"{store.path} has no statistic {statistic!r} of the split {split!r}, from which alone it is "
-                        "known of a stream. Make a Dataset of it: Dataset.from_generator."
-                    )
-                found |= dict(zip(rows.ids, rows.stats[statistic].tolist(), strict=True))
-        if unknown := [name for name in scores.ids if name not in found]:
+        store = self.opened()
+        found = statistic_in(store, scores, statistic, scores.ids)
+        if found is None:
             raise BadSetting(
-                f"{len(unknown)} of the {len(scores)} scored examples are not in {store.path} (split {split!r}); the "
-                f"first is {quoted(unknown[0])}. Pass the store that was scored."
+                f"{store.path} does not have the statistic {statistic!r} of all {len(scores)} scored examples, from "
+                "which alone it is known of a stream. Pass the store that was scored, or make a Dataset of the stream "
+                "(Dataset.from_generator)."
             )
-        return [found[name] for name in scores.ids]
+        return found.tolist()
 
     def opened(self) -> GradientStore:
         """The store."""
