@@ -246,6 +246,20 @@ def test_too_few_iterations_say_what_is_left() -> None:
         conjugate_gradients(lambda v: v @ matrix, right, 0.0, 3, 1e-8)
 
 
+def test_the_residual_is_that_of_the_solution_and_not_the_one_carried_along() -> None:
+    """In float32 the two drift apart."""
+    right = torch.randn(3, 400, generator=torch.Generator().manual_seed(0))
+    matrix = symmetric(torch.logspace(0, -4, 400).double()).float()
+    solution, residual, _ = conjugate_gradients(lambda v: v @ matrix, right, 0.0, 2000, 1e-4)
+    off = right.double() - solution.double() @ matrix.double()
+    true = (off.norm(dim=1) / right.double().norm(dim=1)).float()
+    assert true.max() > 1.5e-4
+    torch.testing.assert_close(residual, true, rtol=0.3, atol=0)
+    matrix = symmetric(torch.logspace(0, -5, 400).double()).float()
+    with pytest.raises(NotConverged, match=r"residual of 0\.00\d+ of the query.*Rounding in torch\.float32"):
+        conjugate_gradients(lambda v: v @ matrix, right, 0.0, 4000, 1e-4)
+
+
 def test_another_adapter_and_compressed_rows_are_refused(tmp_path: Path) -> None:
     model, (_, examples) = classifier(), MODELS["bert"]
     collect(model, examples, tmp_path / "whole", "query")

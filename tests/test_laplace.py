@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -14,8 +15,10 @@ from torch import Tensor, nn
 
 from hf_influence import attribute, collect_at
 from hf_influence.errors import BadExample, BadSetting, MissingRows, StoreMismatch, UnsupportedModel
+from hf_influence.gradients.collect import Plan
+from hf_influence.gradients.fixed import FixedWeights
 from hf_influence.points import Point, laplace, parameter_dropout, present
-from hf_influence.points.laplace import Laplace, Posterior
+from hf_influence.points.laplace import Laplace, MomentCatcher, Posterior
 from hf_influence.points.point import trainable, trainable_values
 
 assert_exact = partial(torch.testing.assert_close, rtol=1e-8, atol=1e-8)
@@ -161,6 +164,22 @@ def test_batches_and_padding_do_not_change_the_members(settings: dict[str, Any])
     assert_exact(states_of(laplace(model, EXAMPLES, 1, **settings), model), expected)
 
 
+def tokens_reached(model: nn.Module, examples: list[Any]) -> dict[str, int]:
+    plan = Plan.of(model, examples, None, "mean", None, "trainable", (), None, True)
+    catcher = MomentCatcher(plan.taps)
+    with FixedWeights(model, plan.task, catcher) as resting:
+        resting.backward(plan.examples.batch(range(len(examples))))
+        catcher.settle()
+    return {name: int(count) for name, count in catcher.factors.items() if name.startswith("tokens.")}
+
+
+def test_half_precision_counts_the_same_tokens() -> None:
+    model, examples = tiny(torch.bfloat16), prompts(40, shortest=20, longest=32)
+    found = tokens_reached(model, examples)
+    assert found == tokens_reached(copy.deepcopy(model).float(), examples)
+    assert min(found.values()) > 0
+
+
 def test_a_weight_that_is_zero_stays_and_none_moves_by_more_than_the_prior() -> None:
     model = tiny()
     first, *others = trainable(model)
@@ -198,6 +217,17 @@ def test_la_from_end_to_end(tmp_path: Path) -> None:
     assert_exact(attribute(store, "la", points=chosen).values, expected)
     assert_exact(attribute(store, "self_la", points=chosen).values, -changes[:, :7].square().mean(0)[:, None])
     assert attribute(store, "la").settings["points"] == again.points("laplace")
+
+
+def test_members_that_would_round_otherwise_are_not_taken_for_those_that_are_there(tmp_path: Path) -> None:
+    model = tiny(torch.float32)
+    for n in (1, 2):
+        collect_at(model, {"train": EXAMPLES}, tmp_path, laplace(model, EXAMPLES, n, batch_size=2), rows=False)
+    with pytest.raises(StoreMismatch, match=r"'laplace' at other values .* same weights: .*another batch_size"):
+        collect_at(model, {"train": EXAMPLES}, tmp_path, laplace(model, EXAMPLES, 3, batch_size=7), rows=False)
+    others = laplace(model, EXAMPLES, 3, batch_size=7)
+    store = collect_at(model, {"train": EXAMPLES}, tmp_path, others, rows=False, overwrite=True)
+    assert store.points("laplace") == [1_000_000, 1_000_001, 1_000_002]
 
 
 def test_many_small_draws_give_the_linear_influence() -> None:

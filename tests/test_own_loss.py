@@ -177,6 +177,22 @@ def test_collected_rows_equal_autograd(tmp_path: Path, reduction: Any) -> None:
         collect(model, data, tmp_path, "query", loss_reduction=reduction)
 
 
+def by_class(logits: Tensor, labels: Tensor, weight: Any) -> Tensor:
+    return cross_entropy(logits, labels, weight=torch.as_tensor(weight).to(logits), reduction="none")
+
+
+@pytest.mark.parametrize("weight", [(0.5, 1.0, 3.0), WEIGHT], ids=["tuple", "tensor"])
+def test_settings_of_a_loss_are_those_that_the_store_gives_back(tmp_path: Path, weight: Any) -> None:
+    model, data = without_dropout("classes")
+    task = own_loss(by_class, weight=weight)
+    for split in ("train", "query"):
+        store = collect(model, data, tmp_path, split, task=task)
+    assert store.header.task["weight"] == [0.5, 1.0, 3.0]
+    assert worst_error(store.rows(), [alone(model, None, example, weighted) for example in data]) < 1e-5
+    with pytest.raises(BadSetting, match=r"cannot be written as JSON"):
+        own_loss(by_class, weight=model)
+
+
 @dataclass(frozen=True)
 class Margin(Classification):
     """A task of a user: the hinge of the label's logit over the best other one, squared."""
@@ -189,6 +205,11 @@ class Margin(Classification):
         return Outcome(loss.detach(), gradient, {"n_tokens": torch.ones_like(labels)})
 
 
+class Spanned(Margin):
+    def settings(self) -> dict[str, Any]:
+        return {**super().settings(), "span": (0, 5)}
+
+
 def hinge(z: Tensor, y: Tensor) -> Tensor:
     others = z.scatter(1, y[:, None], -torch.inf).amax(1)
     return (5 - z.gather(1, y[:, None])[:, 0] + others).clamp(min=0) ** 2
@@ -199,6 +220,13 @@ def test_a_task_of_the_user_is_what_rows_are_measured_against(tmp_path: Path) ->
     capture = GradientCapture(tmp_path / "rows", during="epochs", at_end=False, task=Margin(None, 3))
     run = train(model, tmp_path, capture, data=data, kind=with_loss(hinge))
     assert_rows_of(run, GradientStore.open(capture.path).rows("train", 2), data, 2, hinge)
+
+
+def test_settings_of_a_task_of_the_user_are_those_that_the_store_gives_back(tmp_path: Path) -> None:
+    model, data = without_dropout("classes")
+    for split in ("train", "query"):
+        store = collect(model, data, tmp_path, split, task=Spanned(None, 3))
+    assert store.header.task["span"] == [0, 5]
 
 
 @pytest.mark.parametrize("kind", ["tokens", "classes"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import shutil
@@ -14,6 +15,7 @@ import pytest
 import torch
 from datasets import Dataset
 from models import (
+    WIDTH,
     Example,
     all_rows,
     assert_same_state,
@@ -36,7 +38,7 @@ from hf_influence.errors import BadSetting, MissingRows, StoreError, StoreMismat
 from hf_influence.gradients import own_loss as task_with
 from hf_influence.gradients.identity import adapter_identity
 from hf_influence.points import Point, checkpoints, continued_sgd, parameter_dropout, present
-from hf_influence.points.point import set_values, trainable, trainable_values
+from hf_influence.points.point import moving, set_values, trainable, trainable_values
 from hf_influence.store import GradientStore, PointAbout
 
 assert_exact = partial(torch.testing.assert_close, rtol=1e-8, atol=1e-8)
@@ -177,6 +179,41 @@ def test_members_descend_the_loss_of_their_task(tmp_path: Path) -> None:
         sgd(model, tmp_path, n=1, **FULL_BATCH)
 
 
+def scaled(logits: Tensor, labels: Tensor, by: Any) -> Tensor:
+    return nn.functional.cross_entropy(logits, labels, reduction="none") * torch.as_tensor(by)[0]
+
+
+@pytest.mark.parametrize("by", [(2.0, 3.0), torch.tensor([2.0, 3.0])], ids=["tuple", "tensor"])
+def test_members_of_a_loss_with_settings_go_on(tmp_path: Path, by: Any) -> None:
+    model = tiny()
+    for n in (1, 2):
+        points = sgd(model, tmp_path, n=n, task=task_with(scaled, by=by))
+    assert points[0].details()["task"]["by"] == [2.0, 3.0]
+
+
+def test_members_bring_their_running_statistics(tmp_path: Path) -> None:
+    model, data, _ = normalised()
+    before = moved(model)
+    for begin, batches in (("final", [3, 3]), ("previous", [3, 6])):
+        settings: dict[str, Any] = {"steps": 3, "batch_size": 3, "begin": begin}
+        points = continued_sgd(model, data, 2, folder=tmp_path / begin, **settings)
+        for point, count in zip(points, batches, strict=True):
+            with point.entered(model):
+                assert model.classifier[0].num_batches_tracked == count
+                assert not torch.equal(model.classifier[0].running_mean, before["classifier.0.running_mean"])
+            same(moved(model), before)
+
+
+def test_steps_too_small_for_half_precision_add_up(tmp_path: Path) -> None:
+    half = tiny(torch.bfloat16, lora_dropout=0.0)
+    ways = []
+    for model in (half, copy.deepcopy(half).float()):
+        start = trainable_values(model)
+        [point] = sgd(model, tmp_path / str(model.dtype), n=1, steps=60, learning_rate=0.005)
+        ways.append(torch.cat([(value - start[name]).flatten() for name, value in entered(model, point).items()]))
+    assert (ways[0] - ways[1]).norm() < 0.1 * ways[1].norm()
+
+
 def test_members_differ_by_order_and_dropout_and_follow_the_seed(tmp_path: Path) -> None:
     states = []
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
@@ -230,15 +267,20 @@ def test_continued_sgd_refuses_what_cannot_work(tmp_path: Path, settings: dict[s
         sgd(tiny(), tmp_path, **settings)
 
 
+def moved(model: nn.Module) -> dict[str, Tensor]:
+    """Copies of what training moves."""
+    return {name: value.detach().clone() for name, value in moving(model).items()}
+
+
 class Remember(TrainerCallback):
-    """What the trainable values were at each save, and the rates of the steps."""
+    """What the trainable values and the buffers were at each save, and the rates of the steps."""
 
     def __init__(self) -> None:
         self.values: dict[int, dict[str, Tensor]] = {}
         self.rates: dict[int, float] = {}
 
     def on_save(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        self.values[state.global_step] = trainable_values(model)
+        self.values[state.global_step] = moved(model)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         if "learning_rate" in logs:
@@ -283,6 +325,16 @@ def whole() -> tuple[nn.Module, list[Any], dict[str, Any]]:
     return model, labelled(lambda i: i % 3), {"modules": "trainable"}
 
 
+def normalised() -> tuple[nn.Module, list[Any], dict[str, Any]]:
+    """Its running statistics move in training, and no parameter beside them does."""
+    torch.manual_seed(0)
+    model = bert(num_labels=3)
+    model.classifier = nn.Sequential(nn.BatchNorm1d(WIDTH), nn.Linear(WIDTH, 3))
+    for name, weight in model.named_parameters():
+        weight.requires_grad_("classifier.1" in name or "query" in name)
+    return model, labelled(lambda i: i % 3, 6), {"modules": "trainable"}
+
+
 def tied() -> tuple[nn.Module, list[Any], dict[str, Any]]:
     torch.manual_seed(0)
     base = llama(tie_word_embeddings=True)
@@ -303,21 +355,22 @@ def without_default() -> tuple[nn.Module, list[Any], dict[str, Any]]:
 
 
 @pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`:UserWarning")  # PEFT, whenever it saves these
-@pytest.mark.parametrize("make", [classifier, embedding, whole, tied, second_of_two, without_default])
+@pytest.mark.parametrize("make", [classifier, embedding, whole, normalised, tied, second_of_two, without_default])
 def test_rows_at_checkpoints_are_those_of_the_model_as_it_was(tmp_path: Path, make: Any) -> None:
     model, data, options = make()
     remember = train(model, tmp_path / "run", data)
     points = checkpoints(tmp_path / "run")
     assert [point.details()["step"] for point in points] == [2, 4, 6]
     fresh = make()[0]
-    before = state_of(fresh)
+    before, own = state_of(fresh), moved(fresh)
     store = collect_at(fresh, {"train": data, "query": data[:2]}, tmp_path / "store", points, **options)
     assert_same_state(before, state_of(fresh))
+    same(moved(fresh), own)
     assert store.points("checkpoint") == store.points() == [1_000_000, 1_000_001, 1_000_002]
     for number, (step, values) in zip(store.points(), remember.values.items(), strict=True):
         details = {"folder": f"run/checkpoint-{step}", "step": step, "learning_rate": remember.rates[step]}
         assert store.point_about(number) == PointAbout("checkpoint", details)
-        set_values(fresh, values)
+        fresh.load_state_dict(values, strict=False)
         assert store.adapter(number) == adapter_identity(fresh)  # the same values, bit for bit
         then = collect(fresh, data, tmp_path / f"at {step}", **options)
         same(all_rows(store.rows("train", number)), all_rows(then.rows()))
@@ -367,6 +420,36 @@ def test_a_checkpoint_of_another_adapter_is_refused(tmp_path: Path) -> None:
     with pytest.raises(StoreMismatch, match=r"has the shape \[3, 16\] there and \[2, 16\]"), point.entered(other):
         pass
     assert_same_state(before, state_of(other))
+
+
+def test_a_whole_checkpoint_of_other_frozen_weights_is_refused(tmp_path: Path) -> None:
+    model, half = whole()[0], whole()[0].bfloat16()  # the same weights
+    for saved, other in ((half, model), (model, half)):
+        saved.save_pretrained(tmp_path)
+        (point,) = checkpoints(tmp_path)
+        with point.entered(other):
+            pass
+    with torch.no_grad():
+        model.bert.embeddings.word_embeddings.weight.add_(1)
+    with pytest.raises(StoreMismatch, match=r"other values of bert\.embeddings\.word.* frozen"), point.entered(model):
+        pass
+
+
+def test_runs_whose_folders_have_the_same_names_are_told_apart(tmp_path: Path) -> None:
+    runs = [tmp_path / f"seed{seed}" / "out" / "checkpoint-10" for seed in (0, 1)]
+    model = tiny()
+    for shift, run in enumerate(runs):
+        other = tiny()
+        with torch.no_grad():
+            next(iter(trainable(other).values())).add_(shift)
+        other.save_pretrained(run)
+    collect_at(model, SPLITS, tmp_path / "store", checkpoints(runs[0].parent))
+    store = collect_at(model, SPLITS, tmp_path / "store", checkpoints([run.parent for run in runs] + runs))
+    folders = [store.point_about(point).details["folder"] for point in store.points("checkpoint")]
+    assert folders == ["out/checkpoint-10", "seed1/out/checkpoint-10"]
+    assert len({store.adapter(point) for point in store.points()}) == 2
+    with pytest.raises(StoreMismatch, match="other values of the adapter"):  # a run that has been made anew, say
+        collect_at(model, SPLITS, tmp_path / "store", checkpoints(runs[1].parent))
 
 
 def test_a_checkpoint_of_several_adapters_is_read_by_the_name_of_the_active_one(tmp_path: Path) -> None:
@@ -487,11 +570,11 @@ def test_members_of_other_weights_are_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("datasets", "points"),
-    [({}, [present()]), (SPLITS, []), (SPLITS, ["present"])],
-    ids=["no data", "no point", "no Point"],
+    [({}, [present()]), (EXAMPLES, [present()]), (SPLITS, []), (SPLITS, ["present"]), (SPLITS, present())],
+    ids=["no data", "no splits", "no point", "no Point", "no list"],
 )
 def test_collect_at_wants_datasets_and_points(tmp_path: Path, datasets: Any, points: Any) -> None:
-    with pytest.raises(BadSetting, match="at least one dataset"):
+    with pytest.raises(BadSetting, match=r"at least one dataset by the name of its split.* a list of points"):
         collect_at(tiny(), datasets, tmp_path, points)
 
 

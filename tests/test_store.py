@@ -94,6 +94,20 @@ def test_what_was_never_collected_says_how_to(tmp_path: Path) -> None:
         GradientStore.open(tmp_path / "nowhere")
 
 
+def test_training_rows_stay_at_their_weights_when_the_queries_are_dropped(tmp_path: Path) -> None:
+    model = tiny()
+    for split in ("train", "query"):
+        store = collect(model, EXAMPLES, tmp_path, split)
+    adapter = store.adapter()
+    store.drop(0, "query")
+    assert store.adapter() == adapter
+    with pytest.raises(StoreMismatch, match="other values of the adapter"):
+        collect(moved("lora_A"), EXAMPLES, tmp_path, "query")
+    store.drop(0, "train")
+    assert store.adapter() is None
+    assert collect(moved("lora_A"), EXAMPLES, tmp_path).adapter() != adapter
+
+
 def cut(path: Path) -> None:
     file = shards(path)[0]
     file.write_bytes(file.read_bytes()[:-8])

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from reprlib import repr as brief
 from typing import Any
 
 import torch
@@ -52,15 +53,18 @@ def collect_at(
     Raises:
         BadSetting: No points, or no datasets.
         StoreMismatch: The points were made from other weights than the model has, or than those of point 0 of the
-            store; or see `collect`.
+            store, or otherwise than those that are there; or see `collect`.
 
     And all that `collect` raises.
     """
-    path, points = Path(path), list(points)
-    if not points or not datasets or not all(isinstance(point, Point) for point in points):
+    path, given = Path(path), points
+    points = list(given) if isinstance(given, Iterable) else []
+    listed = points and all(isinstance(point, Point) for point in points)
+    if not listed or not isinstance(datasets, Mapping) or not datasets:
         raise BadSetting(
-            f"collect_at with {len(datasets)} datasets and the points {points[:2]}: it takes at least one dataset, as "
-            '{"train": dataset}, and a list of points, as parameter_dropout(), checkpoints(folder) or [present()].'
+            f"collect_at with a {type(datasets).__name__} for the datasets and {brief(given)} for the points: it takes "
+            'at least one dataset by the name of its split, as {"train": dataset}, and a list of points, as '
+            "parameter_dropout(), checkpoints(folder) or [present()]."
         )
     own = adapter_identity(model)
     abouts = [point.about(own) for point in points]
@@ -70,6 +74,8 @@ def collect_at(
     for point, about in zip(points, abouts, strict=True):
         number = number_of(path, about)
         with point.entered(model):
+            if not overwrite:
+                _check_again(about, model, path, number)
             for split, dataset in datasets.items():
                 collect(
                     model, dataset, path, split, point=number, about=about, rows=rows, overwrite=overwrite, **options
@@ -100,4 +106,19 @@ def _check_start(about: PointAbout, own: str, path: Path) -> None:
             f"point 0 of {path} holds rows at other weights (hash {stored}) than the model has now ({own}), and the "
             f"points of kind {about.kind!r} are made from the model's. Load the weights of point 0, replace its rows "
             "first (collect(…, overwrite=True)), or choose another folder."
+        )
+
+
+def _check_again(about: PointAbout, model: nn.Module, path: Path, number: int) -> None:
+    """A member that is made again from the same weights has the values of the one that is there."""
+    if about.start is None or not (path / "store.json").is_file():
+        return
+    store = GradientStore.open(path)
+    stored, now = store.adapter(number), adapter_identity(model)
+    if stored not in (None, now) and store.point_about(number).start == about.start:
+        raise StoreMismatch(
+            f"point {number} of {path} is the point {about.details} of kind {about.kind!r} at other values (hash "
+            f"{stored}) than it has now ({now}), although both were made from the same weights: passes over the "
+            "dataset round otherwise with another batch_size, padding or device. Make the points as before, replace "
+            "those that are there (overwrite=True), or choose another folder."
         )

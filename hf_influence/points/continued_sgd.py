@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -20,7 +21,8 @@ from hf_influence.gradients.example_losses import losses_by
 from hf_influence.gradients.identity import adapter_identity
 from hf_influence.gradients.own_loss import OwnTask, task_of
 from hf_influence.gradients.processes import first_process_first
-from hf_influence.points.point import Point, set_values, trainable, trainable_values
+from hf_influence.points.point import Point, moving, set_values, trainable, trainable_values
+from hf_influence.scores import as_json
 from hf_influence.store.files import read_json, write_json
 from hf_influence.task import Reduction, Task
 
@@ -133,7 +135,7 @@ def continued_sgd(
         momentum=float(momentum),
         batch_size=batch_size,
         begin=begin,
-        task=own.settings(),
+        task=json.loads(as_json(own.settings())),
         seed=seed,
         dataset=examples.survey()[0],
         start=adapter_identity(model),
@@ -147,7 +149,7 @@ def continued_sgd(
                     if begin == "previous" and member.member > 0:
                         set_values(model, members[member.member - 1].values(model))
                     _descend(model, examples, own, member)
-                    _save(trainable_values(model), member.file)
+                    _save(moving(model), member.file)
     return list(members)
 
 
@@ -170,7 +172,7 @@ def _claim(folder: Path, settings: Settings) -> None:
 def _save(values: dict[str, Tensor], file: Path) -> None:
     """Write a state; the file appears whole."""
     part = file.with_suffix(".part")
-    save_file({name: value.contiguous().cpu() for name, value in values.items()}, part)
+    save_file({name: value.detach().cpu().clone().contiguous() for name, value in values.items()}, part)
     part.replace(file)
 
 
@@ -178,7 +180,9 @@ def _descend(model: nn.Module, examples: Examples, task: Task, member: Continued
     """One cycle of SGD, in place."""
     how = member.settings
     weights = list(trainable(model).values())
-    optimizer = torch.optim.SGD(weights, lr=how.learning_rate, momentum=how.momentum)
+    # in half precision most steps would be too small to change a weight: what they add up to is kept beside it
+    exact = [weight.detach().to(torch.promote_types(weight.dtype, torch.float32)) for weight in weights]
+    optimizer = torch.optim.SGD(exact, lr=how.learning_rate, momentum=how.momentum)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, how.steps)
     device = weights[0].device
     draw = random.Random(f"{how.seed}/{member.member}")
@@ -193,8 +197,11 @@ def _descend(model: nn.Module, examples: Examples, task: Task, member: Continued
                 f"finite loss before. Lower learning_rate={how.learning_rate}."
             )
         loss.backward()
+        for weight, value in zip(weights, exact, strict=True):
+            value.grad, weight.grad = None if weight.grad is None else weight.grad.to(value), None
         optimizer.step()
-        optimizer.zero_grad()
+        for weight, value in zip(weights, exact, strict=True):
+            weight.data.copy_(value)
         schedule.step()
 
 

@@ -137,7 +137,7 @@ def laplace(
         seed: Of the draws.
         prior_scale: Standard deviation of the prior in units of the root mean square of each weight's entries; > 0.
         data_collator: As in `collect`, like all that follow.
-        batch_size: See there.
+        batch_size: See there. Another one rounds otherwise, and a store goes on with the very same members alone.
         loss_reduction: See there.
         task: See there.
         skip: Names of trainable parameters that are not to move, such as those that have no exact rule.

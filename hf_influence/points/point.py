@@ -15,7 +15,7 @@ from hf_influence.store import WEIGHTS, PointAbout
 
 
 class Point(ABC):
-    """A state of the trainable parameters: `with point.entered(model): …` runs the block in it."""
+    """A state of what training moves: `with point.entered(model): …` runs the block in it."""
 
     kind: ClassVar[str]
 
@@ -25,7 +25,10 @@ class Point(ABC):
 
     @abstractmethod
     def values(self, model: nn.Module) -> Mapping[str, Tensor]:
-        """The value of every trainable parameter in this state, `{name: its shape}`, the model being as it is now."""
+        """The value of every trainable parameter in this state, `{name: its shape}`, the model being as it is now.
+
+        With those of buffers where the state has its own, such as running statistics.
+        """
 
     def start(self, present: str) -> str | None:
         """Hash of the trainable values that the state was made from, `None` if from none; `present` is the model's."""
@@ -44,7 +47,7 @@ class Point(ABC):
         """
         values = self.values(model)
         _check_fits(self, values, model)
-        own = trainable_values(model)
+        own = {name: tensor.detach().clone() for name, tensor in moving(model).items() if name in values}
         try:
             set_values(model, values)
             yield
@@ -81,15 +84,23 @@ def trainable_values(model: nn.Module) -> dict[str, Tensor]:
     return {name: weight.detach().clone() for name, weight in trainable(model).items()}
 
 
+def moving(model: nn.Module) -> dict[str, Tensor]:
+    """What training moves: the trainable parameters, and the buffers that a saved model holds (running statistics)."""
+    saved = model.state_dict()
+    return {**trainable(model), **{name: buffer for name, buffer in model.named_buffers() if name in saved}}
+
+
 @torch.no_grad()
 def set_values(model: nn.Module, values: Mapping[str, Tensor]) -> None:
-    """Write values into the trainable parameters, each in its own dtype and on its own device."""
-    for name, weight in trainable(model).items():
-        weight.copy_(values[name])
+    """Write values into the parameters and buffers of these names, each in its own dtype and on its own device."""
+    places = moving(model)
+    for name, value in values.items():
+        places[name].copy_(value)
 
 
 def _check_fits(point: Point, values: Mapping[str, Tensor], model: nn.Module) -> None:
-    shapes = {name: list(weight.shape) for name, weight in trainable(model).items()}
+    needed = trainable(model)
+    shapes = {name: list(old.shape) for name, old in moving(model).items() if name in needed or name in values}
     found = {name: list(value.shape) for name, value in values.items()}
     if found == shapes:
         return
@@ -97,6 +108,6 @@ def _check_fits(point: Point, values: Mapping[str, Tensor], model: nn.Module) ->
     raise StoreMismatch(
         f"the point {point.details()} of kind {point.kind!r} does not fit the model: {odd} has the shape "
         f"{found.get(odd, 'of nothing, it is missing')} there and {shapes.get(odd, 'of nothing, it is missing')} among "
-        "the model's trainable parameters. Take the model it was saved from, with the same parameters trainable "
-        "(PEFT: from_pretrained(…, is_trainable=True))."
+        "the model's trainable parameters and buffers. Take the model it was saved from, with the same parameters "
+        "trainable (PEFT: from_pretrained(…, is_trainable=True))."
     )

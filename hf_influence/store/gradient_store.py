@@ -210,13 +210,8 @@ class GradientStore:
                 )
         about = about or self.point_about(point)
         for other in self.splits(point):
-            theirs = Manifest.read(folder / other).classes
-            if classes and theirs and classes != theirs:
-                raise StoreMismatch(
-                    f"the classes are {classes} in {split!r} and {theirs} in {other!r}, so one number means two "
-                    "classes. Give both the same, dataset.cast_column('label', other.features['label']) before the "
-                    "labels become numbers, or use another folder."
-                )
+            if other != split:
+                _check_classes(classes, split, Manifest.read(folder / other).classes, other)
         manifest = Manifest(dataset, n, None if ids is None else list(ids), id_column, contents or {}, classes, blocks)
         if rank > 0:
             writer = RowWriter(folder / split / f"rank-{rank}", self.header, manifest)
@@ -227,6 +222,7 @@ class GradientStore:
         try:
             writer = RowWriter(folder / split, self.header, manifest)
             writer.check_statistics(statistics)
+            _check_classes(classes, split, writer.manifest.classes, split)
         except StoreError:
             if not overwrite:
                 raise
@@ -242,7 +238,8 @@ class GradientStore:
             shutil.rmtree(folder, ignore_errors=True)
         elif (folder / split).is_dir():
             shutil.rmtree(folder / split)
-            if not self.splits(point) or self.splits(point) == ["train"]:
+            left = self.splits(point)
+            if not left or (0 < point < SPAN and left == ["train"]):  # rows of training steps, at weights that moved
                 write_json(folder / "point.json", {"adapter": None, **asdict(self.point_about(point))})
 
     def _of_training(self, point: int) -> bool:
@@ -251,3 +248,12 @@ class GradientStore:
 
     def _point(self, point: int) -> Path:
         return point_folder(self.path, point)
+
+
+def _check_classes(classes: list[str] | None, split: str, theirs: list[str] | None, other: str) -> None:
+    if classes and theirs and classes != theirs:
+        raise StoreMismatch(
+            f"the classes are {classes} in {split!r} and {theirs} in {other!r}, so one number means two classes. Give "
+            "both the same, dataset.cast_column('label', other.features['label']) before the labels become numbers, "
+            "or use another folder."
+        )

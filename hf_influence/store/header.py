@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, fields
 from math import prod
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 import torch
 
 from hf_influence.errors import StoreMismatch
+from hf_influence.scores import as_json
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +35,9 @@ class Header:
     columns: dict[str, list[int]] | None = None
     dtype: str = "float32"
     widths: dict[str, int] | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "task", json.loads(as_json(self.task)))  # as it comes back from the disk
 
     def width(self, name: str) -> int:
         """Number of stored columns of a block."""

@@ -115,12 +115,14 @@ class FactorCatcher(RowCatcher):
 
     def _reached(self, tap: Tap, left: Tensor, right: Tensor) -> Tensor:
         """The tokens whose part of the row is more than rounding, `[b, t]`."""
-        share = torch.linalg.vector_norm(left, dim=2)  # [b, t], the length of each token's part of the row
+        exact = torch.promote_types(left.dtype, torch.float32)
+        share = torch.linalg.vector_norm(left, dim=2, dtype=exact)  # [b, t], the length of each token's part of the row
         if _has_columns(right):
-            share = share * torch.linalg.vector_norm(right, dim=2)
+            share = share * torch.linalg.vector_norm(right, dim=2, dtype=exact)
         elif right.ndim == 2:
             share = share.masked_fill(right >= tap.shape[1], 0)  # the padding token, which has no column
-        # attention leaves rounding where a gradient is zero, such as that of the first token's query
+        # attention leaves rounding where a gradient is zero, such as that of the first token's query; it is that of
+        # sums, which are taken in float32 where the rest is in half precision
         rounding = torch.finfo(share.dtype).eps ** 0.75
         return share > rounding * share.amax(1, keepdim=True)
 

@@ -65,7 +65,8 @@ def solve_queries(
         query_split: The split with the queries.
         queries: "each" for a row a query, "mean" for one row of their mean.
         iterations: The limit; by default 200 for "cg" and 10 for "lissa".
-        tolerance: The residual, relative to the query, at which the iteration stops.
+        tolerance: The residual, relative to the query, at which the iteration stops; with "cg", rounding may leave up
+            to ten times as much.
         examples: How many examples of the dataset to use, chosen at random; `None` for all.
         seed: Of their choice.
         data_collator: The one of `collect`.
