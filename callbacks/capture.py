@@ -18,8 +18,10 @@ from transformers.trainer_utils import SaveStrategy
 from hf_influence.callbacks.checks import (
     check_believed,
     check_kind,
+    check_label_kinds,
     check_names,
     check_places,
+    check_queries,
     check_resumed,
     check_stream,
     check_trainer,
@@ -28,7 +30,7 @@ from hf_influence.callbacks.checks import (
 from hf_influence.callbacks.during import During, DuringTraining, Schedule, endless, trainer_of
 from hf_influence.callbacks.packing import check_ids, check_packing, prepared
 from hf_influence.dataset.contents import column_codes
-from hf_influence.errors import BadSetting
+from hf_influence.errors import BadExample, BadSetting, InfluenceError
 from hf_influence.gradients.batches import forward_arguments
 from hf_influence.gradients.collect import Plan, check_collectable, check_folder, collect_planned
 from hf_influence.gradients.compress import Compressor
@@ -52,7 +54,8 @@ class GradientCapture(TrainerCallback):
         scores = attribute("runs/sst2", method="datainf")
 
     What could go wrong is looked at before the first step: trainable parameters without a rule, missing labels, a
-    folder that is taken, a disk that is too small. Training itself is left alone, to the last bit.
+    folder that is taken, a disk that is too small, queries of another kind. Training itself is left alone, to the last
+    bit.
 
     At the end the rows are collected through the Trainer's own collator, in evaluation mode, at the weights that
     `trainer.model` has then (the best ones with `load_best_model_at_end`); see `collect` for what a row is.
@@ -62,7 +65,8 @@ class GradientCapture(TrainerCallback):
     Trainer divides the batch's loss by; it carries `step`, `epoch` and `learning_rate`. An epoch (or a step) is a
     parameter point of the store, and query rows are collected at its end: `attribute(path, method, point=2)`. What was
     captured is logged after each epoch (`capture/rows`, `capture/seconds` beside the passes, `capture/lost` to overflow
-    of half precision).
+    of half precision). A run that is resumed goes on with its rows; a capture that it did not have before has those of
+    the steps since alone, and warns.
 
     Iterable datasets: their examples are numbered in the order in which they are first captured, and known again by
     their contents (`rows.stats["hash"]`) or their id. Such a dataset has no rows at the end (at_end=False), and an
@@ -124,6 +128,8 @@ class GradientCapture(TrainerCallback):
         other_prompts: int | None = None,
         overwrite: bool = False,
     ):
+        if query_dataset is not None:
+            check_queries(query_dataset)
         self.path = Path(path)
         self.query_dataset = query_dataset
         self.train_dataset = train_dataset
@@ -176,6 +182,8 @@ class GradientCapture(TrainerCallback):
             )
         trainer = trainer_of(state)
         check_kind(trainer)
+        if self.schedule is not None:
+            self.schedule.check(state)
         overwrite = self.overwrite
         if self._during is not None:  # an earlier run ended in an error
             self._during.stop()
@@ -186,7 +194,8 @@ class GradientCapture(TrainerCallback):
             check_places(trainer, self.id_column)
         with _undisturbed_randomness():
             self._train = prepared(trainer, self.train_dataset)
-            self._query = prepared(trainer, self.query_dataset)
+            with _named("query"):
+                self._query = prepared(trainer, self.query_dataset)
             given = trainer.train_dataset if self.train_dataset is None else self.train_dataset
             check_names(given, self.query_dataset)
             codes = column_codes(given)
@@ -197,6 +206,7 @@ class GradientCapture(TrainerCallback):
             }
             if self.settings["task"] is None:
                 check_believed(trainer, self._plans["train"].header.task.get("problem_type"))
+            check_label_kinds({split: plan.header.task for split, plan in self._plans.items()})
             need = {split: plan.size for split, plan in self._plans.items() if isinstance(plan, Plan)}
             at_end = sum(need.values()) * int(self.at_end)
             need.pop(SPLIT.format("query"), None)  # collected at the end alone
@@ -222,7 +232,8 @@ class GradientCapture(TrainerCallback):
         resumed = state.global_step > 0
         if split != "train" or not is_stream(dataset):
             options = {**options, "batch_size": self.batch_size}
-            plan = check_collectable(model, dataset, self.path, split, resumed=resumed, **options)
+            with _named(split):
+                plan = check_collectable(model, dataset, self.path, split, resumed=resumed, **options)
             self._tell(plan, split)
             return plan
         check_stream(dataset, self.at_end or self.schedule is None, self.budget)
@@ -268,6 +279,7 @@ class GradientCapture(TrainerCallback):
         during = DuringTraining(trainer, plan, store, schedule, self.id_column)
         if state.global_step > 0:
             self._finish_point(during.resume(state), model)
+            during.warn_of_missing(state)
         during.start()
         self._during = during
 
@@ -311,6 +323,7 @@ class GradientCapture(TrainerCallback):
         if self._during is not None:
             self._during.close()
             self._during.stop()
+            self._during.warn_of_unreached()
             self._during = None
         self._plans = {}
         if self.at_end:
@@ -365,6 +378,23 @@ class GradientCapture(TrainerCallback):
             yield "query", self._query, {**common, **others, "id_column": self.id_column if has_ids else None}
             if self.at_end and not self.settings["task"] and (wrong := mislabelled(trainer.model, self._query)):
                 yield SPLIT.format("query"), wrong, {**common, "id_column": None}
+
+
+@contextmanager
+def _named(split: str) -> Iterator[None]:
+    """Let an error say which examples it is about."""
+    name = "the training set" if split == "train" else "query_dataset"
+    try:
+        yield
+    except InfluenceError as error:
+        if split != "train" or isinstance(error, BadExample):  # others are about the model or the folder
+            error.args = (f"{name}: {error}",)
+        raise
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        raise BadExample(
+            f"{name}: trying out its examples failed ({type(error).__name__}: {error}). They must be tokenised, by the "
+            "tokenizer of the model, and have the columns that the data_collator takes."
+        ) from error
 
 
 @contextmanager

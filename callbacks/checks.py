@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from datasets import Dataset
 from transformers import Trainer, TrainerState, TrainingArguments
 
 from hf_influence.callbacks.weighted import WeightedTrainer, soft_cross_entropy
-from hf_influence.errors import BadSetting
+from hf_influence.errors import BadExample, BadSetting
 from hf_influence.filter.actions import Written
 from hf_influence.gradients.processes import world
 from hf_influence.task import LABELS, Classification, Task, unwrapped
@@ -118,6 +118,25 @@ def check_believed(trainer: Trainer, problem: str | None) -> None:
         )
 
 
+def check_label_kinds(tasks: Mapping[str, Mapping[str, Any]]) -> None:
+    """Refuse queries whose labels are of another kind than those of the training examples.
+
+    Args:
+        tasks: Split -> what the loss of its examples was taken to be.
+
+    Raises:
+        BadSetting: Shows both.
+    """
+    for split, task in tasks.items():
+        if task != tasks["train"]:
+            ours, theirs = (one.get("problem_type") for one in (tasks["train"], task))
+            raise BadSetting(
+                f"the labels of the {split} examples are of another kind ({theirs}) than those of the training set "
+                f"({ours}), and gradients of another loss cannot be compared. Give both sets labels of one kind: class "
+                "numbers, vectors with a number for each class, or for regression floats."
+            )
+
+
 def check_uses(trainer: Trainer, columns: Sequence[Written]) -> None:
     """Refuse a Trainer for which weights, or labels that are class probabilities, are nothing or something else.
 
@@ -170,6 +189,25 @@ def check_stream(dataset: Any, at_end: bool, budget: float | None) -> None:
         raise BadSetting(
             f"train_dataset is a {kind}, whose examples are numbered as they turn up, and {world()} processes "
             f"would give the same numbers to different ones. {instead}"
+        )
+
+
+def check_queries(dataset: Any) -> None:
+    """Refuse what has no examples by position.
+
+    Raises:
+        BadExample: Says what it is.
+    """
+    kind = type(dataset).__name__
+    if isinstance(dataset, Mapping):
+        raise BadExample(
+            f"query_dataset is a {kind} of {list(dataset)} and no dataset of examples. Pass one of these: "
+            "query_dataset=splits['validation'], say."
+        )
+    if isinstance(dataset, str) or not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__"):
+        raise BadExample(
+            f"query_dataset is a {kind}, of which examples cannot be had by position. Pass a datasets.Dataset or a "
+            "list of examples (of a stream: list(stream.take(n)), or Dataset.from_generator)."
         )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from hf_influence.attribution.method import class_of, make_method
 from hf_influence.attribution.over_points import OverPoints
 from hf_influence.callbacks.capture import GradientCapture
 from hf_influence.callbacks.draws import Draws, drawn_through
-from hf_influence.callbacks.during import log, trainer_of
+from hf_influence.callbacks.during import chosen_epochs, log, trainer_of
 from hf_influence.dataset.matching import ids_of
 from hf_influence.errors import BadSetting, StoreMismatch
 from hf_influence.filter.decision import Decision
@@ -31,11 +31,13 @@ from hf_influence.store import GradientStore
 logger = logging.getLogger(__name__)
 
 ACTIONS = {"keep", "drop", "weight"}
-NOT_WHILE_TRAINING = {
+AFTER_TRAINING = {
     "members": "an ensemble that is made after training",
     "hessian": "passes over the model that are made after training",
     "ekfac": "passes over the model that are made after training",
     "adam": "the optimizer's state, which is kept after training",
+}
+NOT_WHILE_TRAINING = AFTER_TRAINING | {
     "features": "what collect(features=True) stores after training",
     "other_prompt_loss": "losses after other prompts, which are collected after training",
     "texts": "texts alone, and its scores are the same before training: give them to the rule before you train",
@@ -106,25 +108,16 @@ class CurateEachEpoch(TrainerCallback):
                 "known before an epoch has ended. Use another rule here, or curate between two runs "
                 "(curate_and_retrain)."
             )
-        needs = set(make_method(method, settings).needs)
+        make_method(method, settings)
         if capture.schedule is None or capture.schedule.during != "epochs":
             raise BadSetting(
                 "the decision after an epoch is made by the rows of that epoch, and this capture takes none: "
                 'GradientCapture(…, during="epochs").'
             )
-        if impossible := sorted(needs & set(NOT_WHILE_TRAINING)):
-            raise BadSetting(
-                f"method '{method}' needs {NOT_WHILE_TRAINING[impossible[0]]}. Choose one that needs rows, queries or "
-                "statistics alone (`hf-influence methods`), or curate between two runs (curate_and_retrain)."
-            )
-        if "queries" in needs and capture.query_dataset is None:
-            raise BadSetting(
-                f"method '{method}' compares with queries: GradientCapture(…, query_dataset=…), or choose a method "
-                "without them, such as loss_mean or self_tracin."
-            )
+        check_method(method, settings, capture, NOT_WHILE_TRAINING, "curate between two runs (curate_and_retrain)")
         if "points" in settings:
             raise BadSetting("points are chosen after each epoch: all up to then. Leave points=… out.")
-        if not isinstance(after, int) or after < 1 or (epochs is not None and (after != 1 or not all(epochs))):
+        if not isinstance(after, int) or after < 1 or (epochs is not None and after != 1):
             raise BadSetting(
                 f"after={after!r}, epochs={epochs!r}: give after=… (from 1) or the epochs (counted from 1), not both."
             )
@@ -133,7 +126,7 @@ class CurateEachEpoch(TrainerCallback):
         self.method = method
         self.settings = settings
         self.after = after
-        self.epochs = epochs
+        self.epochs = chosen_epochs(epochs)
         self.decisions: dict[int, Decision] = {}
 
         self._dataset: Dataset | None = None
@@ -212,18 +205,7 @@ class CurateEachEpoch(TrainerCallback):
                 "the capture has a train_dataset of its own, and which of its examples is which of those that the "
                 "Trainer draws is not known. Give the Trainer that dataset, and leave it out of the capture."
             )
-        columns = len(self.capture.query_dataset) if "queries" in class_of(self.method).needs else None
-        id_column = self.capture.id_column
-        id_column = id_column if id_column in dataset.column_names else None
-        values = torch.rand(len(dataset), columns or 1, generator=torch.Generator().manual_seed(0)) - 0.5
-        trial = Scores(
-            values,
-            list(ids_of(dataset, id_column)),
-            self.method,
-            query_ids=None if columns is None else list(range(columns)),
-            id_column=id_column,
-        )
-        check_actions(self.rule.decide(dataset, trial))
+        check_decides(self.rule, dataset, self.method, self.capture)
         return dataset
 
     def _take_up(self, ended: int) -> None:
@@ -327,6 +309,78 @@ def check_rule(rule: Any) -> None:
             "columns=True writes scores into the dataset, where the next decision would find them. They are in the "
             "decision: leave columns=False."
         )
+
+
+def check_method(
+    method: str, settings: Mapping[str, Any], capture: GradientCapture, lacking: Mapping[str, str], instead: str
+) -> None:
+    """Refuse a method, or one of its parts, that will not find what it needs in what is captured.
+
+    Args:
+        method: Its name.
+        settings: Its own.
+        capture: What takes the rows.
+        lacking: What is not there when the scores are made, in the words of `About.needs` -> what that is.
+        instead: What to do, beside choosing another method.
+
+    Raises:
+        BadSetting: Says what it lacks.
+    """
+    for name in settings.get("parts") or [method]:
+        needs = set(class_of(name).needs)
+        if impossible := sorted(needs & set(lacking)):
+            raise BadSetting(
+                f"method '{name}' needs {lacking[impossible[0]]}. Choose one that needs rows, queries or statistics "
+                f"alone (`hf-influence methods`), or {instead}."
+            )
+        if "queries" in needs and capture.query_dataset is None:
+            raise BadSetting(
+                f"method '{name}' compares with queries, and there are none: pass query_dataset=…, or choose a method "
+                "without them, such as loss_mean or self_tracin."
+            )
+        if "points" in needs and capture.schedule is None:
+            raise BadSetting(
+                f"method '{name}' goes over points of training, and rows are captured at its end alone. Capture with "
+                'during="epochs", or choose a method that looks at one point, such as loss or self_ip.'
+            )
+
+
+def check_decides(
+    rule: Rule,
+    dataset: Dataset,
+    method: str,
+    capture: GradientCapture,
+    *,
+    report: Mapping[str, Any] | None = None,
+    last: bool = False,
+) -> None:
+    """Try a rule out on random scores, and refuse what the true ones would not let it do either.
+
+    Args:
+        rule: See `Rule`.
+        dataset: What it is to decide on.
+        method: The name of that by which the scores will be.
+        capture: What takes the rows.
+        report: What is found beside such scores.
+        last: As in `check_actions`.
+
+    Raises:
+        BadExample: The dataset lacks a column that the rule goes by.
+        BadSetting: The rule cannot decide by such scores, or does what it may not.
+    """
+    columns = len(capture.query_dataset) if "queries" in class_of(method).needs else None
+    id_column = capture.id_column if capture.id_column in dataset.column_names else None
+    draw, levels = torch.Generator().manual_seed(0), torch.linspace(2, -1, len(dataset))  # good ones among them
+    values = torch.stack([levels[torch.randperm(len(levels), generator=draw)] for _ in range(columns or 1)], 1)
+    trial = Scores(
+        values,
+        list(ids_of(dataset, id_column)),
+        method,
+        query_ids=None if columns is None else list(range(columns)),
+        id_column=id_column,
+        report=dict(report or {}),
+    )
+    check_actions(rule.decide(dataset, trial), last)
 
 
 def check_actions(decision: Decision, last: bool = False) -> None:

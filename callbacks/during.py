@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import logging
 import math
+import reprlib
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from numbers import Integral
 from typing import Any, Literal
 
 import torch
@@ -51,9 +53,23 @@ class Schedule:
             raise BadSetting(f"during={during!r}: choose 'epochs' (one point an epoch), 'steps' or None.")
         if not isinstance(every, int) or every < 1:
             raise BadSetting(f"every={every!r}: pass a whole number, at least 1.")
-        if epochs is not None and (during != "epochs" or every != 1 or not epochs or min(epochs) < 1):
-            raise BadSetting(f"epochs={list(epochs)!r} goes with during='epochs' and every=1, and counts from 1.")
-        return cls(during, every, None if epochs is None else tuple(epochs))
+        if epochs is not None and (during != "epochs" or every != 1):
+            raise BadSetting(f"epochs={epochs!r} goes with during='epochs' and every=1.")
+        return cls(during, every, chosen_epochs(epochs))
+
+    def check(self, state: TrainerState) -> None:
+        """Refuse epochs that training does not have; of data without a length nobody knows how many that are.
+
+        Raises:
+            BadSetting: Says how many it has.
+        """
+        if self.epochs is None or endless(state):
+            return
+        if max(self.epochs) > math.ceil(state.num_train_epochs):
+            raise BadSetting(
+                f"epochs={list(self.epochs)} and training has {state.num_train_epochs}, so of epoch {max(self.epochs)} "
+                "there would be no rows. Choose epochs that are trained, counted from 1, or train longer."
+            )
 
     def point(self, epoch: int, step: int) -> int | None:
         """The point of a step, `None` if it is not captured.
@@ -111,6 +127,20 @@ class Schedule:
             f"{max(0, room) / 2**30:.2f}, and capturing less often does not help. Keep fewer columns "
             "(compress=dropout(16)), choose fewer epochs, or raise the budget."
         )
+
+
+def chosen_epochs(epochs: Any) -> tuple[int, ...] | None:
+    """Those that were chosen one by one; `None` where they were not.
+
+    Raises:
+        BadSetting: Not a list of numbers of epochs.
+    """
+    if epochs is None:
+        return None
+    chosen = tuple(epochs) if isinstance(epochs, Iterable) else ()
+    if not chosen or not all(isinstance(epoch, Integral) and int(epoch) >= 1 for epoch in chosen):
+        raise BadSetting(f"epochs={epochs!r}: pass a list of whole numbers, counted from 1, such as epochs=[1, 3].")
+    return chosen
 
 
 class DuringTraining:
@@ -304,6 +334,29 @@ class DuringTraining:
             return None
         self._complete(self._writer_of(ended))
         return ended
+
+    def warn_of_missing(self, state: TrainerState) -> None:
+        """Say which epochs or steps before the one where training goes on have no rows, if the schedule has them."""
+        begun = state.global_step
+        if self.schedule.during == "epochs":
+            begun = 1 if endless(state) else math.ceil((state.epoch or 0) - 1e-6)
+        captured = self._captured()
+        missing = [n for n in range(1, begun + 1) if self.schedule.point(n, n) is not None and n not in captured]
+        if missing:
+            logger.warning(
+                "training goes on at step %d, and %s has no rows of the %s %s before: what goes over points of "
+                "training knows the later ones alone. For all of them, train from the beginning",
+                state.global_step,
+                self.store.path,
+                self.schedule.during,
+                reprlib.repr(missing),
+            )
+
+    def warn_of_unreached(self) -> None:
+        """Say which of the chosen epochs training did not come to, if it ended early or the data have no length."""
+        captured = self._captured()
+        if late := [epoch for epoch in self.schedule.epochs or () if epoch not in captured]:
+            logger.warning("training has ended, and %s has no rows of the epochs %s", self.store.path, late)
 
     def _captured(self) -> list[int]:
         """The points of this run that have rows."""

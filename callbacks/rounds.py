@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from weakref import ref
 
+import torch
 from datasets import Dataset
 from torch import Tensor
 from transformers import Trainer, TrainerCallback
@@ -17,8 +19,9 @@ from hf_influence.attribution.given import fingerprint
 from hf_influence.attribution.method import make_method
 from hf_influence.callbacks.capture import GradientCapture
 from hf_influence.callbacks.checks import check_uses
-from hf_influence.callbacks.curate import check_actions, check_rule
+from hf_influence.callbacks.curate import AFTER_TRAINING, check_actions, check_decides, check_method, check_rule
 from hf_influence.callbacks.packing import in_pieces
+from hf_influence.dataset.contents import code_of_all, row_code, row_codes
 from hf_influence.dataset.matching import ids_of
 from hf_influence.errors import BadExample, BadSetting, StoreMismatch
 from hf_influence.filter.decision import Decision
@@ -27,10 +30,10 @@ from hf_influence.filter.relabel import Relabel
 from hf_influence.filter.replay import carried_out
 from hf_influence.filter.whole import Rule, decide_on_scored, on_whole
 from hf_influence.gradients.processes import first_process_first, rank, wait_for_all
-from hf_influence.scores import Scores
+from hf_influence.scores import LOG_ODDS, Scores, as_json
 
 ASKED = "asked"
-"""In the report of scores: the method and the settings as they were given."""
+"""In the report of scores: the datasets, the capture, the method and its settings as they were given."""
 
 MakeTrainer = Callable[[Dataset, list[TrainerCallback]], Trainer]
 
@@ -80,8 +83,9 @@ def curate_and_retrain(
 
     Cost: rounds + 1 trainings, and the disk for the rows of each round.
 
+    The rule is tried out on random scores before the first training, lest a missing column end the call after it.
     Called again after it was interrupted, it goes on after the last round that was finished, whose scores and decision
-    are in `folder`.
+    are in `folder`; a round that was scored and not decided on, for another rule say, is not trained again.
 
     Args:
         make_trainer: Gives a Trainer for a training set, with fresh weights each time and these callbacks.
@@ -97,16 +101,21 @@ def curate_and_retrain(
         **settings: Of the method.
 
     Raises:
-        BadSetting: Fewer than one round, a rule that does more than drop or weigh in several rounds, a method or
-            capture that cannot work, or a `make_trainer` that loses the callbacks, goes on with trained weights, or
-            takes no notice of weights or of labels that are class probabilities.
-        BadExample: Not a dataset with a length.
-        StoreMismatch: The folder has rounds of another dataset, rule or method.
+        BadSetting: Fewer than one round, a rule that does more than drop or weigh in several rounds, a method, rule or
+            capture that cannot work, or a `make_trainer` that makes no Trainer, loses the callbacks, goes on with
+            trained weights, or takes no notice of weights or of labels that are class probabilities.
+        BadExample: Not a dataset with a length, or one without a column that the rule goes by.
+        StoreMismatch: The folder has rounds of another dataset, other queries, or another rule, method or capture.
 
     See also: CurateEachEpoch (within one training), removal_curve (is it worth it?).
     """
     check_rule(rule)
     make_method(method, settings)
+    if isinstance(make_trainer, Trainer) or not callable(make_trainer):
+        raise BadSetting(
+            f"make_trainer is a {type(make_trainer).__name__}, and each round trains a fresh model. Pass a function "
+            "make_trainer(train_dataset, callbacks) that makes a Trainer of one."
+        )
     capture = dict(capture or {})
     if taken := {"path", "query_dataset", "train_dataset", "overwrite"} & set(capture):
         raise BadSetting(f"capture={{…}} has {sorted(taken)}, which each round sets for itself. Leave them out.")
@@ -117,25 +126,34 @@ def curate_and_retrain(
             f"{type(dataset).__name__} is not a datasets.Dataset, and the rows of each round are found by their places "
             "in it. Make one (Dataset.from_list, Dataset.from_generator)."
         )
+    like = GradientCapture(folder, query_dataset, **capture)
+    check_method(method, settings, like, AFTER_TRAINING, "collect that after training, attribute, and apply the rule")
+    probable = method == "auto" and not settings.get("parts") and query_dataset is not None
+    report: dict[str, Any] = {LOG_ODDS: {}} if probable else {}
+    check_decides(_tried(rule, dataset), dataset, method, like, report=report, last=rounds == 1)
+    asked = _asked(dataset, query_dataset, capture, method, settings)
     decisions: list[Decision] = []
     models: list[ref[Any]] = []  # those that are still there
     for number in range(1, rounds + 1):
         place, before = Path(folder) / f"round-{number:02d}", decisions[-1] if decisions else None
         at = list(range(len(dataset))) if before is None else before.kept
-        if not (place / "decision.json").is_file():
+        file = place / "scores.safetensors"
+        if not (place / "decision.json").is_file() and not _scored(file, asked):
             current = dataset if before is None else carried_out(before, dataset)
             taker = GradientCapture(place / "rows", query_dataset, train_dataset=current, overwrite=True, **capture)
+            if rank() == 0:
+                file.unlink(missing_ok=True)  # of other rows than those to come
             _train(make_trainer, current, [taker], models, before)
             if rank() == 0:
                 scores = attribute(taker.path, method, **{name: _left(v, at, dataset) for name, v in settings.items()})
-                scores.report[ASKED] = _asked(method, settings)
-                scores.save(place / "scores.safetensors")
+                scores.report[ASKED] = asked
+                scores.save(file)
             wait_for_all()
-        scores = Scores.load(place / "scores.safetensors")
-        if (asked := _asked(method, settings)) != scores.report.get(ASKED):
+        scores = Scores.load(file)
+        if other := _other(scores, asked):
+            was, now = ({name: given.get(name) for name in other} for given in (scores.report.get(ASKED, {}), asked))
             raise StoreMismatch(
-                f"{place} was scored by {scores.method} with {scores.report.get(ASKED)}, and now {asked} is asked for. "
-                "Choose another folder."
+                f"{place} was scored by {scores.method} with {was}, and now {now} is asked for. Choose another folder."
             )
         left = dataset.select(at)
         decision = decide_on_scored(_told(rule, left, scores, place / "rows"), left, scores)
@@ -158,6 +176,11 @@ def _train(
 ) -> Trainer:
     """One run on what a decision has made, of a trainer that is as it must be; `models` were trained before."""
     trainer = make(dataset, callbacks)
+    if not isinstance(trainer, Trainer):
+        raise BadSetting(
+            f"make_trainer(dataset, callbacks) gave a {type(trainer).__name__} and no Trainer. Let it return the one "
+            "that it makes."
+        )
     if any(all(other is not callback for other in trainer.callback_handler.callbacks) for callback in callbacks):
         raise BadSetting("make_trainer(dataset, callbacks) made a Trainer without these callbacks. Pass them on.")
     if any(trainer.model is model() for model in models):
@@ -211,13 +234,55 @@ def _left(value: Any, at: Sequence[int], dataset: Dataset) -> Any:
     return [values[i] for i in at]
 
 
-def _asked(method: str, settings: Mapping[str, Any]) -> dict[str, Any]:
+def _tried(rule: Rule, dataset: Dataset) -> Rule:
+    """The rule; if it relabels, with probabilities, as the store will have them, that are all alike."""
+    if not isinstance(rule, Relabel) or rule.label not in dataset.column_names:
+        return rule
+    labels = [label for label in dataset.with_format(None)[rule.label] if isinstance(label, int)]
+    classes = 1 + max([1, *labels])
+    return _Told(rule, torch.full((1, classes), 1 / classes, dtype=torch.float64).expand(len(dataset), -1))
+
+
+def _asked(
+    dataset: Dataset, queries: Any, capture: Mapping[str, Any], method: str, settings: Mapping[str, Any]
+) -> dict[str, Any]:
     """What tells scores that were asked for in another way, as it comes back from a file."""
-    given: dict[str, Any] = {"method": method}
-    for name, value in settings.items():
-        plain = value is None or isinstance(value, (bool, int, float, str))
-        given[name] = value if plain else fingerprint(list(value.items() if isinstance(value, Mapping) else value))
-    return given
+    taken = {name: _recorded(value) for name, value in capture.items() if name != "batch_size"}  # of no consequence
+    given = {name: _recorded(value) for name, value in settings.items()}
+    data = {"dataset": _content(dataset), "query_dataset": None if queries is None else _content(queries)}
+    asked: dict[str, Any] = json.loads(as_json({**data, "capture": taken, "method": method, **given}))
+    return asked
+
+
+def _recorded(value: Any) -> Any:
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    if hasattr(value, "settings"):  # a compressor, a task
+        return value.settings()
+    if callable(value):  # what makes a task: `own_loss` says which
+        return getattr(value, "keywords", {}).get("about", getattr(value, "__name__", type(value).__name__))
+    return fingerprint(list(value.items() if isinstance(value, Mapping) else value))
+
+
+def _content(dataset: Any) -> str:
+    """Tells the examples of a dataset from others."""
+    if isinstance(dataset, Dataset):
+        codes = row_codes(dataset, dataset.column_names)
+    else:
+        rows = map(dataset.__getitem__, range(len(dataset)))
+        codes = [row_code(row, list(row)) if isinstance(row, Mapping) else str(row) for row in rows]
+    return code_of_all(codes)[:16]
+
+
+def _other(scores: Scores, asked: Mapping[str, Any]) -> list[str]:
+    """In what scores were asked for in another way."""
+    was = scores.report.get(ASKED, {})
+    return [name for name in {**was, **asked} if was.get(name) != asked.get(name)]
+
+
+def _scored(file: Path, asked: Mapping[str, Any]) -> bool:
+    """Whether the rows of a round are there, and scored as is asked for."""
+    return file.is_file() and (file.parent / "rows").is_dir() and not _other(Scores.load(file), asked)
 
 
 def _keep(decision: Decision, file: Path) -> None:
@@ -226,8 +291,6 @@ def _keep(decision: Decision, file: Path) -> None:
         decision.save(file)
         return
     earlier = Decision.load(file)
-    if earlier.contents != decision.contents:
-        raise StoreMismatch(f"{file} is about a dataset with other contents. Choose another folder.")
     if _outcome(earlier) != _outcome(decision):
         raise StoreMismatch(
             f"{file} was decided by {earlier.rule}, and now it would be by {decision.rule}, with another outcome: the "

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from random import Random
 from typing import Any, Literal
 
@@ -16,7 +17,7 @@ from transformers import Trainer
 from hf_influence.errors import BadExample, BadSetting
 from hf_influence.gradients.batches import decoder_inputs
 from hf_influence.gradients.objective import own_losses
-from hf_influence.task import IGNORED, Classification, LanguageModel, Seq2SeqLM, task_of
+from hf_influence.task import IGNORED, Classification, LanguageModel, Seq2SeqLM, labels_of, task_of
 
 By = Literal["loss", "sampling"]
 
@@ -31,6 +32,11 @@ class WeightedTrainer(Trainer):
 
         L = Σ_i w_i Σ_t ℓ_it / number of labelled tokens (of examples, for a classifier) of the optimiser step
 
+    A collator that knows no weights, as that of TRL's SFTTrainer, may drop them: they go past it. So this weighs
+    instructions, at the cost of another forward pass a step; not with packing, and by="sampling" with `padding_free`:
+
+        class WeightedSFTTrainer(WeightedTrainer, SFTTrainer): pass
+
     With `by="sampling"` the loss is plain, and examples are drawn with replacement in proportion to their weights, as
     many an epoch as there are. In evaluation all examples count alike.
 
@@ -42,9 +48,11 @@ class WeightedTrainer(Trainer):
 
     Raises:
         BadSetting: Another loss function of your own or label smoothing, an unknown `by`; when training starts:
-            by="sampling" of a stream.
-        BadExample: When training starts: no such column, or a weight below 0.
+            by="sampling" of a stream, or packing.
+        BadExample: When training starts: no such column, a weight below 0, or a collator that packs with by="loss".
     """
+
+    data_collator: Any
 
     def __init__(self, *args: Any, weight_column: str = "weight", by: By = "loss", **kwargs: Any):
         if by not in ("loss", "sampling"):
@@ -76,6 +84,11 @@ class WeightedTrainer(Trainer):
                 f"by='sampling' draws rows by number, and a {type(self.train_dataset).__name__} is no datasets.Dataset "
                 "that has them. Use by='loss', or make a Dataset of it (Dataset.from_generator)."
             )
+        if getattr(self.args, "packing", False):
+            raise BadSetting(
+                "packing=True: a row that is trained on holds several examples, and they have no weight together. Set "
+                "packing=False."
+            )
         if columns is not None and self.weight_column not in columns:
             raise BadExample(
                 f"the training set has no column {self.weight_column!r} (it has {columns}). Make one: "
@@ -88,7 +101,13 @@ class WeightedTrainer(Trainer):
                     f"the column {self.weight_column!r} must hold finite weights of at least 0, not all of them 0 "
                     f"(the smallest is {float(weights.min()):g})."
                 )
-        return super().get_train_dataloader()
+        collate = self.data_collator
+        if self.by == "loss":
+            self.data_collator = _Carrying(collate, self.weight_column)
+        try:
+            return super().get_train_dataloader()
+        finally:
+            self.data_collator = collate
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int] | None:
         if self.by == "loss":
@@ -107,8 +126,8 @@ class WeightedTrainer(Trainer):
         count = model.training and self.by == "loss"
         if weights is None and count:
             raise BadExample(
-                f"the batch has no {self.weight_column!r}: the collator has dropped it. Let it pass, or use "
-                "by='sampling'."
+                f"the batch has no {self.weight_column!r}: the collator has dropped it, or packs several examples into "
+                "a row. Let it pass, or use by='sampling'."
             )
         self._weights = weights if count else None
         if isinstance(self._task, Seq2SeqLM) and "labels" in inputs and "decoder_input_ids" not in inputs:
@@ -129,6 +148,21 @@ class WeightedTrainer(Trainer):
             each = each * self._weights.to(each)
         total: Tensor = each.sum() / (count.clamp(min=1) if num_items_in_batch is None else num_items_in_batch)
         return total
+
+
+@dataclass(frozen=True)
+class _Carrying:
+    """A collator, and the weights of the rows beside the batch that it makes of them, if it has dropped them."""
+
+    collate: Callable[[list[Any]], Any]
+    column: str
+
+    def __call__(self, rows: list[Any]) -> Any:
+        batch = self.collate(rows)
+        given = self.column in batch or any(self.column not in row for row in rows)
+        if not given and len(labels_of(dict(batch))) == len(rows):  # or it packs them
+            batch[self.column] = torch.tensor([float(row[self.column]) for row in rows])
+        return batch
 
 
 class InProportion(Sampler[int]):

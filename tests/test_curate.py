@@ -305,6 +305,8 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "queries": (lambda c: CurateEachEpoch(c, DatasetFilter(drop=1), "ip"), "query_dataset"),
     "points": (lambda c: CurateEachEpoch(c, DatasetFilter(drop=1), "aum", points=[1]), "Leave points"),
     "after": (lambda c: CurateEachEpoch(c, DatasetFilter(drop=1), "loss", after=0), "counted from 1"),
+    "number": (lambda c: CurateEachEpoch(c, DatasetFilter(drop=1), "loss", epochs=2), r"such as epochs=\[1, 3\]"),
+    "no epochs": (lambda c: CurateEachEpoch(c, DatasetFilter(drop=1), "loss", epochs=[]), "counted from 1"),
     "both": (lambda c: CurateEachEpoch(c, DatasetFilter(drop=1), "loss", after=2, epochs=[3]), "not both"),
 }
 

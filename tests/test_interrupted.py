@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -175,6 +176,38 @@ def test_points_that_training_does_not_reach_again_are_gone(tmp_path: Path) -> N
     train(tiny(torch.float32), tmp_path, again, num_train_epochs=2, resume=resume, **options)
     assert GradientStore.open(path).points() == [1, 2]
     assert len(attribute(path, "tracin")) == 10
+
+
+@pytest.mark.parametrize(
+    ("step", "settings", "missing"),
+    [
+        (8, {"during": "epochs"}, r"epochs \[1, 2\]"),
+        (10, {"during": "epochs", "every": 2}, r"epochs \[1, 3\]"),
+        (2, {"during": "steps"}, r"steps \[1, 2\]"),
+        (8, {"during": "epochs", "epochs": [3]}, None),
+    ],
+)
+def test_what_a_capture_that_comes_late_has_missed_is_said(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, step: int, settings: dict[str, Any], missing: str | None
+) -> None:
+    options: dict[str, Any] = {"save_strategy": "steps", "save_steps": 2, "num_train_epochs": 3}
+    train(tiny(torch.float32), tmp_path, **options)
+    late = GradientCapture(tmp_path / "rows", at_end=False, **settings)
+    train(tiny(torch.float32), tmp_path, late, resume=str(tmp_path / f"checkpoint-{step}"), **options)
+    said = [record.message for record in caplog.records if "has no rows of the" in record.message]
+    assert len(said) == (missing is not None)
+    if missing:
+        assert re.search(rf"goes on at step {step}, and .*rows has no rows of the {missing} before", said[0])
+
+
+def test_a_run_that_goes_on_with_its_capture_has_missed_nothing(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    options: dict[str, Any] = {"save_strategy": "steps", "save_steps": 2, "num_train_epochs": 3}
+    for resume in (None, str(tmp_path / "checkpoint-10"), str(tmp_path / "checkpoint-8")):
+        capture = GradientCapture(tmp_path / "rows", during="epochs", at_end=False)
+        train(tiny(torch.float32), tmp_path, capture, resume=resume, **options)
+    assert not [record for record in caplog.records if "has no rows of the" in record.message]
 
 
 def test_a_weight_of_0_leaves_an_example_out(tmp_path: Path) -> None:

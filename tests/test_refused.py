@@ -8,7 +8,7 @@ from typing import Any
 import models
 import pytest
 import torch
-from datasets import ClassLabel, Dataset
+from datasets import ClassLabel, Dataset, DatasetDict
 from models import bert, labelled, lora, padding, tiny
 from torch import Tensor, nn
 from transformers import (
@@ -22,9 +22,10 @@ from watched import (
     train,
 )
 
-from hf_influence.callbacks import GradientCapture
+from hf_influence.callbacks import GradientCapture, soft_cross_entropy
 from hf_influence.callbacks.checks import check_kind
 from hf_influence.errors import BadExample, BadSetting, UnsupportedModel
+from hf_influence.gradients import own_loss
 from hf_influence.store import GradientStore
 
 
@@ -107,11 +108,30 @@ def test_what_would_make_rows_wrong_is_refused_with_a_reason(tmp_path: Path, cas
         {"every": 2},
         {"during": "steps", "epochs": [1]},
         {"during": "epochs", "epochs": []},
+        {"during": "epochs", "epochs": [0, 1]},
+        {"during": "epochs", "epochs": 2},
+        {"during": "epochs", "epochs": "2"},
     ],
 )
 def test_settings_that_make_no_sense_are_refused(tmp_path: Path, settings: dict[str, Any]) -> None:
     with pytest.raises(BadSetting):
         GradientCapture(tmp_path, **settings)
+
+
+@pytest.mark.parametrize("options", [{}, {"max_steps": 5}])
+def test_epochs_that_training_does_not_have_are_refused(tmp_path: Path, options: dict[str, Any]) -> None:
+    capture = GradientCapture(tmp_path / "rows", during="epochs", epochs=[2, 9])
+    with pytest.raises(BadSetting, match=r"epochs=\[2, 9\] and training has 2, so of epoch 9 there would be no rows"):
+        train(tiny(torch.float32), tmp_path, capture, **options)
+    assert not capture.path.exists()
+
+
+def test_epochs_that_a_stream_does_not_come_to_are_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    capture = GradientCapture(tmp_path / "rows", during="epochs", epochs=[2, 9], at_end=False)
+    data = Dataset.from_list(EXAMPLES).to_iterable_dataset()
+    train(tiny(torch.float32), tmp_path, capture, data=data, max_steps=8)
+    assert GradientStore.open(capture.path).points() == [2]
+    assert "has no rows of the epochs [9]" in caplog.text
 
 
 class Twice(Trainer):
@@ -180,3 +200,71 @@ def test_queries_whose_numbers_stand_for_other_classes_are_refused(tmp_path: Pat
     model = lora(bert(num_labels=3), ["query"], dtype=torch.float32, modules_to_save=["classifier"])
     with pytest.raises(BadSetting, match=r"classes of the column 'labels' are \['a', 'b', 'c'\].*one number means two"):
         train(model, tmp_path, GradientCapture(tmp_path / "rows", sets[1]), data=sets[0])
+
+
+def by_name(features: list[dict[str, Any]]) -> dict[str, Tensor]:
+    """A collator that takes tokens and labels alone, and wants them."""
+    return padding()([{name: row[name] for name in ("input_ids", "labels")} for row in features])
+
+
+def named(rows: list[dict[str, Any]]) -> Dataset:
+    return Dataset.from_list([{**row, "name": f"row {i}"} for i, row in enumerate(rows)])
+
+
+def nameless(dataset: Dataset) -> Dataset:
+    return dataset.with_transform(lambda rows: {name: rows[name] for name in ("input_ids", "labels")})
+
+
+UNLABELLED = [{"input_ids": row["input_ids"]} for row in EXAMPLES]
+UNTOLD: dict[str, tuple[Any, str]] = {
+    "splits": (DatasetDict(validation=named(EXAMPLES)), r"query_dataset is a DatasetDict of \['validation'\]"),
+    "path": ("runs/clean", "query_dataset is a str, of which examples cannot be had by position"),
+    "stream": (named(EXAMPLES).to_iterable_dataset(), r"query_dataset is a IterableDataset.*take"),
+    "text": (Dataset.from_list([{"text": "a b c"}]), r"query_dataset: .*KeyError: 'input_ids'.*tokenised"),
+    "strings": (["a b c"], "query_dataset: an example is a str"),
+    "vocabulary": ([{"input_ids": [4, 999], "labels": [4, 5]}], r"query_dataset: .*IndexError.*tokenizer of the model"),
+    "ids": (nameless(named(EXAMPLES)), "query_dataset: the dataset has no id column 'name'"),
+    "empty": ([], "query_dataset: the dataset is empty"),
+    "labels": (UNLABELLED, "query_dataset: .*KeyError: 'labels'"),
+}
+
+
+@pytest.mark.parametrize("case", UNTOLD)
+def test_queries_that_cannot_be_read_are_refused_by_name(tmp_path: Path, case: str) -> None:
+    queries, message = UNTOLD[case]
+    with pytest.raises(BadExample, match=message):
+        train(
+            tiny(torch.float32),
+            tmp_path,
+            GradientCapture(tmp_path / "rows", queries, id_column="name"),
+            data=named(EXAMPLES),
+            collate=by_name,
+            remove_unused_columns=False,
+        )
+    assert not (tmp_path / "rows").exists()
+
+
+def test_an_error_about_the_training_set_says_so(tmp_path: Path) -> None:
+    with pytest.raises(BadExample, match=r"the training set: the collated batch has no labels"):
+        train(tiny(torch.float32), tmp_path, GradientCapture(tmp_path / "rows", EXAMPLES), data=UNLABELLED)
+
+
+class Believing(Recording):
+    """Learns from class probabilities as well as from class numbers."""
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, compute_loss_func=soft_cross_entropy, **kwargs)
+
+
+@pytest.mark.parametrize("during", ["epochs", None])
+@pytest.mark.parametrize("vectors", ["train", "query"])
+def test_queries_with_labels_of_another_kind_are_refused(tmp_path: Path, vectors: str, during: Any) -> None:
+    numbers = labelled(lambda i: i % 3, 6)
+    soft = [{**row, "labels": [0.2, 0.3, 0.5]} for row in numbers]
+    data, queries = (soft, numbers) if vectors == "train" else (numbers, soft)
+    task = own_loss(nn.functional.cross_entropy, reduction="none")
+    capture = GradientCapture(tmp_path / "rows", queries, task=task, during=during)
+    model = lora(bert(num_labels=3), ["query"], dtype=torch.float32, modules_to_save=["classifier"])
+    with pytest.raises(BadSetting, match=r"labels of the query examples are of another kind \((multi|single)_label"):
+        train(model, tmp_path, capture, data=data, kind=Believing)
+    assert not capture.path.exists()

@@ -17,6 +17,7 @@ from hf_influence import DatasetFilter, GradientStore, attribute
 from hf_influence.callbacks import GradientCapture, WeightedTrainer, curate_and_retrain, soft_cross_entropy
 from hf_influence.errors import BadExample, BadSetting, StoreMismatch
 from hf_influence.filter import Decision, Prune, Relabel, Reweight
+from hf_influence.gradients import dropout, label_smoothing
 from hf_influence.scores import Scores
 
 
@@ -76,7 +77,7 @@ def with_weights(features: list[Example]) -> dict[str, Tensor]:
 def told_by_a_token(n: int, seed: int, classes: int = 2) -> list[Example]:
     """Sequences of class k that begin with token 5 + k."""
     rows = labelled(lambda i: i % classes, n, seed)
-    return [{**row, "input_ids": [5 + row["labels"]] * 6 + row["input_ids"][:1]} for row in rows]
+    return [{**row, "input_ids": [5 + row["labels"]] * 6 + row["input_ids"][:3]} for row in rows]
 
 
 class Classifies:
@@ -165,6 +166,28 @@ def test_a_round_scored_with_other_settings_is_refused(tmp_path: Path) -> None:
         curate_and_retrain(Makes(tmp_path), data, rule, folder, query_dataset=QUERIES, parts=next(parts))
 
 
+def test_a_round_with_other_queries_or_another_capture_is_refused(tmp_path: Path) -> None:
+    data, rule, folder = Dataset.from_list(EXAMPLES), DatasetFilter(drop=2), tmp_path / "r"
+    task = label_smoothing(0.1)
+    given: dict[str, Any] = {"query_dataset": QUERIES, "capture": {"compress": dropout(4), "task": task}}
+    curate_and_retrain(Makes(tmp_path), data, rule, folder, "ip", **given)
+    make = Makes(tmp_path)
+    same = {"query_dataset": QUERIES.to_list(), "capture": {"task": task, "compress": dropout(4), "batch_size": 2}}
+    assert len(curate_and_retrain(make, data, rule, folder, "ip", **same).dataset) == 10
+    others: dict[str, dict[str, Any]] = {
+        "query_dataset": {"query_dataset": QUERIES.select(range(2))},
+        r"capture.*'r': 4.*'r': 5": {"capture": {"compress": dropout(5), "task": task}},
+        r"capture.*'label_smoothing': 0\.1.*'label_smoothing': 0\.2": {
+            "capture": {"compress": dropout(4), "task": label_smoothing(0.2)}
+        },
+        r"capture.*now {'capture': {}}": {"capture": None},
+    }
+    for message, other in others.items():
+        with pytest.raises(StoreMismatch, match=f"was scored by ip with .*{message}"):
+            curate_and_retrain(make, data, rule, folder, "ip", **given | other)
+    assert len(make.made) == 1
+
+
 def test_rows_that_a_round_has_not_scored_stay(tmp_path: Path) -> None:
     data = Dataset.from_list(EXAMPLES)
     make = Makes(tmp_path, per_device_train_batch_size=5, dataloader_drop_last=True)
@@ -227,9 +250,68 @@ def test_an_interrupted_call_goes_on_after_its_last_finished_round(tmp_path: Pat
     with pytest.raises(StoreMismatch, match=r"was scored by loss.*'method': 'margin'"):
         curate_and_retrain(make, data, DatasetFilter(drop=2), tmp_path / "b", "margin", rounds=2)
     other = Dataset.from_list(prompts(12, seed=9))
-    told = pytest.warns(UserWarning, match="does not hold what was scored")
-    with told, pytest.raises(StoreMismatch, match="other contents"):
+    with pytest.raises(StoreMismatch, match=r"was scored by loss with {'dataset': "):
         curate_and_retrain(make, other, DatasetFilter(drop=2), tmp_path / "b", "loss", rounds=2)
+
+
+class Refuses(DatasetFilter):
+    """Cannot decide by the scores of a true round."""
+
+    def decide(self, dataset: Any, scores: Any, by: Any = None) -> Decision:
+        if scores.settings:
+            raise BadSetting("not by these scores")
+        return super().decide(dataset, scores, by)
+
+
+def test_a_round_that_was_scored_is_not_trained_again_for_another_rule(tmp_path: Path) -> None:
+    data, make, folder = Dataset.from_list(EXAMPLES), Makes(tmp_path), tmp_path / "r"
+    with pytest.raises(BadSetting, match="not by these scores"):
+        curate_and_retrain(make, data, Refuses(drop=2), folder, query_dataset=QUERIES)
+    assert len(make.made) == 1
+    done = curate_and_retrain(make, data, DatasetFilter(drop=2), folder, query_dataset=QUERIES)
+    assert [len(run.train_dataset) for run in make.made] == [12, 10]
+    whole = curate_and_retrain(Makes(tmp_path), data, DatasetFilter(drop=2), tmp_path / "w", query_dataset=QUERIES)
+    assert done.decisions[0].scores == whole.decisions[0].scores
+    with pytest.raises(BadSetting, match="not by these scores"):
+        curate_and_retrain(make, data, Refuses(drop=2), tmp_path / "m", "loss", query_dataset=QUERIES)
+    curate_and_retrain(make, data, DatasetFilter(drop=2), tmp_path / "m", "ip", query_dataset=QUERIES)
+    assert [len(run.train_dataset) for run in make.made[2:]] == [12, 12, 10]  # it was scored in another way
+
+
+DROPS = DatasetFilter(drop=2)
+FLIPS = Relabel(suspects=DROPS, how="flip", label="kind")
+BEFORE: dict[str, tuple[Any, str, dict[str, Any], type[Exception], str]] = {
+    "no column": (DatasetFilter(drop=2, within="sorce"), "loss", {}, BadExample, "'sorce'"),
+    "no label": (Relabel(suspects=DROPS, how="flip"), "loss", {}, BadExample, "no column 'label'"),
+    "relabels twice": (FLIPS, "loss", {"rounds": 2}, BadSetting, "wants to relabel rows"),
+    "leaves none": (DatasetFilter(drop=12), "loss", {}, BadSetting, "leaves none"),
+    "no gaps": (DatasetFilter(drop="otsu"), "auto", {}, BadSetting, "a ranking on a scale"),
+    "doubts without queries": (DatasetFilter(drop="doubtful"), "auto", {}, BadSetting, "no probabilities"),
+    "prunes by queries": (Prune(), "ip", {"query_dataset": QUERIES}, BadSetting, "without queries"),
+    "no queries": (DROPS, "datainf", {}, BadSetting, "'datainf' compares with queries, and there are none"),
+    "part without queries": (DROPS, "auto", {"parts": {"vote": {}}}, BadSetting, "'vote' compares with queries"),
+    "no points": (DROPS, "loss_mean", {}, BadSetting, "'loss_mean' goes over points of training"),
+    "made later": (DROPS, "self_ekfac", {}, BadSetting, "'self_ekfac' needs passes over the model"),
+    "capture": (DROPS, "loss", {"capture": {"every": 2}}, BadSetting, "set during="),
+}
+
+
+@pytest.mark.parametrize("case", BEFORE)
+def test_what_cannot_work_is_refused_before_the_first_training(tmp_path: Path, case: str) -> None:
+    rule, method, options, error, message = BEFORE[case]
+    make, data = Makes(tmp_path), Dataset.from_list(EXAMPLES).add_column("kind", [0, 1] * 6)
+    with pytest.raises(error, match=message):
+        curate_and_retrain(make, data, rule, tmp_path / "r", method, **options)
+    assert not make.made
+
+
+def test_what_makes_no_trainer_is_refused(tmp_path: Path) -> None:
+    data = Dataset.from_list(EXAMPLES)
+    made: Any = Makes(tmp_path)(data, [])
+    with pytest.raises(BadSetting, match=r"make_trainer is a Recording, and each round trains a fresh model"):
+        curate_and_retrain(made, data, DROPS, tmp_path / "r", "loss")
+    with pytest.raises(BadSetting, match=r"gave a NoneType and no Trainer"):
+        curate_and_retrain(lambda rows, callbacks: None, data, DROPS, tmp_path / "r", "loss")
 
 
 def test_rounds_that_cannot_work_are_refused(tmp_path: Path) -> None:
@@ -253,18 +335,6 @@ def test_rounds_that_cannot_work_are_refused(tmp_path: Path) -> None:
 
     with pytest.raises(BadSetting, match="trained before"):
         curate_and_retrain(same_model, data, rule, tmp_path / "b", "loss")
-    kinds = data.add_column("kind", [0, 1] * 6)
-    with pytest.raises(BadSetting, match="relabel rows"):
-        curate_and_retrain(
-            Makes(tmp_path),
-            kinds,
-            Relabel(suspects=DatasetFilter(drop=2), how="flip", label="kind"),
-            tmp_path / "c",
-            "loss",
-            rounds=2,
-        )
-    with pytest.raises(BadSetting, match="without queries"):
-        curate_and_retrain(Makes(tmp_path), data, Prune(), tmp_path / "d", "ip", query_dataset=QUERIES)
 
 
 def test_groups_of_all_examples_are_those_of_the_ones_that_are_left(tmp_path: Path) -> None:

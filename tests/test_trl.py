@@ -19,8 +19,8 @@ from transformers import DataCollatorWithFlattening, MixtralConfig, MixtralForCa
 from watched import EXAMPLES, train
 
 from hf_influence import DatasetFilter, attribute, collect
-from hf_influence.callbacks import GradientCapture, curate_and_retrain, prepared
-from hf_influence.errors import BadSetting, UnsupportedModel
+from hf_influence.callbacks import GradientCapture, WeightedTrainer, curate_and_retrain, prepared
+from hf_influence.errors import BadExample, BadSetting, UnsupportedModel
 from hf_influence.gradients.packing import Packing, kept_apart
 from hf_influence.store import GradientStore, Rows
 
@@ -79,7 +79,9 @@ class Recording(trl.SFTTrainer):  # type: ignore[misc,name-defined]
         return super().training_step(model, inputs, *args, **kwargs)
 
 
-def trainer_of(folder: Path, data: Dataset, *callbacks: GradientCapture, **options: Any) -> Any:
+def trainer_of(
+    folder: Path, data: Dataset, *callbacks: GradientCapture, kind: type[Recording] = Recording, **options: Any
+) -> Any:
     settings = {
         "num_train_epochs": 2,
         "per_device_train_batch_size": 2,
@@ -93,7 +95,7 @@ def trainer_of(folder: Path, data: Dataset, *callbacks: GradientCapture, **optio
     }
     args = trl.SFTConfig(str(folder), use_cpu=True, report_to=[], disable_tqdm=True, **settings)
     model = tiny(torch.float32, lora_dropout=0.0)
-    run = Recording(model, args, train_dataset=data, processing_class=tokenizer(), callbacks=list(callbacks))
+    run = kind(model, args, train_dataset=data, processing_class=tokenizer(), callbacks=list(callbacks))
     run.seen = []
     return run
 
@@ -342,3 +344,38 @@ def test_scores_of_conversations_know_the_dataset_as_it_was_given(tmp_path: Path
     assert DatasetFilter(drop=1).apply(talk, scores).num_rows == len(talk) - 1
     with pytest.raises(BadSetting, match=r"'messages' holds .* in another order"):
         DatasetFilter(drop=1).apply(talk.shuffle(seed=0), scores)
+
+
+class Weighing(WeightedTrainer, Recording):
+    """Of instructions with weights."""
+
+
+@pytest.mark.filterwarnings("ignore:`compute_loss_func` is deprecated:FutureWarning")
+def test_instructions_count_as_their_weights_say(tmp_path: Path) -> None:
+    def trained(data: Dataset, kind: type[Recording] = Weighing, *callbacks: Any) -> dict[str, Tensor]:
+        run = trainer_of(tmp_path, data, *callbacks, kind=kind, optim="sgd", learning_rate=0.1, max_grad_norm=0.0)
+        run.train()
+        return {name: weight.detach().clone() for name, weight in run.model.named_parameters() if weight.requires_grad}
+
+    data, weight = texts(), [0.0, 2.0, 0.5] * 3
+    plain, ones = trained(data, Recording), trained(data.add_column("weight", [1.0] * 9))
+    torch.testing.assert_close(ones, plain, rtol=1e-4, atol=1e-5)
+    spoiled = [
+        {"text": " ".join("w0" for _ in row["text"].split()) if not w else row["text"], "weight": w}
+        for row, w in zip(data, weight, strict=True)
+    ]
+    capture = GradientCapture(tmp_path / "rows", texts(3, seed=1), during="epochs")
+    weighed = trained(data.add_column("weight", weight), Weighing, capture)
+    torch.testing.assert_close(trained(Dataset.from_list(spoiled)), weighed, rtol=1e-4, atol=1e-5)
+    assert any((weighed[name] - plain[name]).abs().max() > 1e-3 for name in plain)
+    assert GradientStore.open(capture.path).rows("train", 2).ids == [i for i, w in enumerate(weight) if w]
+
+
+@pytest.mark.filterwarnings("ignore:`compute_loss_func` is deprecated:FutureWarning")
+def test_packed_instructions_have_no_weights(tmp_path: Path) -> None:
+    data = texts().add_column("weight", [1.0] * 9)
+    with pytest.raises(BadSetting, match="packing=True: a row that is trained on holds several examples"):
+        trainer_of(tmp_path, data, kind=Weighing, **packing("bfd", 16)).train()
+    flat: dict[str, Any] = {"kind": Weighing, "padding_free": True}
+    with pytest.raises(BadExample, match="packs several examples into a row"):
+        trainer_of(tmp_path, data, **flat).train()

@@ -11,7 +11,13 @@ import torch.nn.functional as F
 from datasets import Dataset
 from models import VOCABULARY, bert, labelled, lora, padding, prompts, tiny
 from torch import Tensor, nn
-from transformers import T5Config, T5ForConditionalGeneration, Trainer, TrainingArguments
+from transformers import (
+    DataCollatorWithFlattening,
+    T5Config,
+    T5ForConditionalGeneration,
+    Trainer,
+    TrainingArguments,
+)
 
 from hf_influence.callbacks import GradientCapture, WeightedTrainer, soft_cross_entropy
 from hf_influence.errors import BadExample, BadSetting
@@ -38,7 +44,13 @@ def with_weights(features: list[dict[str, Any]]) -> dict[str, Tensor]:
 
 
 def trained(
-    kind: type[Trainer], model: nn.Module, rows: Dataset, folder: Path, accumulate: int = 2, **options: Any
+    kind: type[Trainer],
+    model: nn.Module,
+    rows: Dataset,
+    folder: Path,
+    accumulate: int = 2,
+    collate: Any = None,
+    **options: Any,
 ) -> dict[str, Tensor]:
     """The trainable values after three steps of plain SGD."""
     args = TrainingArguments(
@@ -56,7 +68,7 @@ def trained(
         disable_tqdm=True,
         **{name: options.pop(name) for name in ("train_sampling_strategy",) if name in options},
     )
-    kind(model, args, data_collator=with_weights, train_dataset=rows, **options).train()
+    kind(model, args, data_collator=collate or with_weights, train_dataset=rows, **options).train()
     return {name: weight.detach().clone() for name, weight in model.named_parameters() if weight.requires_grad}
 
 
@@ -220,10 +232,23 @@ def test_bad_weights_are_refused(tmp_path: Path) -> None:
         WeightedTrainer(classifier(), smooth)
     with pytest.raises(BadSetting, match="'loss' or 'sampling'"):
         trained(WeightedTrainer, classifier(), rows, tmp_path, by="luck")
-    dropped = rows.add_column("weight", [1.0] * 8)
-    args = TrainingArguments(str(tmp_path), max_steps=1, use_cpu=True, report_to=[], disable_tqdm=True)
-    with pytest.raises(BadExample, match="the collator has dropped it"):
-        WeightedTrainer(classifier(), args, data_collator=padding(), train_dataset=dropped).train()
+
+
+def flat(features: list[dict[str, Any]]) -> dict[str, Tensor]:
+    """A collator that packs a batch into one row, and drops the weights."""
+    rows = [{name: row[name] for name in ("input_ids", "labels")} for row in features]
+    return dict(DataCollatorWithFlattening()(rows))
+
+
+def test_weights_go_past_a_collator_that_drops_them(tmp_path: Path) -> None:
+    rows = Dataset.from_list(TEXTS).add_column("weight", [2.0, 0.0, 1.0, 0.5] * 2)
+    kept, dropped = (
+        trained(WeightedTrainer, causal(), rows, tmp_path, collate=collate) for collate in (with_weights, padding())
+    )
+    torch.testing.assert_close(dropped, kept, rtol=0, atol=0)
+    with pytest.raises(BadExample, match=r"packs several examples into a row.*by='sampling'"):
+        trained(WeightedTrainer, causal(), rows, tmp_path, collate=flat)
+    trained(WeightedTrainer, causal(), rows, tmp_path, collate=flat, by="sampling")
 
 
 def test_an_encoder_decoder_gets_its_decoder_inputs(tmp_path: Path) -> None:
