@@ -25,6 +25,7 @@ from hf_influence.callbacks.checks import (
     check_resumed,
     check_stream,
     check_trainer,
+    warn_of_classes,
     warn_of_rates,
 )
 from hf_influence.callbacks.during import During, DuringTraining, Schedule, endless, trainer_of
@@ -198,6 +199,7 @@ class GradientCapture(TrainerCallback):
                 self._query = prepared(trainer, self.query_dataset)
             given = trainer.train_dataset if self.train_dataset is None else self.train_dataset
             check_names(given, self.query_dataset)
+            warn_of_classes(given, self.query_dataset)
             codes = column_codes(given)
             self._contents = len(given) if codes else 0, codes
             self._plans = {

@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from datasets import Dataset
+from datasets import ClassLabel, Dataset, Value
 from transformers import Trainer, TrainerState, TrainingArguments
 
 from hf_influence.callbacks.weighted import WeightedTrainer, soft_cross_entropy
@@ -226,6 +226,21 @@ def check_names(train: Any, query: Any) -> None:
                 "queries, so one number means two classes. Give both the same: "
                 f"query.cast_column({column!r}, train.features[{column!r}]) before the labels become numbers."
             )
+
+
+def warn_of_classes(train: Any, query: Any) -> None:
+    """Say that the queries are all of one class, if they are and the training examples are not."""
+    if not isinstance(train, Dataset) or not isinstance(query, Dataset):
+        return
+    for column in LABELS:
+        if all(isinstance(one.features.get(column), (ClassLabel, Value)) for one in (train, query)):
+            ours, theirs = (set(one.with_format(None)[column]) for one in (train, query))
+            if len(theirs) == 1 < len(ours):
+                logger.warning(
+                    "all queries have the label %r, so they say nothing of the other classes, and the method 'auto' "
+                    "will refuse them. Draw them at random: clean.shuffle(seed=0).select(range(100))",
+                    theirs.pop(),
+                )
 
 
 def check_places(trainer: Trainer, id_column: str | None) -> None:

@@ -21,7 +21,7 @@ from hf_influence.callbacks.capture import GradientCapture
 from hf_influence.callbacks.checks import check_uses
 from hf_influence.callbacks.curate import AFTER_TRAINING, check_actions, check_decides, check_method, check_rule
 from hf_influence.callbacks.packing import in_pieces
-from hf_influence.dataset.contents import code_of_all, row_code, row_codes
+from hf_influence.dataset.contents import content_of
 from hf_influence.dataset.matching import ids_of
 from hf_influence.errors import BadExample, BadSetting, StoreMismatch
 from hf_influence.filter.decision import Decision
@@ -249,7 +249,7 @@ def _asked(
     """What tells scores that were asked for in another way, as it comes back from a file."""
     taken = {name: _recorded(value) for name, value in capture.items() if name != "batch_size"}  # of no consequence
     given = {name: _recorded(value) for name, value in settings.items()}
-    data = {"dataset": _content(dataset), "query_dataset": None if queries is None else _content(queries)}
+    data = {"dataset": content_of(dataset), "query_dataset": None if queries is None else content_of(queries)}
     asked: dict[str, Any] = json.loads(as_json({**data, "capture": taken, "method": method, **given}))
     return asked
 
@@ -262,16 +262,6 @@ def _recorded(value: Any) -> Any:
     if callable(value):  # what makes a task: `own_loss` says which
         return getattr(value, "keywords", {}).get("about", getattr(value, "__name__", type(value).__name__))
     return fingerprint(list(value.items() if isinstance(value, Mapping) else value))
-
-
-def _content(dataset: Any) -> str:
-    """Tells the examples of a dataset from others."""
-    if isinstance(dataset, Dataset):
-        codes = row_codes(dataset, dataset.column_names)
-    else:
-        rows = map(dataset.__getitem__, range(len(dataset)))
-        codes = [row_code(row, list(row)) if isinstance(row, Mapping) else str(row) for row in rows]
-    return code_of_all(codes)[:16]
 
 
 def _other(scores: Scores, asked: Mapping[str, Any]) -> list[str]:

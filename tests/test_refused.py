@@ -268,3 +268,13 @@ def test_queries_with_labels_of_another_kind_are_refused(tmp_path: Path, vectors
     with pytest.raises(BadSetting, match=r"labels of the query examples are of another kind \((multi|single)_label"):
         train(model, tmp_path, capture, data=data, kind=Believing)
     assert not capture.path.exists()
+
+
+@pytest.mark.parametrize("one", [True, False])
+def test_queries_of_one_class_are_told_before_training(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, one: bool
+) -> None:
+    queries = Dataset.from_list(labelled(lambda i: 1 if one else i % 2, 4, seed=1))
+    rows = Dataset.from_list(labelled(lambda i: i % 2, 6))
+    train(lora(bert(), ["query"], dtype=torch.float32), tmp_path, GradientCapture(tmp_path / "r", queries), data=rows)
+    assert ("all queries have the label 1" in caplog.text) == one

@@ -16,9 +16,9 @@ from stores import make_store, make_trained_store
 
 import hf_influence.evaluation
 from hf_influence import attribute
+from hf_influence.dataset.contents import content_of
 from hf_influence.errors import BadSetting, MissingRows, StoreError, StoreMismatch
 from hf_influence.evaluation import Runs, Table, biases, mislabel_detection, provenance
-from hf_influence.evaluation.runs import content_of
 from hf_influence.evaluation.spearman import spearman
 from hf_influence.scores import Scores
 

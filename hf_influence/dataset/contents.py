@@ -41,6 +41,14 @@ def code_of_all(codes: Sequence[str]) -> str:
     return hashlib.sha256("".join(codes).encode()).hexdigest()
 
 
+def content_of(dataset: Any) -> str:
+    """A hash of the columns and rows of a dataset, or of a list of examples, the same in every process."""
+    if isinstance(dataset, Dataset):
+        return code_of_all([repr(dataset.column_names), *row_codes(dataset, dataset.column_names)])[:16]
+    rows = (dataset[i] for i in range(len(dataset)))
+    return code_of_all([row_code(row, list(row)) if isinstance(row, Mapping) else str(row) for row in rows])[:16]
+
+
 def column_codes(dataset: Any, columns: Sequence[str] | None = None) -> dict[str, list[Any]]:
     """Of each column what a dataset of the same rows, perhaps in another order, is known by.
 

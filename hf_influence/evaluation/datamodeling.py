@@ -12,9 +12,10 @@ from datasets import Dataset
 from sklearn.utils import Bunch
 from torch import Tensor
 
+from hf_influence.dataset.contents import content_of
 from hf_influence.errors import BadSetting
 from hf_influence.evaluation.labels import labels_for
-from hf_influence.evaluation.runs import Runs, content_of
+from hf_influence.evaluation.runs import Runs
 from hf_influence.evaluation.shares import share_of
 from hf_influence.evaluation.spearman import spearman
 from hf_influence.scores import Scores

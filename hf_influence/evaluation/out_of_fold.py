@@ -10,10 +10,10 @@ import torch
 from datasets import Dataset
 from torch import nn
 
-from hf_influence.dataset.contents import column_codes, row_codes
+from hf_influence.dataset.contents import column_codes, content_of, row_codes
 from hf_influence.dataset.matching import ids_of
 from hf_influence.errors import BadExample, BadSetting
-from hf_influence.evaluation.runs import Runs, content_of
+from hf_influence.evaluation.runs import Runs
 from hf_influence.gradients.batches import Collator
 from hf_influence.gradients.losses import losses
 from hf_influence.gradients.sweep import BatchSize

@@ -12,10 +12,11 @@ from typing import Literal
 from datasets import Dataset
 from sklearn.utils import Bunch
 
+from hf_influence.dataset.contents import content_of
 from hf_influence.dataset.matching import in_dataset_order
 from hf_influence.errors import BadSetting
 from hf_influence.evaluation.labels import plain
-from hf_influence.evaluation.runs import Runs, content_of
+from hf_influence.evaluation.runs import Runs
 from hf_influence.evaluation.shares import share_of
 from hf_influence.scores import Scores
 

@@ -11,9 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset
-
-from hf_influence.dataset.contents import code_of_all, row_codes
 from hf_influence.errors import BadSetting, StoreError, StoreMismatch
 from hf_influence.evaluation.provenance import provenance
 from hf_influence.scores import as_json
@@ -119,11 +116,6 @@ class Runs:
                 "the two do not belong in one table. Choose another folder for the results, or the same settings."
             )
         return run
-
-
-def content_of(dataset: Dataset) -> str:
-    """A hash of the columns and rows of a dataset, the same in every process."""
-    return code_of_all([repr(dataset.column_names), *row_codes(dataset, dataset.column_names)])[:16]
 
 
 def _file_name(key: Mapping[str, Any]) -> str:
