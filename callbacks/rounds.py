@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,7 +29,8 @@ from hf_influence.filter.relabel import Relabel
 from hf_influence.filter.replay import carried_out
 from hf_influence.filter.whole import Rule, decide_on_scored, on_whole
 from hf_influence.gradients.processes import first_process_first, rank, wait_for_all
-from hf_influence.scores import LOG_ODDS, Scores, as_json
+from hf_influence.plain import as_kept
+from hf_influence.scores import LOG_ODDS, Scores
 
 ASKED = "asked"
 """In the report of scores: the datasets, the capture, the method and its settings as they were given."""
@@ -250,7 +250,7 @@ def _asked(
     taken = {name: _recorded(value) for name, value in capture.items() if name != "batch_size"}  # of no consequence
     given = {name: _recorded(value) for name, value in settings.items()}
     data = {"dataset": content_of(dataset), "query_dataset": None if queries is None else content_of(queries)}
-    asked: dict[str, Any] = json.loads(as_json({**data, "capture": taken, "method": method, **given}))
+    asked: dict[str, Any] = as_kept({**data, "capture": taken, "method": method, **given})
     return asked
 
 

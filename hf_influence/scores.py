@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from numbers import Integral
 from pathlib import Path
@@ -15,6 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from hf_influence.errors import BadSetting, MissingRows, StoreError
+from hf_influence.plain import as_json
 
 LOG_ODDS = "log_odds"
 """In the report of scores that are the log-odds of a right label, ln((1 − p) / p) for a wrong one's probability p."""
@@ -24,29 +24,6 @@ def mean_ranks(values: Tensor) -> Tensor:
     """The rank of each value, 1 for the lowest, ties at their mean rank, `[n]` in float64."""
     _, level, count = values.unique(return_inverse=True, return_counts=True)
     return (count.cumsum(0) - (count.double() - 1) / 2)[level]
-
-
-def as_json(content: Any) -> str:
-    """JSON text; numbers of numpy, tensors, arrays and columns as the plain values that they hold.
-
-    Raises:
-        BadSetting: It has something that JSON cannot hold.
-    """
-    try:
-        return json.dumps(content, default=_plain)
-    except TypeError as error:
-        raise BadSetting(
-            f"what is to be saved cannot be written as JSON ({error}), so it could not be read again. Use numbers, "
-            "text, lists and dictionaries of text in settings and ids."
-        ) from error
-
-
-def _plain(value: Any) -> Any:
-    if hasattr(value, "tolist"):
-        return value.tolist()
-    if isinstance(value, Sequence):
-        return list(value)
-    raise TypeError(f"it has a {type(value).__name__}")
 
 
 @dataclass(frozen=True)

@@ -42,11 +42,20 @@ def code_of_all(codes: Sequence[str]) -> str:
 
 
 def content_of(dataset: Any) -> str:
-    """A hash of the columns and rows of a dataset, or of a list of examples, the same in every process."""
+    """A hash of the columns and rows of a dataset, or of a list of examples, the same in every process.
+
+    Raises:
+        BadExample: Something else than examples.
+    """
     if isinstance(dataset, Dataset):
-        return code_of_all([repr(dataset.column_names), *row_codes(dataset, dataset.column_names)])[:16]
-    rows = (dataset[i] for i in range(len(dataset)))
-    return code_of_all([row_code(row, list(row)) if isinstance(row, Mapping) else str(row) for row in rows])[:16]
+        columns, codes = dataset.column_names, row_codes(dataset, dataset.column_names)
+    else:
+        rows = [dataset[i] for i in range(len(dataset))]
+        if stray := [type(row).__name__ for row in rows if not isinstance(row, Mapping)]:
+            raise BadExample(f"an example is a {stray[0]}; it must be a dictionary of columns.")
+        columns = list(rows[0]) if rows else []
+        codes = [row_code(row, columns) for row in rows]
+    return code_of_all([repr(columns), *codes])[:16]
 
 
 def column_codes(dataset: Any, columns: Sequence[str] | None = None) -> dict[str, list[Any]]:

@@ -13,7 +13,7 @@ from typing import Any
 
 from hf_influence.errors import BadSetting, StoreError, StoreMismatch
 from hf_influence.evaluation.provenance import provenance
-from hf_influence.scores import as_json
+from hf_influence.plain import as_kept
 from hf_influence.store.files import write_json
 
 
@@ -69,7 +69,7 @@ class Runs:
             BadSetting: An empty key, or one that is no plain values.
             StoreMismatch: The folder holds that run with other settings, or another run under the same name.
         """
-        key = json.loads(as_json(dict(key)))
+        key = as_kept(dict(key))
         name = _file_name(key)
         run = self._read(self.folder / name) if self.folder and (self.folder / name).is_file() else self._kept.get(name)
         if run is None:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from hf_influence.dataset.contents import code_of_all
 from hf_influence.errors import StoreError
 from hf_influence.filter.actions import DONE, Written
-from hf_influence.scores import as_json
+from hf_influence.plain import as_kept
 
 if TYPE_CHECKING:
     from hf_influence.filter.decision import Decision
@@ -35,7 +35,7 @@ def text_of(decision: Decision) -> str:
         "contents": contents,
     }
     whole = None if contents is None else code_of_all(contents)
-    content = json.loads(as_json({"schema": SCHEMA, "counts": _counts(decision.actions), "content": whole, **saved}))
+    content = as_kept({"schema": SCHEMA, "counts": _counts(decision.actions), "content": whole, **saved})
     return json.dumps({"sha256": checksum(content), **content}, indent=1)
 
 

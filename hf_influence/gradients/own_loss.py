@@ -6,7 +6,6 @@ GradientCapture("runs/sst2", during="epochs", task=own_loss(focal))           # 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -17,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hf_influence.errors import BadSetting
-from hf_influence.scores import as_json
+from hf_influence.plain import as_kept
 from hf_influence.task import IGNORED, CausalLM, Classification, LanguageModel, Outcome, Reduction, Seq2SeqLM, Task
 from hf_influence.task import task_of as model_task
 
@@ -57,7 +56,7 @@ def own_loss(loss: Loss, **about: Any) -> Callable[[Task], Task]:
             f"own_loss({loss!r}): pass a function of logits and labels that has a name. The store records it to tell "
             "rows of different losses apart; what would be a partial(...) is own_loss(function, setting=value)."
         )
-    return partial(_with_loss, loss=partial(loss, **about), about=json.loads(as_json({"loss": name, **about})))
+    return partial(_with_loss, loss=partial(loss, **about), about=as_kept({"loss": name, **about}))
 
 
 def label_smoothing(epsilon: float) -> Callable[[Task], Task]:

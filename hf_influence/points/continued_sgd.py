@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import random
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -21,8 +20,8 @@ from hf_influence.gradients.example_losses import losses_by
 from hf_influence.gradients.identity import adapter_identity
 from hf_influence.gradients.own_loss import OwnTask, task_of
 from hf_influence.gradients.processes import first_process_first
+from hf_influence.plain import as_kept
 from hf_influence.points.point import Point, moving, set_values, trainable, trainable_values
-from hf_influence.scores import as_json
 from hf_influence.store.files import read_json, write_json
 from hf_influence.task import Reduction, Task
 
@@ -135,7 +134,7 @@ def continued_sgd(
         momentum=float(momentum),
         batch_size=batch_size,
         begin=begin,
-        task=json.loads(as_json(own.settings())),
+        task=as_kept(own.settings()),
         seed=seed,
         dataset=examples.survey()[0],
         start=adapter_identity(model),

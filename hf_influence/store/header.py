@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, fields
 from math import prod
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any
 import torch
 
 from hf_influence.errors import StoreMismatch
-from hf_influence.scores import as_json
+from hf_influence.plain import as_kept
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,7 +36,7 @@ class Header:
     widths: dict[str, int] | None = None
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "task", json.loads(as_json(self.task)))  # as it comes back from the disk
+        object.__setattr__(self, "task", as_kept(self.task))  # as it comes back from the disk
 
     def width(self, name: str) -> int:
         """Number of stored columns of a block."""
