@@ -13,8 +13,8 @@ random drop against the others of its run: its spread is the noise of a cell.
 
 A loss is not an accuracy. Wrong labels keep a model that learns its rows by heart unsure of itself, and one trained
 without most of them is surer, where it is wrong as well. With these settings (`sst2`, seed 0, a fifth left out) the
-mean loss is .517 after a random drop, .630 without the lowest by `auto` and .481 on right labels alone, the median .275,
-.037 and .089, the accuracy .737, .773 and .787. `retraining.py` judges by accuracy.
+mean loss is .517 after a random drop, .630 without the lowest by `auto` and .481 on right labels alone, the median
+.275, .037 and .089, the accuracy .737, .773 and .787. `retraining.py` judges by accuracy.
 
 Every training is kept in `--results` as soon as it is finished.
 """
