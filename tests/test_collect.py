@@ -313,6 +313,14 @@ def test_queries_are_collected_under_wrong_labels_as_the_capture_does(tmp_path: 
     two = lora(bert(), ["query", "value"])
     store = collect(two, labelled(lambda i: i % 2), tmp_path / "two", "query", wrong_labels=True)
     assert store.splits() == ["query"]
+    made = [{"input_ids": row["input_ids"], "kind": row["labels"]} for row in rows]
+
+    def labels_made(batch: list[Any]) -> Any:
+        return padding()(batch) | {"labels": torch.tensor([row["kind"] for row in batch])}
+
+    own: dict[str, Any] = {"data_collator": labels_made, "remove_unused_columns": False, "wrong_labels": True}
+    with pytest.raises(BadSetting, match=r"wrong_labels=True.*have none here"):
+        collect(model, made, tmp_path / "made", "query", **own)
     with pytest.raises(BadSetting, match=r"wrong_labels=True.*class numbers"):
         collect(tiny(), prompts(), tmp_path / "language", "query", wrong_labels=True)
     assert not (tmp_path / "language").exists()

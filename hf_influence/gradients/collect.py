@@ -69,7 +69,7 @@ def collect(
         split: "train" for the examples to be judged, "query" for those that judge; any other name for more.
         data_collator: As in `Trainer`; by default pads `input_ids` and `labels` on the right.
         batch_size: Examples a batch, or "auto" for a number of tokens that suits the device. Halves when memory runs
-        out.
+            out.
         loss_reduction: "mean" over an example's labelled tokens, or "sum".
         task: For a loss other than cross-entropy: `label_smoothing(0.1)`, `own_loss(function)`, or a `Task` of yours.
         compress: `dropout(r)`, `gaussian(r)`, `sparse_jl(r)` or `logra(r_in, r_out)`; whole rows without.
@@ -110,12 +110,12 @@ def collect(
         return Plan.of(model, dataset, data_collator, loss_reduction, compress, modules, skip, id_column, *keep)
 
     plan = planned(dataset, id_column)
-    if wrong_labels and (task is not None or getattr(plan.task, "problem", None) != "single_label_classification"):
+    wrong = mislabelled(model, dataset) if wrong_labels and task is None else None
+    if wrong_labels and wrong is None and (task is not None or not _two_classes(plan.task)):
         raise BadSetting(
-            "wrong_labels=True puts other class numbers in the place of the labels, and there are none here: it is for "
-            "classifiers with one label an example and the loss of their own. Leave it out."
+            "wrong_labels=True puts other class numbers in the place of the labels, and the rows have none here: it is "
+            "for classifiers with one label an example and the loss of their own. Leave it out."
         )
-    wrong = mislabelled(model, dataset) if wrong_labels else None
     try_out(model, plan.task, plan.examples, several=batch_size != 1)
     store = collect_planned(
         model,
@@ -143,6 +143,11 @@ def collect(
             overwrite=overwrite,
         )
     return store
+
+
+def _two_classes(task: Task) -> bool:
+    """Whether each example has one of two labels."""
+    return isinstance(task, Classification) and task.problem == "single_label_classification" and task.classes == 2
 
 
 def collect_planned(

@@ -10,20 +10,20 @@ rounds of the ratio within a round, and the mean time of all steps is compared a
 
 Memory is the peak of a process that trains in one of the three ways, over that of plain training.
 
-Measured with torch 2.13, batch 8, float32: time on two CPU cores with AVX-512, 130 rounds for MiniLM and 26 for
-SmolLM2, memory on two with AVX2 (`--memory --rounds 8`):
+Measured with torch 2.13, batch 8, float32, on two idle CPU cores with AVX2, three runs of MiniLM and two of SmolLM2;
+memory with `--memory --rounds 8`:
 
     model     rows             step (limits 1.03, 1.01)    mean             peak memory (limit 1.1)
-    MiniLM    whole            1.02 to 1.04                1.01 to 1.06     1.07
-    MiniLM    dropout r=16     1.02 to 1.03                1.03 to 1.04     1.05
-    SmolLM2   whole            1.00                        1.01             1.07
-    SmolLM2   dropout r=16     1.03                        1.02             1.04
+    MiniLM    whole            0.99, 1.00, 1.02            0.99 to 1.00     1.07
+    MiniLM    dropout r=16     0.99, 1.00, 1.01            0.98 to 1.19     1.05
+    SmolLM2   whole            0.97, 1.00                  0.98             1.07
+    SmolLM2   dropout r=16     0.97, 0.99                  0.97 to 0.99     1.04
 
-The dropout rows miss their limit, though medians move by two percent from run to run: on the AVX2 machine the same code
-gave 1.01, 1.02 and 1.04 for MiniLM, one thread or two, and 1.03 to 1.06 for SmolLM2. By one thread's time a step of
-MiniLM of 300 ms takes 5 to 8 ms more, half of them in 50 hooks between products of matrices, which find code and data
-out of the caches. Of a step of SmolLM2 of 2,200 ms, 18 ms are passes over the gradient at 49,152 logits and 20 ms rows
-and hooks: less than 2 % in all.
+Medians move by two percent from run to run, and machines differ: two cores with AVX-512 gave 1.02 to 1.04 (whole) and
+1.02 to 1.03 for MiniLM, 1.00 and 1.03 for SmolLM2, and other AVX2 machines up to 1.04 and 1.06, so the dropout rows are
+within their limit on some and not on all. By one thread's time a step of MiniLM of 300 ms takes 5 to 8 ms more, half of
+them in 50 hooks between products of matrices, which find code and data out of the caches. Of a step of SmolLM2 of 2,200
+ms, 18 ms are passes over the gradient at 49,152 logits and 20 ms rows and hooks: less than 2 % in all.
 No GPU was at hand.
 """
 
