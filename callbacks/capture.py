@@ -247,7 +247,8 @@ class GradientCapture(TrainerCallback):
         """Let the training examples be known by all columns, also those that the Trainer, or `prepared`, takes away."""
         rows, codes = self._contents
         if split == "train" and rows == len(plan.examples):
-            plan.examples.contents |= codes
+            # a set that the Trainer holds has all columns of the examples, so these are not hashed again
+            plan.examples.contents = codes if self.train_dataset is None else plan.examples.contents | codes
 
     def _drop_outdated(self, state: TrainerState) -> None:
         """The rows at the end of a run that now goes on."""
