@@ -32,6 +32,7 @@ def make_store(
     present: Sequence[int] | None = None,
     query_stats: dict[str, Tensor] | None = None,
     mislabelled: Blocks | None = None,
+    mislabelled_stats: dict[str, Tensor] | None = None,
     about: PointAbout | None = None,
     rows: bool = True,
     task: dict[str, Any] | None = None,
@@ -55,7 +56,7 @@ def make_store(
     )
     store = GradientStore.create(path, header)
     splits = (("train", train, stats or {}, ids), ("query", query, query_stats or {}, None))
-    for split, blocks, notes, names in (*splits, ("query-mislabelled", mislabelled, {}, None)):
+    for split, blocks, notes, names in (*splits, ("query-mislabelled", mislabelled, mislabelled_stats or {}, None)):
         if blocks is None:
             continue
         n = len(next(iter(blocks.values())))

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import pytest
 import torch
-from scipy.integrate import quad
 from scipy.optimize import brentq
-from scipy.stats import beta, norm, rankdata, spearmanr
+from scipy.stats import norm, rankdata, spearmanr
 from sklearn.metrics import roc_auc_score, roc_curve
 from stores import Blocks, make_store, make_trained_store
 from torch import Tensor
@@ -20,6 +19,7 @@ from torch import Tensor
 from hf_influence import Scores, attribute
 from hf_influence.attribution import lacking
 from hf_influence.attribution.trust import (
+    Sighting,
     divide,
     estimated_share,
     sighting,
@@ -196,7 +196,10 @@ def test_queries_after_other_prompts_make_the_scores_of_answers_log_odds(tmp_pat
     false_alarms, found, cuts = roc_curve([0] * M + [1] * (2 * M), -torch.cat([right, wrong]), drop_intermediate=False)
     place = int((found - false_alarms).argmax())
     assert divide(right, wrong) == pytest.approx(-cuts[place], abs=0.1)
-    seen = sighting(float((gains < divide(right, wrong)).double().mean()), N, false_alarms[place], M, 1 - found[place])
+    cut = divide(right, wrong)
+    assert float((wrong < cut).double().mean()) == pytest.approx(found[place])
+    assert float((right < cut).double().mean()) == pytest.approx(false_alarms[place])
+    seen = sighting(gains < cut, right < cut, wrong < cut)
     assert seen is not None
     share = estimated_share([seen])
     assert share is not None
@@ -230,8 +233,10 @@ def test_for_classes_the_parts_weigh_what_the_queries_say(tmp_path: Path) -> Non
     assert list(scores.report["parts"].values()) == pytest.approx(weight.tolist(), abs=1e-4)
     parts = torch.stack([ranked(attribute(tmp_path, name)) for name in ("loss", "kernel_ridge")])
     ridge = attribute(tmp_path, "kernel_ridge").values
-    below = [int((values < 0).sum()) for values in (ridge, seen)]
-    assert scores.report["estimated_share_wrong"] == pytest.approx(expected_share(*below), abs=1e-4)
+    of = suspicious(seen)
+    sighted = sighting(of(ridge[:, 0]), of(seen), of(-seen))
+    assert sighted is not None
+    assert scores.report["estimated_share_wrong"] == pytest.approx(estimated_share([sighted]), abs=1e-4)
     agree(scores, weight @ parts, tmp_path)
     assert 0 < (scores.probability_wrong() > 0.5).sum() == (scores.values < 0).sum()
 
@@ -453,54 +458,80 @@ def test_a_wrong_label_comes_last(tmp_path: Path) -> None:
     assert attribute(tmp_path).lowest(1) == [3]
 
 
-def expected_share(examples: float, queries: float, n: int = N) -> float:
-    """From how many of `n` examples and of `M` queries score below zero: the posterior mean, by quadrature."""
-    e, o = queries / M, examples / n
-    smooth = [(examples + 0.5) / (n + 1), (queries + 0.5) / (M + 1)]
-    error = math.sqrt(smooth[0] * (1 - smooth[0]) / n + smooth[1] * (1 - smooth[1]) / M) / (1 - 2 * e)
+def suspicious(queries: Tensor, wrong: Tensor | None = None) -> Callable[[Tensor], Tensor]:
+    """The probability of a wrong label among ten, by bell curves of one width fitted to the queries."""
+    right, wrong = queries.numpy(), (-queries if wrong is None else wrong).numpy()
+    width = math.sqrt((right.var() + wrong.var()) / 2)
 
-    def density(share: float) -> float:
-        return beta.pdf(share, 0.3, 2.7) * norm.pdf((o - e) / (1 - 2 * e), share, error)
+    def of(scores: Tensor) -> Tensor:
+        curves = [share * norm.pdf(scores.numpy(), one.mean(), width) for share, one in ((0.9, right), (0.1, wrong))]
+        return torch.from_numpy(curves[1] / (curves[0] + curves[1]))
 
-    return quad(lambda share: share * density(share), 0, 0.5)[0] / quad(density, 0, 0.5)[0]
-
-
-@pytest.mark.parametrize("moved", [False, True])
-def test_epochs_before_the_labels_are_learnt_by_heart_tell_how_many_are_wrong(tmp_path: Path, moved: bool) -> None:
-    """At the end each example agrees with its label; in the first epoch all and in the second a quarter do not.
-
-    What moves so far in an epoch that queries of its beginning look wrong tells nothing.
-    """
-    mean = {name: g[:1] for name, g in blocks(1, 9).items()}
-    query = {name: mean[name] + 0.3 * g for name, g in blocks(M, 50).items()}
-    learnt = {name: mean[name] + 0.3 * g for name, g in blocks(N, 6).items()}
-    wrong = torch.arange(N) % 4 == 3  # two of them in the second half
-    seen = {name: torch.where(wrong[:, None], -g, g) for name, g in learnt.items()}
-    make_store(tmp_path, learnt, query, stats=losses(0), task=CLASSES)
-    for point in (1, 2):
-        stats = losses(point) | {"step": torch.arange(N) + N * (point - 1)}
-        now = {name: -g for name, g in learnt.items()} if point == 1 else seen  # nobody knows the queries before
-        asked = {name: -g for name, g in query.items()} if moved and point == 1 else query
-        make_store(tmp_path, now, asked, stats=stats, point=point, task=CLASSES)
-    estimate = attribute(tmp_path).report["estimated_share_wrong"]
-    expected = expected_share(0, 0) if moved else expected_share(2, 0, N // 2)
-    assert estimate == pytest.approx(expected, abs=1e-4)
-    signs = attribute(tmp_path, "kernel_ridge_mean").report["signs"]
-    assert [signs[point]["before"] for point in (1, 2)] == [None, float(moved)]
+    return of
 
 
-def test_margins_say_how_many_are_wrong_where_they_tell_better_than_directions(tmp_path: Path) -> None:
-    """In the second epoch four of twelve examples and one of six queries have a negative margin."""
-    queries = torch.tensor([1.0, 2.0, -0.1, 1.5, 2.5, 1.0], dtype=torch.float64)
-    examples = torch.linspace(-3.5, 8, N, dtype=torch.float64)
-    assert int((examples < 0).sum()) == 4
-    for point in (0, 1, 2):
-        about = {"stats": losses(point) | {"margin": examples if point else examples.abs()}, "point": point}
-        about["stats"] |= {"step": torch.arange(N).flip(0)} if point else {}  # all four in the second half
-        make_store(tmp_path, blocks(N, point), blocks(M, 50), query_stats={"margin": queries}, task=CLASSES, **about)
+def test_epochs_tell_how_many_labels_are_wrong_before_they_are_learnt_by_heart(tmp_path: Path) -> None:
+    """In the second epoch a third of the later examples have negative margins, in the third fewer, at the end none."""
+    generator = torch.Generator().manual_seed(5)
+    n, m = 300, 80
+    queries = [1 + torch.randn(m, generator=generator, dtype=torch.float64) for _ in range(4)]
+    examples = [1 + torch.randn(n, generator=generator, dtype=torch.float64) for _ in range(4)]
+    for margins, wrong in zip(examples, (90, 90, 45, 0), strict=True):
+        margins[-wrong or n :] *= -1
+    steps = torch.arange(n)
+    for point in (1, 2, 3, 0):
+        at = (point - 1) % 4
+        shuffled = torch.randperm(n, generator=generator)
+        stats = {"loss": -examples[at][shuffled], "margin": examples[at][shuffled]}
+        about = {"query_stats": {"margin": queries[at]}, "point": point, "task": CLASSES}
+        stats |= {"step": steps[shuffled]} if point else {}
+        make_store(tmp_path, blocks(n, point), blocks(m, 50), stats=stats, **about)
+
+    def seen(at: int) -> Sighting | None:
+        of, now, before = suspicious(queries[at]), queries[at], queries[at - 1]
+        right, wrong = (0.75 * of(sign * now) + 0.25 * of(sign * before) for sign in (1, -1))
+        unsure = 0.25 * abs(float((of(now) - of(before)).mean()))
+        return sighting(of(examples[at][n // 2 :]), right, wrong, at, unsure)
+
+    of, after = suspicious(queries[0]), suspicious(queries[1])
+    third, fourth = (of(part) for part in examples[0].tensor_split(4)[2:])
+    unsure = max(abs(float(third.mean() - fourth.mean())), abs(float((after(queries[1]) - after(queries[0])).mean())))
+    first = sighting(fourth, of(queries[0]), of(-queries[0]), 0, unsure)
+    end = suspicious(queries[3])
+    at_end = sighting(end(examples[3]), end(queries[3]), end(-queries[3]), 3)
+    sightings = [one for one in (at_end, first, seen(1), seen(2)) if one is not None]
+    assert len(sightings) == 4
     report = attribute(tmp_path).report
-    assert report["log_odds"]["auc"] == pytest.approx(told_apart(queries, -queries), abs=1e-4)
-    assert report["estimated_share_wrong"] == pytest.approx(expected_share(4, 1, N // 2), abs=1e-4)
+    assert report["estimated_share_wrong"] == pytest.approx(estimated_share(sightings), abs=1e-4)
+    assert report["log_odds"]["auc"] == pytest.approx(told_apart(queries[3], -queries[3]), abs=1e-4)
+
+
+def test_wrong_labels_among_more_than_two_classes_turn_the_margin_less(tmp_path: Path) -> None:
+    """What looks right of wrong labels at the end, beside what would if they turned the sign, holds for the epochs."""
+    generator = torch.Generator().manual_seed(6)
+    n, m = 60, 40
+    margins = [1 + torch.randn(size, generator=generator, dtype=torch.float64) for size in (n, n, m, m)]
+    train, query = margins[:2], margins[2:]
+    wrong = {"margin": -2 * query[1] - 1, "loss": query[1]}
+    for point in (1, 2):
+        stats = {"loss": -train[point - 1], "margin": train[point - 1]}
+        stats |= {"step": torch.arange(n)} if point == 1 else {}
+        about = {"query_stats": {"margin": query[point - 1]}, "task": CLASSES | {"num_labels": 5}}
+        if point == 2:
+            about |= {"mislabelled": blocks(m, 51), "mislabelled_stats": wrong}
+        make_store(tmp_path, blocks(n, point), blocks(m, 50), stats=stats, point=point % 2, **about)
+    first, end = suspicious(query[0]), suspicious(query[1], wrong["margin"])
+    mirrored = suspicious(query[1])
+    turned = (1 - mirrored(wrong["margin"])).mean() / (1 - mirrored(-query[1])).mean()
+    assert turned < 0.8
+    third, fourth = (first(part) for part in train[0].tensor_split(4)[2:])
+    below = 1 - turned * (1 - first(-query[0]))
+    sightings = [
+        sighting(fourth, first(query[0]), below, 0, abs(float(third.mean() - fourth.mean()))),
+        sighting(end(train[1]), end(query[1]), end(wrong["margin"]), 1),
+    ]
+    expected = estimated_share([one for one in sightings if one is not None])
+    assert attribute(tmp_path).report["estimated_share_wrong"] == pytest.approx(expected, abs=1e-4)
 
 
 def test_more_than_two_classes_need_the_queries_under_wrong_labels(tmp_path: Path) -> None:
@@ -519,10 +550,9 @@ def test_more_than_two_classes_need_the_queries_under_wrong_labels(tmp_path: Pat
     assert torch.equal(scores.mean().argsort(), plain.mean().argsort())
     ridge = attribute(path, "kernel_ridge").values[:, 0]
     right, turned = left_out(query), under_wrong_labels(query, wrong)
-    e, e_wrong, o = ((right < 0).double().mean(), (turned > 0).double().mean(), (ridge < 0).double().mean())
-    seen = sighting(float(o), 18, float(e), m, float(e_wrong))
+    of = suspicious(right, turned)
+    seen = sighting(of(ridge), of(right), of(turned))
     assert seen is not None
-    assert seen.share == pytest.approx(((o - e) / (1 - e - e_wrong)).item())
     assert scores.report["estimated_share_wrong"] == pytest.approx(estimated_share([seen]), abs=1e-4)
     expected = believed(ranked(plain), told_apart(right, turned), scores.report["estimated_share_wrong"])
     torch.testing.assert_close(scores.values[:, 0], expected, atol=5e-3, rtol=5e-3)

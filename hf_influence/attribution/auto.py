@@ -14,8 +14,8 @@ from hf_influence.attribution.given import fingerprint, one_for_each
 from hf_influence.attribution.method import Method, class_of, make_method
 from hf_influence.attribution.over_points import OverPoints, OverTraining
 from hf_influence.attribution.selection import Selection
-from hf_influence.attribution.trust import Epoch, log_odds, normal_scores
-from hf_influence.attribution.witnesses import Signs, check_queries, of_prompts, witnesses
+from hf_influence.attribution.trust import log_odds, normal_scores
+from hf_influence.attribution.witnesses import check_queries, of_prompts, witnesses
 from hf_influence.dataset.groups import group_of
 from hf_influence.errors import BadSetting, MissingRows
 from hf_influence.scores import LOG_ODDS, mean_ranks
@@ -82,8 +82,9 @@ class Auto(OverTraining, name="auto"):
     under wrong labels as well (the split "query-mislabelled"); without them they are taken to do so. `kernel_ridge` at
     the end weighs four times that beside `kernel_ridge_mean`: the rows of training steps carry the dropout of their
     step, those at the end do not. What stands at the end alone counts less where the model has learnt labels by heart:
-    f = min(1, o / e) there and 1 elsewhere, o and e the shares of negative scores among the examples and among the
-    queries, as wrong labels can only make o larger. Where nothing is known all parts weigh the same.
+    f = min(1, o / e) there and 1 elsewhere, o the share of negative scores among the examples and e the one to be
+    expected by the queries, (1 − π) e₊ + π e₋ under right and wrong labels. Where nothing is known all parts weigh the
+    same.
 
     Where wrong labels are known the score is the log-odds that the label is right, as if right and wrong labels lay on
     two bell curves in the order of r, that are told apart with the larger AUC of both kinds:
@@ -91,13 +92,14 @@ class Auto(OverTraining, name="auto"):
         ln((1 − p) / p) = d x + ln((1 − π) / π),   d = √2 Φ⁻¹(AUC)
         (1 − π) Φ(x − d/2) + π Φ(x + d/2) = (rank of r[i] − ½) / n
 
-    π is an estimate of the share of wrong labels, from the signs of the scores that tell better: at the end of the
-    first epoch, of examples never seen before, if these are many, and in later epochs, where the model was not learning
-    too fast to say; the mean of the first two, before it has learnt the labels by heart; or else at the end of
-    training; and from the expectation that some 8 % are wrong, mostly less, which few examples or queries hardly move.
-    It may be far off: who has looked at rows says what was found (`share_wrong`). So 0 is even odds:
-    `Relabel(how="posterior")` gives labels for training on the probabilities, `DatasetFilter(drop="doubtful")` drops
-    what is not twice as probably right as wrong. Elsewhere no probability is known, and no score is negative.
+    π is an estimate of the share of wrong labels. At each point of training, and at its end, the margins of the
+    examples are compared with those of the queries under right and under wrong labels: how many are as far off as wrong
+    labels are. That falls from point to point as the model learns the labels by heart, so a line is laid through it,
+    back to where it had seen none; and beforehand some 8 % are expected to be wrong, mostly less, which few examples or
+    queries hardly move. The end alone shows too few. It may be far off: who has looked at rows says what was found
+    (`share_wrong`). So 0 is even odds: `Relabel(how="posterior")` gives labels for training on the probabilities,
+    `DatasetFilter(drop="doubtful")` drops what is not twice as probably right as wrong. Elsewhere no probability is
+    known, and no score is negative.
 
     The report has the parts with their weights, π, the AUC where the scores are log-odds, and how far the parts
     agree: for each the correlation of its ranks with the mean ranks of the others.
@@ -152,17 +154,14 @@ class Auto(OverTraining, name="auto"):
         """Scores `[n, 1]`; see above."""
         groups = self._groups(rows)
         scores: dict[str, Tensor] = {}  # each [n_p]
-        signs: Signs = {}
         ranks: dict[str, Tensor] = {}  # each [n], NaN for what a part does not score
         for name, settings in self.resolved(rows).items():
             method, own = self._looked_at(rows, name, settings)
             places = torch.searchsorted(rows.positions, own.positions)
             ranks[name] = torch.full((len(rows.ids),), torch.nan, dtype=torch.float64)
             scores[name] = _finite(name, method.score(own).double().mean(1), own)
-            if "signs" in method.report:
-                signs = {point: Epoch(**shares) for point, shares in method.report["signs"].items()}
             ranks[name][places] = ranks_within(scores[name], [groups[at] for at in places.tolist()])
-        weights, share, auc = self._trust(rows, scores, signs)
+        weights, share, auc = self._trust(rows, scores)
         total = sum(weights.values())
         self.report["parts"] = {name: round(weight / total, 4) for name, weight in weights.items()}
         self.report["estimated_share_wrong"] = None if share is None else round(share, 4)
@@ -204,9 +203,7 @@ class Auto(OverTraining, name="auto"):
         method = make_method(name, {**points, **settings})
         return method, method.select(rows, None)
 
-    def _trust(
-        self, rows: Selection, scores: Mapping[str, Tensor], signs: Signs
-    ) -> tuple[dict[str, float], float | None, float]:
+    def _trust(self, rows: Selection, scores: Mapping[str, Tensor]) -> tuple[dict[str, float], float | None, float]:
         """The weight of each part, the share of wrong labels, and the AUC at which they are told from right ones.
 
         As far as the queries tell; the share is `None` where they do not.
@@ -222,16 +219,17 @@ class Auto(OverTraining, name="auto"):
         if asks == OF_PROMPTS:
             witness = of_prompts(last, scores[OF_PROMPTS])
             return (plain, None, 0.5) if witness is None else (plain, witness.share(), witness.auc)
-        found, known = witnesses(rows, last, scores["kernel_ridge"], signs)
+        found, known = witnesses(rows, last, scores["kernel_ridge"])
         best = max(found.values(), key=lambda one: (len(one.examples) > 0, one.auc))
-        share = best.share() if known else None
+        tells = max(found.items(), key=lambda one: (len(one[1].examples) > 0, one[0] == "margin"))[1]
+        share = tells.share() if known else None
         if "margin" not in found:
             return plain, share, best.auc
         weights = {}
         for name in scores:
             at_end = not issubclass(class_of(name), OverTraining)
             ridge = name.startswith("kernel_ridge")
-            weights[name] = found["kernel_ridge" if ridge else "margin"].trust(errors=int(ridge), at_end=at_end)
+            weights[name] = found["kernel_ridge" if ridge else "margin"].trust(int(ridge), at_end, share)
         if "kernel_ridge_mean" in weights and end(rows) == 0:
             weights["kernel_ridge"] *= AT_REST
         return weights, share, best.auc

@@ -14,7 +14,6 @@ from hf_influence.attribution.method import Method
 from hf_influence.attribution.over_points import OverTraining
 from hf_influence.attribution.products import cosines
 from hf_influence.attribution.selection import Selection
-from hf_influence.attribution.trust import Epoch
 from hf_influence.errors import MissingRows, StoreMismatch
 from hf_influence.store import Rows
 
@@ -139,9 +138,6 @@ class KernelRidgeMean(OverTraining, KernelRidge, name="kernel_ridge_mean"):
     are right, so at a point that tells right from wrong most scores are positive; where half of them are, the model had
     not learnt anything yet, and the point counts nothing.
 
-    The report has, for each point of training, the shares of negative scores: among the examples in each quarter of its
-    steps, among the queries with each left out in turn, and among the queries as they were at the point before.
-
     Cost: that of `kernel_ridge` at each point.
     Use when: rows were captured during training, with clean queries, and labels may be wrong.
     See also: KernelRidge (one point), VoteMean (for language models), LossMean (without queries).
@@ -156,18 +152,8 @@ class KernelRidgeMean(OverTraining, KernelRidge, name="kernel_ridge_mean"):
     def score(self, rows: Selection) -> Tensor:
         """Scores `[n, 1]`; MissingRows if a point has no queries."""
         scores = []  # each [b]
-        self.report["signs"] = {}
-        earlier: Rows | None = None
         for part in rows.parts:
-            query, fitted = part.query, self.fit(part.query)
-            scores.append(self._applied(part, fitted.weight).double())
-            if part.points[0]:  # 0 is the end
-                before = None
-                if earlier is not None and torch.equal(earlier.positions, query.positions):
-                    before = fitted.turned(earlier)
-                epoch = Epoch.of(scores[-1], part.train.stats.get("step"), fitted.left_out, before)
-                self.report["signs"][part.points[0]] = epoch._asdict()
-                earlier = query
+            scores.append(self._applied(part, self.fit(part.query).weight).double())
         weights = [weight_of(score) if self.weighted else 1.0 for score in scores]
         weights = weights if any(weights) else [1.0] * len(weights)
         total, times, plain, count = torch.zeros(4, len(rows.ids), dtype=torch.float64)  # each [n]

@@ -19,6 +19,15 @@ LEAST = 0.01
 PRIOR = (0.3, 2.7)
 """Beta distribution of the share of wrong labels before anything is seen: mostly far below its mean, .1."""
 
+EXPECTED = 0.1
+"""Share of wrong labels that a score is read with: the mean of that distribution."""
+
+TINY = 1e-12
+"""Variance of scores that are all the same."""
+
+BY_HEART = 0.03
+"""By how much the share of wrong labels that shows is expected to fall each time that training sees the examples."""
+
 QUARTERS = 4
 """Of an epoch."""
 
@@ -48,55 +57,168 @@ def trust_of(right: Tensor, wrong: Tensor, errors: float = 0.0, fresh: float = 1
     return (fresh * max(LEAST, auc_of(right, wrong) - 0.5 - errors / math.sqrt(12 * len(right)))) ** 4
 
 
+class Suspicion(NamedTuple):
+    """What a score says of its label: the probability that it is wrong, if one label in ten were.
+
+        h(s) = 1 / (1 + exp(a (s − m)) (1 − π₀) / π₀),   a = (μ − μ′) / σ²,   m = (μ + μ′) / 2,   π₀ = 0.1
+
+    μ and μ′ are the means of scores under right and under wrong labels, σ² the mean of their variances. That is right
+    for two bell curves. Of anything else it is some function from 0 to 1 that is larger where labels rather are wrong,
+    which is all that a share needs: a score far below says more than one just below zero, and one above says little.
+
+    Attributes:
+        slope: a, or 0 where right labels have the lower scores.
+        middle: m.
+    """
+
+    slope: float
+    middle: float
+
+    @classmethod
+    def of(cls, right: Tensor, wrong: Tensor) -> Suspicion:
+        """From the scores of queries under right labels `[q]` and under wrong ones `[m]`."""
+        right, wrong = right.double(), wrong.double()
+        variance = float(right.var(correction=0) + wrong.var(correction=0)) / 2
+        apart = float(right.mean() - wrong.mean())
+        return cls(max(0.0, apart) / max(variance, TINY), float(right.mean() + wrong.mean()) / 2)
+
+    def __call__(self, scores: Tensor) -> Tensor:
+        """Of scores of any shape, in float64."""
+        return torch.sigmoid(self.slope * (self.middle - scores.double()) + math.log(EXPECTED / (1 - EXPECTED)))
+
+
 class Sighting(NamedTuple):
     """A share of wrong labels as it shows at one point.
 
     Attributes:
         share: It may lie outside of 0 to 1.
-        error: Standard error.
-        reach: The largest that the error could be with so many examples and queries, whatever their shares are.
+        own: Standard error by the examples looked at, and by what else makes this sighting differ from others.
+        common: Standard error by the queries, which all sightings have in common.
+        visits: How often training had seen each example before.
     """
 
     share: float
-    error: float
-    reach: float
+    own: float
+    common: float
+    visits: float = 0.0
+
+
+def sighting(
+    examples: Tensor, right: Tensor, wrong: Tensor, visits: float = 0.0, unsure: float = 0.0
+) -> Sighting | None:
+    """The share of wrong labels, from what makes labels suspicious, each from 0 to 1.
+
+        π = (o − e) / (w − e),   o, e and w the means over examples, right and wrong labels
+
+    as o = (1 − π) e + π w.
+
+    Args:
+        examples: Of the examples, `[n]`.
+        right: Of clean queries, `[q]`.
+        wrong: Of queries under wrong labels, `[m]`.
+        visits: As in the sighting.
+        unsure: Standard error of e beside that of its mean.
+
+    Returns:
+        `None` where it tells nothing, w ≤ e, or of nothing.
+    """
+    if not len(examples) or not len(right) or not len(wrong):
+        return None
+    e = float(right.double().mean())
+    apart = float(wrong.double().mean()) - e
+    if apart <= 0:
+        return None
+    own = math.sqrt(_variance(examples) + unsure**2)
+    return Sighting(
+        (float(examples.double().mean()) - e) / apart, own / apart, math.sqrt(_variance(right)) / apart, visits
+    )
+
+
+def _variance(values: Tensor) -> float:
+    """Of the mean of values from 0 to 1, `[n]`; never 0."""
+    n = len(values)
+    mean = (float(values.double().sum()) + 0.5) / (n + 1)
+    square = (float(values.double().square().sum()) + 0.5) / (n + 1)
+    return max(1e-6, square - mean**2) / n
 
 
 class Epoch(NamedTuple):
-    """Shares of negative scores as an epoch goes by.
+    """Scores of right and wrong labels alike as an epoch goes by, such that a wrong label turns the sign.
 
     Attributes:
-        quarters: Of the examples in each quarter of its steps, at the weights of the step that each was seen in.
-        queries: Of clean queries at its end.
-        n: Number of examples in a quarter.
-        before: Of the queries as they were at its beginning, scored as those at its end are; `None` if not known.
+        examples: Of the examples, each at the weights of the step that saw it, in the order of the steps, `[n]`.
+        queries: Of clean queries at its end, `[q]`.
+        before: Of the queries at its beginning, `[q]`; `None` if not known.
+        visits: How often training had seen each example before.
+        together: All examples were looked at together, at its end.
     """
 
-    quarters: tuple[float, ...]
-    queries: float
-    n: int
-    before: float | None = None
+    examples: Tensor
+    queries: Tensor
+    before: Tensor | None = None
+    visits: float = 0.0
+    together: bool = False
 
-    @classmethod
-    def of(cls, examples: Tensor, steps: Tensor | None, queries: Tensor, before: Tensor | None = None) -> Epoch:
-        """From scores of the examples `[n]`, the steps that saw them, and scores of the queries at its end and before.
+    @property
+    def suspicion(self) -> Suspicion:
+        """By the queries at its end."""
+        return Suspicion.of(self.queries, -self.queries)
 
-        Without steps all examples were looked at together, at its end.
-        """
-        parts = (examples,) * QUARTERS
-        if steps is not None:
-            parts = examples[steps.argsort(stable=True)].tensor_split(QUARTERS)
-        quarters = tuple(map(negative, parts))
-        return cls(quarters, negative(queries), len(examples) // QUARTERS, None if before is None else negative(before))
+    @property
+    def moved(self) -> float:
+        """By how much less suspicious queries are at its end than at its beginning, on average; ∞ if not known."""
+        if self.before is None or not len(self.queries):
+            return math.inf
+        return float((self.suspicion(self.before) - self.suspicion(self.queries)).mean())
 
-    def moved(self, q: int) -> bool:
-        """Whether the `q` queries of its beginning look other than those of its end, by more than two standard errors.
 
-        Then so may examples, that were seen on the way.
-        """
-        if self.before is None or not q:
-            return True
-        return (self.queries - self.before) ** 2 > 4 * _variance((self.queries + self.before) / 2, q)
+def sighting_in(epoch: Epoch, turned: float = 1.0) -> Sighting | None:
+    """The same from the second half of an epoch: where the examples were last seen longest ago.
+
+        e = ¾ e_end + ¼ e_before ± ¼ |e_end − e_before|
+
+    and w likewise, as the queries would have looked half way through that half.
+
+    Args:
+        epoch: Not the first.
+        turned: By how much fewer wrong labels look right than if they turned the sign; it is taken not to change over
+            training.
+
+    Returns:
+        `None` also where nobody knows how the queries looked before.
+    """
+    if not len(epoch.queries) or (epoch.before is None and not epoch.together):
+        return None
+    suspicion, late, unsure = epoch.suspicion, epoch.examples, 0.0
+    right, wrong = suspicion(epoch.queries), suspicion(-epoch.queries)
+    if epoch.before is not None and not epoch.together:
+        late = late[len(late) // 2 :]
+        right = 0.75 * right + 0.25 * suspicion(epoch.before)
+        wrong = 0.75 * wrong + 0.25 * suspicion(-epoch.before)
+        unsure = 0.25 * abs(epoch.moved)
+    return sighting(suspicion(late), right, 1 - turned * (1 - wrong), epoch.visits, unsure)
+
+
+def sighting_in_first(epoch: Epoch, after: Epoch | None, turned: float = 1.0) -> Sighting | None:
+    """The same from the end of the first epoch, of examples that the model has never seen.
+
+        o = o₄ ± max(|o₃ − o₄|, |e_end − e_after|),   o₃ and o₄ of its last quarters
+
+    Args:
+        epoch: The first.
+        after: The next epoch, if there is one.
+        turned: As above.
+    """
+    if not len(epoch.queries):
+        return None
+    suspicion = epoch.suspicion
+    third, fourth = (suspicion(part) for part in epoch.examples.tensor_split(QUARTERS)[-2:])
+    unsure = 0.0
+    if epoch.together:
+        fourth = suspicion(epoch.examples)
+    elif len(third):
+        unsure = max(abs(float(third.mean() - fourth.mean())), 0.0 if after is None else abs(after.moved))
+    return sighting(fourth, suspicion(epoch.queries), 1 - turned * (1 - suspicion(-epoch.queries)), 0.0, unsure)
 
 
 def negative(scores: Tensor) -> float:
@@ -104,121 +226,58 @@ def negative(scores: Tensor) -> float:
     return float((scores < 0).double().mean()) if len(scores) else 0.0
 
 
-def sighting(examples: float, n: float, queries: float, q: int, missed: float | None = None) -> Sighting | None:
-    """The share of wrong labels, from the shares of negative scores of `n` examples and of `q` clean queries.
+def freshness(examples: Tensor, right: Tensor, wrong: Tensor, share: float = 0.0) -> float:
+    """How little a model has learnt the labels of its examples by heart, 1 where nothing shows.
 
-        (o − e) / (1 − e − e′),   o of the examples, e of the queries
+        min(1, (o + δ) / (e + δ)),   e = (1 − π) e₊ + π e₋,   δ = 1 / (2 min(n, q))
 
-    As o = (1 − π) e + π (1 − e′), where e′ is the share of scores above zero under wrong labels: for two classes e,
-    since a wrong label turns the sign. A model that was trained on the examples believes their labels more than those
-    of the queries, so this is on the low side, the more so the longer it was trained.
-
-    Args:
-        missed: e′, by default e.
-
-    Returns:
-        `None` where the scores tell nothing, e + e′ ≥ 1.
-    """
-    rest = 1 - queries - (queries if missed is None else missed)
-    if not n or not q or rest <= 0:
-        return None
-    error = math.sqrt(_variance(examples, n) + _variance(queries, q)) / rest
-    return Sighting((examples - queries) / rest, error, math.sqrt(0.25 / n + 0.25 / q) / rest)
-
-
-def sighting_in(epoch: Epoch, q: int, turned: float = 1.0) -> Sighting | None:
-    """The same from the second half of an epoch: where the examples were last seen longest ago.
+    o is the share of negative scores of the examples, and e the one to be expected: e₊ and e₋ are those of clean
+    queries under right and under wrong labels, π the share of wrong labels. If fewer are negative, the model believes
+    their labels because it has seen them.
 
     Args:
-        turned: e′ / e, which is taken not to change over training.
-
-    Returns:
-        `None` also where the model was learning too fast to say: the queries have moved in the epoch, or the share of
-        the examples has fallen by more than two standard errors.
+        examples: Scores, `[n]`.
+        right: Of the queries, `[q]`.
+        wrong: Of the queries under wrong labels, `[m]`.
+        share: π.
     """
-    early, late = sum(epoch.quarters[:2]) / 2, sum(epoch.quarters[2:]) / 2
-    if not epoch.n or epoch.moved(q) or _fell(early, late, 2 * epoch.n):
-        return None
-    return sighting(late, 2 * epoch.n, epoch.queries, q, turned * epoch.queries)
-
-
-def sighting_in_first(epoch: Epoch, q: int, after: Epoch | None, turned: float = 1.0) -> Sighting | None:
-    """The same from the end of the first epoch: of examples that the model has never seen.
-
-        o = s₄ + (s₄ − s₃) / 2,   s₃ and s₄ of its last quarters
-
-    where the line through the two arrives at its end, since the model is still learning.
-
-    Args:
-        after: The next epoch, if there is one.
-        turned: As above.
-
-    Returns:
-        `None` also where the model was learning too fast to say: the queries move in the next epoch, or the share of
-        the examples has fallen in the last quarter by more than two standard errors.
-    """
-    *_, third, fourth = epoch.quarters
-    if not epoch.n or not q or (after is not None and after.moved(q)) or _fell(third, fourth, epoch.n):
-        return None
-    at_end = min(1.0, max(0.0, 1.5 * fourth - 0.5 * third))
-    return sighting(at_end, epoch.n / (1.5**2 + 0.5**2), epoch.queries, q, turned * epoch.queries)
-
-
-def _fell(share: float, later: float, n: int) -> bool:
-    """Whether the later of two shares of `n` examples each is smaller by more than two standard errors."""
-    return later < share and (share - later) ** 2 > 4 * (_variance(share, n) + _variance(later, n))
-
-
-def _variance(share: float, n: float) -> float:
-    """Of a share among `n`, never 0."""
-    share = (share * n + 0.5) / (n + 1)
-    return share * (1 - share) / n
-
-
-def freshness(examples: float, n: int, queries: float, q: int) -> float:
-    """How little a model has learnt the labels of its `n` examples by heart, 1 where nothing shows.
-
-        min(1, (o + δ) / (e + δ)),   δ = 1 / (2 min(n, q))
-
-    o and e are the shares of negative scores of the examples and of `q` clean queries. A wrong label makes a score
-    negative sooner than a right one, so the examples have more of them than the queries, or as many where no label is
-    wrong; if they have fewer, the model believes their labels because it has seen them.
-    """
-    if not n or not q:
+    if not len(examples) or not len(right):
         return 1.0
-    half = 0.5 / min(n, q)
-    return min(1.0, (examples + half) / (queries + half))
+    half = 0.5 / min(len(examples), len(right))
+    expected = (1 - share) * negative(right) + share * negative(wrong)
+    return min(1.0, (negative(examples) + half) / (expected + half))
 
 
-def estimated_share(sightings: Sequence[Sighting], at_end: Sighting | None = None) -> float | None:
+def estimated_share(sightings: Sequence[Sighting]) -> float | None:
     """The share of wrong labels, given what is seen of it and what is to be expected before; `None` without sightings.
 
-        π = E[π | s],   π ~ Beta(0.3, 2.7) on [0, ½],   s ~ N(π, error²)
+        π = E[π | s],   s_c ~ N(π − b v_c, own_c² + common²),   π ~ Beta(0.3, 2.7) on [0, ½],   b ~ Exp(mean 0.03)
 
-    s is the mean of the first two sightings whose error, by the numbers of examples and queries alone, may reach no
-    more than half as much again as that of the sharpest; they have the queries in common, so two are hardly sharper
-    than one. A model believes the labels of the examples the more the longer it has seen them, and what is seen at the
-    end of training counts only where nothing else is seen as sharply.
+    v_c are the visits: a model believes the labels of the examples the more the more often it has seen them, and so
+    fewer and fewer look wrong. b is by how much fewer each time; so it is the share before that that counts. The
+    sightings have the queries in common, so many are not much sharper than one.
 
     Beforehand 8 % of the labels are expected to be wrong, and few examples or queries leave it at that; but half of all
     data are taken to have less than 3 %, so that a small share has to be seen clearly. (Northcutt et al., Pervasive
     Label Errors in Test Sets, NeurIPS 2021, find at least 3.3 % on average in those of ten benchmarks.)
-
-    Args:
-        sightings: Of epochs, in the order of training.
-        at_end: Of its end.
     """
-    every = [*sightings, *([] if at_end is None else [at_end])]
-    if not every:
+    if not sightings:
         return None
-    sharp = 1.5 * min(one.reach for one in every)
-    seen = [one for one in sightings if one.reach <= sharp][:2] or every[-1:]
-    middle = sum(one.share for one in seen) / len(seen)
-    edges = np.linspace(0, 0.5, 5001)
-    share = (edges[1:] + edges[:-1]) / 2
-    likely = -0.5 * ((share - middle) / seen[0].error) ** 2
-    weight = np.diff(betainc(*PRIOR, edges)) * np.exp(likely - likely.max())  # or all are 0 far outside of [0, ½]
-    return float((share * weight).sum() / weight.sum())
+    seen, own, common, visits = np.array(sightings, dtype=np.float64).T  # each [c]
+    precision = np.linalg.inv(np.diag(own**2) + np.outer(common, common))  # [c, c]
+    edges = np.linspace(0, 0.5, 2001)
+    share = ((edges[1:] + edges[:-1]) / 2)[:, None]  # [p, 1]
+    forgets = np.linspace(0, 10 * BY_HEART, 201)[None]  # [1, b]
+    ones = np.ones_like(seen)
+
+    def product(one: np.ndarray, other: np.ndarray) -> float:
+        return float(one @ precision @ other)
+
+    likely = share * product(ones, seen) - forgets * product(visits, seen) + share * forgets * product(ones, visits)
+    likely = likely - 0.5 * (share**2 * product(ones, ones) + forgets**2 * product(visits, visits))
+    likely = likely - forgets / BY_HEART  # [p, b]
+    weight = np.diff(betainc(*PRIOR, edges)) * np.exp(likely - likely.max()).sum(1)  # [p]
+    return float((share[:, 0] * weight).sum() / weight.sum())
 
 
 def log_odds(ranking: Tensor, auc: float, share: float) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -16,12 +16,13 @@ from hf_influence.attribution.selection import Selection
 from hf_influence.attribution.statistic import statistic
 from hf_influence.attribution.trust import (
     Epoch,
+    Sighting,
+    Suspicion,
     auc_of,
     cautious,
     divide,
     estimated_share,
     freshness,
-    negative,
     sighting,
     sighting_in,
     sighting_in_first,
@@ -38,9 +39,6 @@ FAR_APART = 0.25
 MOST_SEEN = 0.1
 """Share of the queries that may be training examples: short ones may be equal by chance."""
 
-Signs = Mapping[int, Epoch]
-"""Of the points of training."""
-
 
 @dataclass(frozen=True)
 class Witness:
@@ -50,44 +48,67 @@ class Witness:
         right: Of the queries at the end, `[q]`.
         wrong: The same under wrong labels, `[q]` or several times as many.
         examples: Of the examples at the end, `[n]`; `[0]` where they have none.
-        signs: At the points of training.
+        epochs: The same over training.
+        visits: How often training had seen each example at the end, as far as the points of training tell; `None` where
+            the end is the last of these.
     """
 
     right: Tensor
     wrong: Tensor
     examples: Tensor
-    signs: Signs
+    epochs: Sequence[Epoch] = ()
+    visits: float | None = 0.0
 
     @property
     def auc(self) -> float:
         """How well the scores tell right labels from wrong ones, a little less where there are few queries."""
         return cautious(auc_of(self.right, self.wrong), len(self.right))
 
-    def trust(self, errors: float = 0.0, at_end: bool = False) -> float:
-        """The weight of a part that goes by these scores, at the end alone or over training."""
-        shares = (negative(self.examples), len(self.examples), negative(self.right), len(self.right))
-        return trust_of(self.right, self.wrong, errors, freshness(*shares) if at_end else 1.0)
+    def trust(self, errors: float = 0.0, at_end: bool = False, share: float | None = None) -> float:
+        """The weight of a part that goes by these scores, at the end alone or over training.
+
+        Args:
+            errors: How many standard errors come off.
+            at_end: At the end alone.
+            share: Of wrong labels, as far as it is known.
+        """
+        fresh = freshness(self.examples, self.right, self.wrong, share or 0.0) if at_end else 1.0
+        return trust_of(self.right, self.wrong, errors, fresh)
+
+    def at_end(self) -> Sighting | None:
+        """The share of wrong labels as it shows at the end."""
+        suspicion = Suspicion.of(self.right, self.wrong)
+        return sighting(suspicion(self.examples), suspicion(self.right), suspicion(self.wrong), self.visits or 0)
 
     def share(self) -> float | None:
         """The share of wrong labels, `None` where nothing is seen of it."""
-        n, q, error, missed = len(self.examples), len(self.right), negative(self.right), negative(-self.wrong)
-        turned = (missed * q + 0.5) / (error * q + 0.5)
-        epochs = [self.signs[point] for point in sorted(self.signs)]
-        after = epochs[1] if len(epochs) > 1 else None
-        seen = [sighting_in_first(one, q, after, turned) for one in epochs[:1]]
-        seen += [sighting_in(one, q, turned) for one in epochs[1:]]
-        at_end = sighting(negative(self.examples), n, error, q, missed)
-        return estimated_share([one for one in seen if one is not None], at_end)
+        seen = [] if self.visits is None else [self.at_end()]
+        if self.epochs and len(self.right):
+            suspicion = Suspicion.of(self.right, -self.right)
+            turned = float((1 - suspicion(self.wrong)).mean() / (1 - suspicion(-self.right)).mean())
+            first, *others = self.epochs
+            seen += [sighting_in_first(first, others[0] if others else None, turned)]
+            seen += [sighting_in(one, turned) for one in others]
+        return estimated_share([one for one in seen if one is not None])
 
 
-def witnesses(rows: Selection, last: Selection, ridge: Tensor, signs: Signs) -> tuple[dict[str, Witness], bool]:
+class OfPrompts(Witness):
+    """Scores whose zero is where right and wrong ones part."""
+
+    def at_end(self) -> Sighting | None:
+        return sighting(self.examples < 0, self.right < 0, self.wrong < 0)
+
+
+def witnesses(rows: Selection, last: Selection, ridge: Tensor) -> tuple[dict[str, Witness], bool]:
     """What the queries say of scores by "kernel_ridge" and, where they have margins, by "margin".
+
+    The examples' own margins tell the share of wrong labels: they depend on what the model says at a step alone, and
+    directions of gradients on how far it is from the queries' step as well.
 
     Args:
         rows: All points.
         last: The one at the end.
         ridge: The scores of the examples by kernel ridge regression at the end, `[n]`.
-        signs: The signs of its scores over training.
 
     Returns:
         The witnesses, and whether wrong labels are known: if not, they are taken to turn the signs, which they do for
@@ -96,12 +117,13 @@ def witnesses(rows: Selection, last: Selection, ridge: Tensor, signs: Signs) -> 
     query, other = last.query, _under_wrong_labels(last)
     fitted = KernelRidge().fit(query)
     turned = -fitted.left_out if other is None else fitted.turned(other)
-    found = {"kernel_ridge": Witness(fitted.left_out, turned, ridge, signs)}
+    found = {"kernel_ridge": Witness(fitted.left_out, turned, ridge)}
     if "margin" in query.stats:
         margins = statistic(query, "margin", "auto")
         wrong = -margins if other is None else other.stats["margin"]
         examples = last.train.stats.get("margin", margins[:0])
-        found["margin"] = Witness(margins, wrong, examples, _signs_of_margins(rows) if len(examples) else {})
+        epochs, visits = _margins(rows) if len(examples) else ([], 0.0)
+        found["margin"] = Witness(margins, wrong, examples, epochs, None if last.points[0] and epochs else visits)
     return found, other is not None or _two_classes(last)
 
 
@@ -157,7 +179,7 @@ def of_prompts(last: Selection, scores: Tensor) -> Witness | None:
     rest = (others.sum(1, keepdim=True) - others) / (others.shape[1] - 1)  # [q, k], the mean of the others of each
     right, wrong = gain(loss, others), gain(others.flatten(), rest.flatten())
     zero = divide(right, wrong)
-    return Witness(right - zero, wrong - zero, scores - zero, {})
+    return OfPrompts(right - zero, wrong - zero, scores - zero)
 
 
 def _two_classes(last: Selection) -> bool:
@@ -173,14 +195,20 @@ def _under_wrong_labels(last: Selection) -> Rows | None:
     return replace(last, query_split=split).query
 
 
-def _signs_of_margins(rows: Selection) -> Signs:
-    """At the points of training that have queries."""
-    signs: dict[int, Epoch] = {}
-    before = None
+def _margins(rows: Selection) -> tuple[list[Epoch], float]:
+    """At the points of training that have queries, and how often all these have seen each example."""
+    epochs: list[Epoch] = []
+    earlier: Rows | None = None
+    visits = 0.0
     for part in rows.parts:
         if not part.points[0] or "queries" not in part.words():
             continue
-        train, margins = part.train.stats, part.query.stats["margin"]
-        signs[part.points[0]] = Epoch.of(train["margin"], train.get("step"), margins, before)
-        before = margins
-    return signs
+        train, query = part.train.stats, part.query
+        same = earlier is not None and torch.equal(earlier.positions, query.positions)
+        before = earlier.stats["margin"] if earlier is not None and same else None
+        steps = train.get("step")
+        examples = train["margin"] if steps is None else train["margin"][steps.argsort(stable=True)]
+        epochs.append(Epoch(examples, query.stats["margin"], before, visits, steps is None))
+        earlier = query
+        visits += len(examples) / len(rows.ids)
+    return epochs, visits
