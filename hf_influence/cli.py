@@ -120,7 +120,8 @@ def filter(
     scores: Annotated[Path, typer.Argument(help="A file of scores, or a store, which is then scored by auto.")],
     output: Annotated[Path, typer.Option(help="Folder for the curated dataset, the decision and a dataset card.")],
     drop: Annotated[
-        str | None, typer.Option(help="A share (0.05), a count (20), doubtful, negative, otsu or mixture.")
+        str | None,
+        typer.Option(help="A share (0.05), a count (20), doubtful (the default), negative, otsu or mixture."),
     ] = None,
     keep: Annotated[str | None, typer.Option(help="A share or a count.")] = None,
     within: Annotated[str | None, typer.Option(help="A column; each of its values is cut for itself.")] = None,

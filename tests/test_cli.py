@@ -110,6 +110,14 @@ def test_names_of_files_may_be_in_capitals(place: Path, tmp_path: Path) -> None:
     assert len(load_from_disk(tmp_path / "out")) == N - 1
 
 
+def test_by_default_what_is_doubtful_goes(place: Path, tmp_path: Path) -> None:
+    given = ["filter", str(place / "disk"), str(place / "odds.st"), "--output", str(tmp_path / "out")]
+    done = CliRunner().invoke(cli.app, given)
+    assert done.exit_code == 0, done.output
+    assert load_from_disk(tmp_path / "out")["text"][:] == ["row 0", "row 2"]
+    assert "drop='doubtful'" in done.output
+
+
 @pytest.mark.parametrize(("data", "split"), [("dict", "test"), ("dict", "train"), ("disk", "train")])
 def test_a_split_is_filtered_where_there_is_one(place: Path, tmp_path: Path, data: str, split: str) -> None:
     given = ["filter", str(place / data), str(place / "s.st"), "--keep", "2", "--split", split]

@@ -114,7 +114,7 @@ def test_targets_that_are_no_classes_are_not_counted():
 
 @pytest.mark.parametrize(
     "rule",
-    [{}, {"drop": 0.1, "keep": 0.9}]
+    [{"drop": 0.1, "keep": 0.9}]
     + [{name: bad} for name in ("drop", "keep") for bad in (True, 1.0, -1, -0.1, float("nan"), "5%", [1])]
     + [{"keep_tokens": bad} for bad in (0.5, -1, "many")]
     + [{"drop": 1, "keep_tokens": 5}],
@@ -253,8 +253,10 @@ def test_doubtful_labels_are_those_that_are_not_twice_as_probably_right_as_wrong
     wrong = torch.tensor([[0.2], [0.34], [0.33], [0.9]], dtype=torch.float64)
     scores = Scores(-torch.logit(wrong), ids=[0, 1, 2, 3], method="auto", report={"log_odds": {}})
     assert DatasetFilter(drop="doubtful").apply(numbered(4), scores)["row"][:] == [0, 2]
-    for rule in ("doubtful", doubtful):
-        with pytest.raises(BadSetting, match="'ip' rank the examples and are no probabilities"):
+    assert DatasetFilter() == DatasetFilter(drop="doubtful")
+    for rule in ("doubtful", doubtful, None):
+        told = r"'ip' rank the examples and are no probabilities.*say how much is to go: DatasetFilter\(drop=0\.05\)"
+        with pytest.raises(BadSetting, match=told):
             DatasetFilter(drop=rule).apply(numbered(4), Scores(-wrong, [0, 1, 2, 3], "ip"))
 
 

@@ -105,6 +105,7 @@ def test_nothing_is_seen_where_the_scores_tell_nothing() -> None:
     queries = torch.tensor([1.0, 2.0, 1.5])
     assert seen_by(queries, -queries) is None
     assert seen_by(queries, torch.zeros(3)) is None
+    assert seen_by(queries, 1e-3 * torch.tensor([20.0, -19.0, 0.0])) is None, "hardly anything"
     assert seen_by(queries[:0], queries) is None is sighting(queries > 0, torch.zeros(0), torch.zeros(0))
 
 

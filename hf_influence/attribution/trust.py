@@ -25,6 +25,9 @@ EXPECTED = 0.1
 TINY = 1e-12
 """Variance of scores that are all the same."""
 
+LEAST_APART = 1e-3
+"""Of suspicions under right and wrong labels, for a share to be seen."""
+
 BY_HEART = 0.03
 """By how much the share of wrong labels that shows is expected to fall each time that training sees the examples."""
 
@@ -120,13 +123,13 @@ def sighting(
         unsure: Standard error of e beside that of its mean.
 
     Returns:
-        `None` where it tells nothing, w ≤ e, or of nothing.
+        `None` where it tells nothing, w ≤ e or hardly above it, or of nothing.
     """
     if not len(examples) or not len(right) or not len(wrong):
         return None
     e = float(right.double().mean())
     apart = float(wrong.double().mean()) - e
-    if apart <= 0:
+    if apart < LEAST_APART:
         return None
     own = math.sqrt(_variance(examples) + unsure**2)
     return Sighting(

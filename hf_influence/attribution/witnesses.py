@@ -84,8 +84,9 @@ class Witness:
         """The share of wrong labels, `None` where nothing is seen of it."""
         seen = [] if self.visits is None else [self.at_end()]
         if self.epochs and len(self.right):
-            suspicion = Suspicion.of(self.right, -self.right)
-            turned = float((1 - suspicion(self.wrong)).mean() / (1 - suspicion(-self.right)).mean())
+            suspicion, half = Suspicion.of(self.right, -self.right), 0.5 / len(self.right)
+            missed, mirrored = (float((1 - suspicion(one)).mean()) for one in (self.wrong, -self.right))
+            turned = (missed + half) / (mirrored + half)
             first, *others = self.epochs
             seen += [sighting_in_first(first, others[0] if others else None, turned)]
             seen += [sighting_in(one, turned) for one in others]

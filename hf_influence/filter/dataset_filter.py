@@ -53,13 +53,14 @@ class DatasetFilter:
     row 1 was dropped: its score -0.7 by ip ranks 0 of 4, the rule drop=0.25 drops 1 of the 4 rows
 
     Raises:
-        BadSetting: Not exactly one of `drop`, `keep` and `keep_tokens`, or an amount that is none.
+        BadSetting: More than one of `drop`, `keep` and `keep_tokens`, or an amount that is none.
     """
 
     drop: float | int | str | Threshold | None = None
     """How many rows to drop: a float in [0, 1) is a fraction, an int a count. "doubtful", "negative", "otsu",
     "mixture" or a function such as `discovery(0.1)` look at the scores for a place to cut; see
-    `hf_influence.filter.thresholds`. "doubtful" is for scores by "auto" with clean queries."""
+    `hf_influence.filter.thresholds`. By default, without `keep` and `keep_tokens`, "doubtful": what is not twice as
+    probably right as wrong, by scores by "auto" with clean queries."""
     keep: float | int | None = None
     """How many rows to keep, as a fraction or a count."""
     keep_tokens: int | None = None
@@ -80,11 +81,13 @@ class DatasetFilter:
 
     def __post_init__(self) -> None:
         given = [name for name in ("drop", "keep", "keep_tokens") if getattr(self, name) is not None]
-        if len(given) != 1:
+        if len(given) > 1:
             raise BadSetting(
                 f"drop={self.drop!r}, keep={self.keep!r} and keep_tokens={self.keep_tokens!r}: one of them says how "
-                "much goes or stays, the rest follows. Give exactly one."
+                "much goes or stays, the rest follows. Give one."
             )
+        if not given:
+            self.drop = "doubtful"
         name, amount = self._rule()
         if name == "drop" and callable(amount):
             return

@@ -156,7 +156,10 @@ def check_scale(drop: object, scores: Scores) -> None:
     """
     name = next((name for name, own in THRESHOLDS.items() if drop in (name, own)), None)
     if name == "doubtful":
-        scores.probability_wrong()
+        try:
+            scores.probability_wrong()
+        except BadSetting as error:
+            raise BadSetting(f"{error} Or say how much is to go: DatasetFilter(drop=0.05).") from None
     ranking = scores.method in RANKINGS
     if name in ("otsu", "mixture") and ranking:
         raise BadSetting(
