@@ -21,7 +21,7 @@ from hf_influence.attribution import lacking
 from hf_influence.attribution.trust import (
     Sighting,
     divide,
-    estimated_share,
+    estimate,
     sighting,
 )
 from hf_influence.errors import BadExample, BadSetting, MissingRows
@@ -59,6 +59,11 @@ def store(
         query = blocks(M, 50 + point) if queries else None
         make_store(path, blocks(N, point), query, stats=stats, point=point, task=task)
     return path
+
+
+def estimated_share(sightings: Sequence[Sighting]) -> float | None:
+    found = estimate(sightings)
+    return None if found is None else found.share
 
 
 def ranked(scores: Scores) -> Tensor:

@@ -20,13 +20,18 @@ from hf_influence.attribution.trust import (
     auc_of,
     cautious,
     divide,
-    estimated_share,
+    estimate,
     freshness,
     log_odds,
     sighting,
     sighting_in,
     sighting_in_first,
 )
+
+
+def estimated_share(sightings: Sequence[Sighting]) -> float | None:
+    found = estimate(sightings)
+    return None if found is None else found.share
 
 
 def flags(below: int, n: int) -> Tensor:
@@ -146,14 +151,21 @@ def test_the_estimate_is_the_posterior_mean(sightings: list[Sighting]) -> None:
     assert estimated_share(sightings) == pytest.approx(quadrature(sightings), abs=2e-3)
 
 
+def test_an_estimate_that_says_hardly_more_than_was_expected_is_not_sharp() -> None:
+    blurred, clear = (estimate([Sighting(0.0, error, error)]) for error in (1.0, 0.03))
+    assert blurred is not None is not clear
+    assert blurred.share == pytest.approx(float(beta.expect(args=(0.3, 2.7), ub=0.5, conditional=True)), abs=0.01)
+    assert (blurred.sharp, clear.sharp) == (False, True)
+
+
 def test_few_examples_or_queries_hardly_count() -> None:
     assert estimated_share([]) is None
     few = seen_by(torch.cat((-torch.ones(10), torch.ones(10))), torch.tensor([2.0, 1.0, 1.0, 3.0, -0.5, 0.1]))
     assert few is not None
     assert few.share == pytest.approx(0.5, abs=0.3)
-    estimate = estimated_share([few])
-    assert estimate is not None
-    assert 0.07 < estimate < 0.3
+    share = estimated_share([few])
+    assert share is not None
+    assert 0.07 < share < 0.3
     assert estimated_share([Sighting(-3.0, 0.01, 0.01)]) == pytest.approx(0, abs=1e-3), "far below 0"
     assert estimated_share([Sighting(2.0, 0.01, 0.01)]) == pytest.approx(0.5, abs=1e-3), "far above"
 
@@ -166,9 +178,9 @@ def test_what_is_learnt_by_heart_is_made_up_for() -> None:
     assert unaware is not None
     assert unaware < 0.1
     clean = [Sighting(-0.04 * visits, 0.02, 0.02, visits) for visits in range(1, 6)]
-    estimate = estimated_share(clean)
-    assert estimate is not None
-    assert estimate < 0.015
+    share = estimated_share(clean)
+    assert share is not None
+    assert share < 0.015
 
 
 def test_an_epoch_tells_by_its_second_half() -> None:
@@ -182,6 +194,15 @@ def test_an_epoch_tells_by_its_second_half() -> None:
     assert together == pytest.approx(seen_by(examples, queries, visits=2))
     assert sighting_in(still._replace(queries=queries[:0], before=queries[:0])) is None
     assert sighting_in(still._replace(examples=examples[:0])) is None
+
+
+def test_a_model_has_settled_where_the_queries_look_as_before() -> None:
+    queries = flags(10, 100)
+    epoch = Epoch(queries, queries, before=flags(14, 100))
+    assert epoch.settled
+    assert not epoch._replace(before=flags(30, 100)).settled
+    assert not epoch._replace(before=None).settled
+    assert epoch._replace(before=None, together=True).settled
 
 
 def test_where_the_model_was_learning_the_queries_are_taken_to_have_been_half_way() -> None:
@@ -215,6 +236,7 @@ def test_the_first_epoch_tells_by_its_last_examples_that_were_never_seen() -> No
     assert moving.own**2 - plain.own**2 == pytest.approx((0.1 * (high - low) / apart) ** 2), "and went on to"
     together = sighting_in_first(Epoch(examples, queries, together=True), None)
     assert together == pytest.approx(seen_by(examples, queries))
+    assert sighting_in_first(Epoch(examples, queries), after._replace(before=None)) is None
     assert sighting_in_first(Epoch(examples, queries[:0]), None) is None
     assert sighting_in_first(Epoch(examples[:0], queries), None) is None
 

@@ -16,6 +16,8 @@ from torch import Tensor
 from watched import EXAMPLES, train
 
 from hf_influence import attribute, collect
+from hf_influence.attribution.trust import Epoch
+from hf_influence.attribution.witnesses import OfDirections, Witness
 from hf_influence.callbacks import GradientCapture
 from hf_influence.errors import BadExample, BadSetting
 from hf_influence.evaluation import mislabel_detection
@@ -131,3 +133,29 @@ def test_labels_that_are_no_single_class_are_named(tmp_path: Path) -> None:
         collect(lora(bert(), ["query", "value"]), several, tmp_path / "several")
     with pytest.raises(BadExample, match=r"no labels \(it has: input_ids, attention_mask\)"):
         collect(tiny(), EXAMPLES, tmp_path / "none", data_collator=lambda rows: padding()(rows) | {"labels": None})
+
+
+def test_directions_tell_from_where_the_model_has_settled() -> None:
+    """Their share is the one that shows first then; margins tell what would have shown before training."""
+    generator = torch.Generator().manual_seed(4)
+    queries, fast = (mean + torch.randn(200, generator=generator, dtype=torch.float64) for mean in (1.5, 0.0))
+    epochs = []
+    for visits, wrong in enumerate((300, 300, 200, 160, 120)):
+        examples = 1.5 + torch.randn(1000, generator=generator, dtype=torch.float64)
+        examples[torch.randperm(1000, generator=generator)[:wrong]] *= -1
+        epochs.append(Epoch(examples, queries, fast if visits == 1 else queries, visits))
+    end = epochs[-1].examples
+    directions, margins = (kind(queries, -queries, end, epochs, 5) for kind in (OfDirections, Witness))
+    assert len(directions.over_training()) == 3
+    assert len(margins.over_training()) == 5
+    settled, all_ = directions.share(), margins.share()
+    assert settled is not None is not all_
+    assert settled.sharp
+    assert all_.sharp
+    assert settled.share == pytest.approx(0.19, abs=0.03)
+    assert all_.share == pytest.approx(0.29, abs=0.05)
+    none = OfDirections(queries, -queries, end, epochs[:2], None)
+    assert none.share() is None, "it never settled"
+    alone = OfDirections(queries, -queries, end, epochs[:2], 2.0).share()
+    assert alone is not None
+    assert alone.share == pytest.approx(0.12, abs=0.03), "but at the end it has"

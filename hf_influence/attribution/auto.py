@@ -11,10 +11,11 @@ from torch import Tensor
 
 from hf_influence.attribution.finite import check_finite
 from hf_influence.attribution.given import fingerprint, one_for_each
+from hf_influence.attribution.kernel_ridge import KernelRidgeMean
 from hf_influence.attribution.method import Method, class_of, make_method
 from hf_influence.attribution.over_points import OverPoints, OverTraining
 from hf_influence.attribution.selection import Selection
-from hf_influence.attribution.trust import log_odds, normal_scores
+from hf_influence.attribution.trust import Epoch, log_odds, normal_scores
 from hf_influence.attribution.witnesses import check_queries, of_prompts, witnesses
 from hf_influence.dataset.groups import group_of
 from hf_influence.errors import BadSetting, MissingRows
@@ -95,11 +96,12 @@ class Auto(OverTraining, name="auto"):
     π is an estimate of the share of wrong labels. At each point of training, and at its end, the margins of the
     examples are compared with those of the queries under right and under wrong labels: how many are as far off as wrong
     labels are. That falls from point to point as the model learns the labels by heart, so a line is laid through it,
-    back to where it had seen none; and beforehand some 8 % are expected to be wrong, mostly less, which few examples or
-    queries hardly move. The end alone shows too few. It may be far off: who has looked at rows says what was found
-    (`share_wrong`). So 0 is even odds: `Relabel(how="posterior")` gives labels for training on the probabilities,
-    `DatasetFilter(drop="doubtful")` drops what is not twice as probably right as wrong. Elsewhere no probability is
-    known, and no score is negative.
+    back to where it had seen none. The same is done with the scores by `kernel_ridge`, from where the model has
+    settled; the larger share counts, since either is rather too low. Beforehand some 8 % are expected to be wrong,
+    mostly less, which few examples or queries hardly move. The end alone shows too few. It may be far off: who has
+    looked at rows says what was found (`share_wrong`). So 0 is even odds: `Relabel(how="posterior")` gives labels for
+    training on the probabilities, `DatasetFilter()` drops what is not twice as probably right as wrong. Elsewhere no
+    probability is known, and no score is negative.
 
     The report has the parts with their weights, π, the AUC where the scores are log-odds, and how far the parts
     agree: for each the correlation of its ranks with the mean ranks of the others.
@@ -155,13 +157,15 @@ class Auto(OverTraining, name="auto"):
         groups = self._groups(rows)
         scores: dict[str, Tensor] = {}  # each [n_p]
         ranks: dict[str, Tensor] = {}  # each [n], NaN for what a part does not score
+        epochs: Sequence[Epoch] = ()
         for name, settings in self.resolved(rows).items():
             method, own = self._looked_at(rows, name, settings)
             places = torch.searchsorted(rows.positions, own.positions)
             ranks[name] = torch.full((len(rows.ids),), torch.nan, dtype=torch.float64)
             scores[name] = _finite(name, method.score(own).double().mean(1), own)
+            epochs = method.epochs if isinstance(method, KernelRidgeMean) else epochs
             ranks[name][places] = ranks_within(scores[name], [groups[at] for at in places.tolist()])
-        weights, share, auc = self._trust(rows, scores)
+        weights, share, auc = self._trust(rows, scores, epochs)
         total = sum(weights.values())
         self.report["parts"] = {name: round(weight / total, 4) for name, weight in weights.items()}
         self.report["estimated_share_wrong"] = None if share is None else round(share, 4)
@@ -203,7 +207,9 @@ class Auto(OverTraining, name="auto"):
         method = make_method(name, {**points, **settings})
         return method, method.select(rows, None)
 
-    def _trust(self, rows: Selection, scores: Mapping[str, Tensor]) -> tuple[dict[str, float], float | None, float]:
+    def _trust(
+        self, rows: Selection, scores: Mapping[str, Tensor], epochs: Sequence[Epoch]
+    ) -> tuple[dict[str, float], float | None, float]:
         """The weight of each part, the share of wrong labels, and the AUC at which they are told from right ones.
 
         As far as the queries tell; the share is `None` where they do not.
@@ -218,11 +224,15 @@ class Auto(OverTraining, name="auto"):
         check_queries(last)
         if asks == OF_PROMPTS:
             witness = of_prompts(last, scores[OF_PROMPTS])
-            return (plain, None, 0.5) if witness is None else (plain, witness.share(), witness.auc)
-        found, known = witnesses(rows, last, scores["kernel_ridge"])
+            if witness is None:
+                return plain, None, 0.5
+            seen = witness.share()
+            return plain, None if seen is None else seen.share, witness.auc
+        found, known = witnesses(rows, last, scores["kernel_ridge"], epochs)
         best = max(found.values(), key=lambda one: (len(one.examples) > 0, one.auc))
-        tells = max(found.items(), key=lambda one: (len(one[1].examples) > 0, one[0] == "margin"))[1]
-        share = tells.share() if known else None
+        told = [one for one in (witness.share() for witness in found.values()) if one is not None]
+        told = [one for one in told if one.sharp] or told
+        share = max(one.share for one in told) if known and told else None  # either is rather too low
         if "margin" not in found:
             return plain, share, best.auc
         weights = {}

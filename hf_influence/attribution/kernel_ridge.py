@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -14,6 +15,7 @@ from hf_influence.attribution.method import Method
 from hf_influence.attribution.over_points import OverTraining
 from hf_influence.attribution.products import cosines
 from hf_influence.attribution.selection import Selection
+from hf_influence.attribution.trust import Epoch
 from hf_influence.errors import MissingRows, StoreMismatch
 from hf_influence.store import Rows
 
@@ -149,11 +151,27 @@ class KernelRidgeMean(OverTraining, KernelRidge, name="kernel_ridge_mean"):
     weighted: bool = True
     """Points by how far the examples agree with the queries; otherwise their mean."""
 
+    @cached_property
+    def epochs(self) -> list[Epoch]:
+        """What `score` saw at the points of training: of the examples, and of the queries with each left out."""
+        return []
+
     def score(self, rows: Selection) -> Tensor:
         """Scores `[n, 1]`; MissingRows if a point has no queries."""
         scores = []  # each [b]
+        earlier: Rows | None = None
+        visits = 0.0
         for part in rows.parts:
-            scores.append(self._applied(part, self.fit(part.query).weight).double())
+            query, fitted = part.query, self.fit(part.query)
+            scores.append(self._applied(part, fitted.weight).double())
+            if not part.points[0]:  # the end
+                continue
+            same = earlier is not None and torch.equal(earlier.positions, query.positions)
+            before = fitted.turned(earlier) if earlier is not None and same else None
+            steps = part.train.stats.get("step")
+            self.epochs.append(Epoch.of(scores[-1], steps, fitted.left_out, before, visits))
+            earlier = query
+            visits += len(part.train) / len(rows.ids)
         weights = [weight_of(score) if self.weighted else 1.0 for score in scores]
         weights = weights if any(weights) else [1.0] * len(weights)
         total, times, plain, count = torch.zeros(4, len(rows.ids), dtype=torch.float64)  # each [n]

@@ -169,10 +169,23 @@ class Epoch(NamedTuple):
 
     @property
     def moved(self) -> float:
-        """By how much less suspicious queries are at its end than at its beginning, on average; ∞ if not known."""
-        if self.before is None or not len(self.queries):
-            return math.inf
+        """By how much less suspicious queries are at its end than at its beginning, on average; 0 if not known."""
+        if self.before is None:
+            return 0.0
         return float((self.suspicion(self.before) - self.suspicion(self.queries)).mean())
+
+    @property
+    def settled(self) -> bool:
+        """Whether the queries look as at its beginning, within two standard errors, or all was looked at together."""
+        if self.before is None or not len(self.queries):
+            return self.together
+        return self.moved**2 <= 4 * sum(_variance(self.suspicion(one)) for one in (self.queries, self.before))
+
+    @classmethod
+    def of(cls, examples: Tensor, steps: Tensor | None, queries: Tensor, before: Tensor | None, visits: float) -> Epoch:
+        """From scores of the examples `[n]` and the steps that saw them, without which they were seen together."""
+        order = slice(None) if steps is None else steps.argsort(stable=True)
+        return cls(examples[order], queries, before, visits, steps is None)
 
 
 def sighting_in(epoch: Epoch, turned: float = 1.0) -> Sighting | None:
@@ -211,8 +224,11 @@ def sighting_in_first(epoch: Epoch, after: Epoch | None, turned: float = 1.0) ->
         epoch: The first.
         after: The next epoch, if there is one.
         turned: As above.
+
+    Returns:
+        `None` also where nobody knows how the queries move afterwards.
     """
-    if not len(epoch.queries):
+    if not len(epoch.queries) or (after is not None and after.before is None):
         return None
     suspicion = epoch.suspicion
     third, fourth = (suspicion(part) for part in epoch.examples.tensor_split(QUARTERS)[-2:])
@@ -220,7 +236,7 @@ def sighting_in_first(epoch: Epoch, after: Epoch | None, turned: float = 1.0) ->
     if epoch.together:
         fourth = suspicion(epoch.examples)
     elif len(third):
-        unsure = max(abs(float(third.mean() - fourth.mean())), 0.0 if after is None else abs(after.moved))
+        unsure = max(abs(float(third.mean() - fourth.mean())), abs(after.moved) if after else 0.0)
     return sighting(fourth, suspicion(epoch.queries), 1 - turned * (1 - suspicion(-epoch.queries)), 0.0, unsure)
 
 
@@ -251,7 +267,25 @@ def freshness(examples: Tensor, right: Tensor, wrong: Tensor, share: float = 0.0
     return min(1.0, (negative(examples) + half) / (expected + half))
 
 
-def estimated_share(sightings: Sequence[Sighting]) -> float | None:
+class Estimate(NamedTuple):
+    """The share of wrong labels.
+
+    Attributes:
+        share: Its posterior mean.
+        error: Its posterior standard deviation.
+    """
+
+    share: float
+    error: float
+
+    @property
+    def sharp(self) -> bool:
+        """Whether it says more than what is expected of all data: half of its deviation."""
+        a, b = PRIOR
+        return self.error < 0.5 * math.sqrt(a * b / ((a + b) ** 2 * (a + b + 1)))
+
+
+def estimate(sightings: Sequence[Sighting]) -> Estimate | None:
     """The share of wrong labels, given what is seen of it and what is to be expected before; `None` without sightings.
 
         π = E[π | s],   s_c ~ N(π − b v_c, own_c² + common²),   π ~ Beta(0.3, 2.7) on [0, ½],   b ~ Exp(mean 0.03)
@@ -280,7 +314,8 @@ def estimated_share(sightings: Sequence[Sighting]) -> float | None:
     likely = likely - 0.5 * (share**2 * product(ones, ones) + forgets**2 * product(visits, visits))
     likely = likely - forgets / BY_HEART  # [p, b]
     weight = np.diff(betainc(*PRIOR, edges)) * np.exp(likely - likely.max()).sum(1)  # [p]
-    return float((share[:, 0] * weight).sum() / weight.sum())
+    mean = float((share[:, 0] * weight).sum() / weight.sum())
+    return Estimate(mean, math.sqrt(float(((share[:, 0] - mean) ** 2 * weight).sum() / weight.sum())))
 
 
 def log_odds(ranking: Tensor, auc: float, share: float) -> Tensor:

@@ -16,12 +16,13 @@ from hf_influence.attribution.selection import Selection
 from hf_influence.attribution.statistic import statistic
 from hf_influence.attribution.trust import (
     Epoch,
+    Estimate,
     Sighting,
     Suspicion,
     auc_of,
     cautious,
     divide,
-    estimated_share,
+    estimate,
     freshness,
     sighting,
     sighting_in,
@@ -80,17 +81,43 @@ class Witness:
         suspicion = Suspicion.of(self.right, self.wrong)
         return sighting(suspicion(self.examples), suspicion(self.right), suspicion(self.wrong), self.visits or 0)
 
-    def share(self) -> float | None:
+    @property
+    def turned(self) -> float:
+        """By how much fewer wrong labels look right than if they turned the sign."""
+        suspicion, half = Suspicion.of(self.right, -self.right), 0.5 / len(self.right)
+        missed, mirrored = (float((1 - suspicion(one)).mean()) for one in (self.wrong, -self.right))
+        return (missed + half) / (mirrored + half)
+
+    def over_training(self) -> list[Sighting | None]:
+        """The share of wrong labels as it shows in each epoch."""
+        if not self.epochs:
+            return []
+        first, *others = self.epochs
+        seen = [sighting_in_first(first, others[0] if others else None, self.turned)]
+        return seen + [sighting_in(one, self.turned) for one in others]
+
+    def share(self) -> Estimate | None:
         """The share of wrong labels, `None` where nothing is seen of it."""
-        seen = [] if self.visits is None else [self.at_end()]
-        if self.epochs and len(self.right):
-            suspicion, half = Suspicion.of(self.right, -self.right), 0.5 / len(self.right)
-            missed, mirrored = (float((1 - suspicion(one)).mean()) for one in (self.wrong, -self.right))
-            turned = (missed + half) / (mirrored + half)
-            first, *others = self.epochs
-            seen += [sighting_in_first(first, others[0] if others else None, turned)]
-            seen += [sighting_in(one, turned) for one in others]
-        return estimated_share([one for one in seen if one is not None])
+        if not len(self.right):
+            return None
+        seen = self.over_training() + ([] if self.visits is None else [self.at_end()])
+        return estimate([one for one in seen if one is not None])
+
+
+class OfDirections(Witness):
+    """Scores by the directions of gradients, which say less while these change, and are learnt by heart more slowly.
+
+    So the share is not looked for before the model has settled.
+    """
+
+    def over_training(self) -> list[Sighting | None]:
+        return [sighting_in(one, self.turned) for one in self.epochs[1:] if one.settled]
+
+    def share(self) -> Estimate | None:
+        seen = self.over_training() + ([] if self.visits is None else [self.at_end()])
+        seen_of = [one for one in seen if one is not None]
+        first = min((one.visits for one in seen_of), default=0.0)
+        return estimate([one._replace(visits=one.visits - first) for one in seen_of])
 
 
 class OfPrompts(Witness):
@@ -100,16 +127,16 @@ class OfPrompts(Witness):
         return sighting(self.examples < 0, self.right < 0, self.wrong < 0)
 
 
-def witnesses(rows: Selection, last: Selection, ridge: Tensor) -> tuple[dict[str, Witness], bool]:
+def witnesses(
+    rows: Selection, last: Selection, ridge: Tensor, epochs: Sequence[Epoch] = ()
+) -> tuple[dict[str, Witness], bool]:
     """What the queries say of scores by "kernel_ridge" and, where they have margins, by "margin".
-
-    The examples' own margins tell the share of wrong labels: they depend on what the model says at a step alone, and
-    directions of gradients on how far it is from the queries' step as well.
 
     Args:
         rows: All points.
         last: The one at the end.
         ridge: The scores of the examples by kernel ridge regression at the end, `[n]`.
+        epochs: The same over training.
 
     Returns:
         The witnesses, and whether wrong labels are known: if not, they are taken to turn the signs, which they do for
@@ -118,13 +145,15 @@ def witnesses(rows: Selection, last: Selection, ridge: Tensor) -> tuple[dict[str
     query, other = last.query, _under_wrong_labels(last)
     fitted = KernelRidge().fit(query)
     turned = -fitted.left_out if other is None else fitted.turned(other)
-    found = {"kernel_ridge": Witness(fitted.left_out, turned, ridge)}
+    seen = sum(len(one.examples) for one in epochs) / len(rows.ids)
+    visits = None if last.points[0] and epochs else seen
+    found: dict[str, Witness] = {"kernel_ridge": OfDirections(fitted.left_out, turned, ridge, epochs, visits)}
     if "margin" in query.stats:
         margins = statistic(query, "margin", "auto")
         wrong = -margins if other is None else other.stats["margin"]
         examples = last.train.stats.get("margin", margins[:0])
-        epochs, visits = _margins(rows) if len(examples) else ([], 0.0)
-        found["margin"] = Witness(margins, wrong, examples, epochs, None if last.points[0] and epochs else visits)
+        epochs, seen = _margins(rows) if len(examples) else ([], 0.0)
+        found["margin"] = Witness(margins, wrong, examples, epochs, None if last.points[0] and epochs else seen)
     return found, other is not None or _two_classes(last)
 
 
@@ -207,9 +236,7 @@ def _margins(rows: Selection) -> tuple[list[Epoch], float]:
         train, query = part.train.stats, part.query
         same = earlier is not None and torch.equal(earlier.positions, query.positions)
         before = earlier.stats["margin"] if earlier is not None and same else None
-        steps = train.get("step")
-        examples = train["margin"] if steps is None else train["margin"][steps.argsort(stable=True)]
-        epochs.append(Epoch(examples, query.stats["margin"], before, visits, steps is None))
+        epochs.append(Epoch.of(train["margin"], train.get("step"), query.stats["margin"], before, visits))
         earlier = query
-        visits += len(examples) / len(rows.ids)
+        visits += len(train["margin"]) / len(rows.ids)
     return epochs, visits
