@@ -159,6 +159,7 @@ class KernelRidgeMean(OverTraining, KernelRidge, name="kernel_ridge_mean"):
     def score(self, rows: Selection) -> Tensor:
         """Scores `[n, 1]`; MissingRows if a point has no queries."""
         scores = []  # each [b]
+        self.epochs.clear()
         earlier: Rows | None = None
         visits = 0.0
         for part in rows.parts:
@@ -171,7 +172,7 @@ class KernelRidgeMean(OverTraining, KernelRidge, name="kernel_ridge_mean"):
             steps = part.train.stats.get("step")
             self.epochs.append(Epoch.of(scores[-1], steps, fitted.left_out, before, visits))
             earlier = query
-            visits += len(part.train) / len(rows.ids)
+            visits += len(part.train) / max(1, len(rows.ids))
         weights = [weight_of(score) if self.weighted else 1.0 for score in scores]
         weights = weights if any(weights) else [1.0] * len(weights)
         total, times, plain, count = torch.zeros(4, len(rows.ids), dtype=torch.float64)  # each [n]

@@ -145,7 +145,7 @@ def witnesses(
     query, other = last.query, _under_wrong_labels(last)
     fitted = KernelRidge().fit(query)
     turned = -fitted.left_out if other is None else fitted.turned(other)
-    seen = sum(len(one.examples) for one in epochs) / len(rows.ids)
+    seen = sum(len(one.examples) for one in epochs) / max(1, len(rows.ids))
     visits = None if last.points[0] and epochs else seen
     found: dict[str, Witness] = {"kernel_ridge": OfDirections(fitted.left_out, turned, ridge, epochs, visits)}
     if "margin" in query.stats:
@@ -238,5 +238,5 @@ def _margins(rows: Selection) -> tuple[list[Epoch], float]:
         before = earlier.stats["margin"] if earlier is not None and same else None
         epochs.append(Epoch.of(train["margin"], train.get("step"), query.stats["margin"], before, visits))
         earlier = query
-        visits += len(train["margin"]) / len(rows.ids)
+        visits += len(train["margin"]) / max(1, len(rows.ids))
     return epochs, visits
