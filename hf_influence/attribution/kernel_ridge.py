@@ -167,8 +167,8 @@ class KernelRidgeMean(OverTraining, KernelRidge, name="kernel_ridge_mean"):
             scores.append(self._applied(part, fitted.weight).double())
             if not part.points[0]:  # the end
                 continue
-            same = earlier is not None and torch.equal(earlier.positions, query.positions)
-            before = fitted.turned(earlier) if earlier is not None and same else None
+            same = same_queries(earlier, query)
+            before = None if same is None else fitted.turned(same)
             steps = part.train.stats.get("step")
             self.epochs.append(Epoch.of(scores[-1], steps, fitted.left_out, before, visits))
             earlier = query
@@ -201,6 +201,11 @@ def copies(rows: Rows, kernel: Tensor) -> list[Tensor]:
     same.fill_diagonal_(True)
     first = same.int().argmax(1)
     return [(first == one).nonzero()[:, 0] for one in first.unique() if int((first == one).sum()) > 1]
+
+
+def same_queries(earlier: Rows | None, query: Rows) -> Rows | None:
+    """The earlier rows, if they are of the same queries."""
+    return earlier if earlier is not None and torch.equal(earlier.positions, query.positions) else None
 
 
 def weight_of(score: Tensor) -> float:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from hf_influence.attribution.kernel_ridge import KernelRidge
+from hf_influence.attribution.kernel_ridge import KernelRidge, same_queries
 from hf_influence.attribution.prompt_gain import gain
 from hf_influence.attribution.selection import Selection
 from hf_influence.attribution.statistic import statistic
@@ -92,16 +92,20 @@ class Witness:
         """The share of wrong labels as it shows in each epoch."""
         if not self.epochs:
             return []
-        first, *others = self.epochs
-        seen = [sighting_in_first(first, others[0] if others else None, self.turned)]
-        return seen + [sighting_in(one, self.turned) for one in others]
+        (first, *others), turned = self.epochs, self.turned
+        seen = [sighting_in_first(first, others[0] if others else None, turned)]
+        return seen + [sighting_in(one, turned) for one in others]
+
+    def sightings(self) -> list[Sighting]:
+        """All that is seen of the share of wrong labels."""
+        if not len(self.right):
+            return []
+        seen = self.over_training() + ([] if self.visits is None else [self.at_end()])
+        return [one for one in seen if one is not None]
 
     def share(self) -> Estimate | None:
         """The share of wrong labels, `None` where nothing is seen of it."""
-        if not len(self.right):
-            return None
-        seen = self.over_training() + ([] if self.visits is None else [self.at_end()])
-        return estimate([one for one in seen if one is not None])
+        return estimate(self.sightings())
 
 
 class OfDirections(Witness):
@@ -111,13 +115,13 @@ class OfDirections(Witness):
     """
 
     def over_training(self) -> list[Sighting | None]:
-        return [sighting_in(one, self.turned) for one in self.epochs[1:] if one.settled]
+        turned = self.turned
+        return [sighting_in(one, turned) for one in self.epochs[1:] if one.settled]
 
-    def share(self) -> Estimate | None:
-        seen = self.over_training() + ([] if self.visits is None else [self.at_end()])
-        seen_of = [one for one in seen if one is not None]
-        first = min((one.visits for one in seen_of), default=0.0)
-        return estimate([one._replace(visits=one.visits - first) for one in seen_of])
+    def sightings(self) -> list[Sighting]:
+        seen = super().sightings()
+        first = min((one.visits for one in seen), default=0.0)
+        return [one._replace(visits=one.visits - first) for one in seen]
 
 
 class OfPrompts(Witness):
@@ -145,15 +149,18 @@ def witnesses(
     query, other = last.query, _under_wrong_labels(last)
     fitted = KernelRidge().fit(query)
     turned = -fitted.left_out if other is None else fitted.turned(other)
-    seen = sum(len(one.examples) for one in epochs) / max(1, len(rows.ids))
-    visits = None if last.points[0] and epochs else seen
-    found: dict[str, Witness] = {"kernel_ridge": OfDirections(fitted.left_out, turned, ridge, epochs, visits)}
+
+    def visits(epochs: Sequence[Epoch]) -> float | None:
+        """How often they have seen each example, `None` where the last of them is the end."""
+        return None if last.points[0] and epochs else sum(len(one.examples) for one in epochs) / max(1, len(rows.ids))
+
+    found: dict[str, Witness] = {"kernel_ridge": OfDirections(fitted.left_out, turned, ridge, epochs, visits(epochs))}
     if "margin" in query.stats:
         margins = statistic(query, "margin", "auto")
         wrong = -margins if other is None else other.stats["margin"]
         examples = last.train.stats.get("margin", margins[:0])
-        epochs, seen = _margins(rows) if len(examples) else ([], 0.0)
-        found["margin"] = Witness(margins, wrong, examples, epochs, None if last.points[0] and epochs else seen)
+        epochs = _margins(rows) if len(examples) else []
+        found["margin"] = Witness(margins, wrong, examples, epochs, visits(epochs))
     return found, other is not None or _two_classes(last)
 
 
@@ -225,8 +232,8 @@ def _under_wrong_labels(last: Selection) -> Rows | None:
     return replace(last, query_split=split).query
 
 
-def _margins(rows: Selection) -> tuple[list[Epoch], float]:
-    """At the points of training that have queries, and how often all these have seen each example."""
+def _margins(rows: Selection) -> list[Epoch]:
+    """At the points of training that have queries."""
     epochs: list[Epoch] = []
     earlier: Rows | None = None
     visits = 0.0
@@ -234,9 +241,9 @@ def _margins(rows: Selection) -> tuple[list[Epoch], float]:
         if not part.points[0] or "queries" not in part.words():
             continue
         train, query = part.train.stats, part.query
-        same = earlier is not None and torch.equal(earlier.positions, query.positions)
-        before = earlier.stats["margin"] if earlier is not None and same else None
+        same = same_queries(earlier, query)
+        before = None if same is None else same.stats["margin"]
         epochs.append(Epoch.of(train["margin"], train.get("step"), query.stats["margin"], before, visits))
         earlier = query
         visits += len(train["margin"]) / max(1, len(rows.ids))
-    return epochs, visits
+    return epochs
