@@ -220,17 +220,31 @@ def test_queries_after_other_prompts_make_the_scores_of_answers_log_odds(tmp_pat
         attribute(tmp_path / "one").probability_wrong()
 
 
-def test_for_classes_the_parts_weigh_what_the_queries_say(tmp_path: Path) -> None:
-    """Of their margins for the losses, and of what the others say of each for kernel ridge regression."""
+@pytest.mark.parametrize("leans", [False, True])
+def test_for_classes_the_parts_weigh_what_the_queries_say(tmp_path: Path, leans: bool) -> None:
+    """Of their margins for the losses, and of what the others say of each for kernel ridge regression.
+
+    Where the model leans to a class, what counts is how wrong labels of that class are told.
+    """
     generator = torch.Generator().manual_seed(3)
     mean = {name: g[:1] for name, g in blocks(1, 9).items()}
     query = {name: mean[name] + 0.8 * g for name, g in blocks(M, 50).items()}
     margin = torch.randn(M, generator=generator, dtype=torch.float64) + 0.5
-    make_store(tmp_path, blocks(N, 0), query, stats=losses(0), query_stats={"margin": margin}, task=CLASSES)
+    label = torch.arange(M) % 2
+    margin += torch.tensor([4.0, -1.0])[label] if leans else 0.0
+    about = {"margin": margin, "label": label}
+    make_store(tmp_path, blocks(N, 0), query, stats=losses(0), query_stats=about, task=CLASSES)
     seen = left_out(query)
-    side = [1] * M + [0] * M
-    by_queries = roc_auc_score(side, torch.cat([seen, -seen]))
-    by_loss = roc_auc_score(side, torch.cat([margin, -margin]))
+
+    def told(right: Tensor) -> float:
+        overall = roc_auc_score([1] * M + [0] * M, torch.cat([right, -right]))
+        of = [-right[label != given] for given in (0, 1)]
+        each = [roc_auc_score([1] * M + [0] * len(one), torch.cat([right, one])) for one in of]
+        by = [auc + (12 * len(one)) ** -0.5 for auc, one in zip(each, of, strict=True)]
+        assert right is not margin or leans == (min(by) < overall)
+        return min([overall, *by])
+
+    by_queries, by_loss = told(seen), told(margin)
     weight = torch.tensor([max(0.01, by_loss - 0.5) ** 4, max(0.01, by_queries - 0.5 - (12 * M) ** -0.5) ** 4])
     weight = weight.double() / weight.sum()
     assert 0.02 < weight[0] < 0.98

@@ -167,6 +167,29 @@ def test_all_clean_rows_may_be_queries(suite, monkeypatch):
         glue.Parts.of("sst2", args, 0)
 
 
+def test_other_noise_is_of_the_kind_that_it_says(suite, monkeypatch):
+    noise = suite("other_noise")
+    rows = Dataset.from_dict({"sentence": [str(i) for i in range(8000)], "label": [i % 2 for i in range(8000)]})
+    monkeypatch.setattr(noise, "load", lambda *_: rows)
+    for kind in noise.KINDS.values():
+        right = noise.right_rows(kind, None, 0)
+        assert len(set(right["sentence"])) == kind.rows + kind.queries, "no query is trained on"
+        assert set(right["label"]) == set(range(kind.classes))
+        if kind.positive is not None:
+            assert sum(right["label"]) == round(kind.positive * len(right))
+        train = right.select(range(kind.rows))
+        told = noise.turned(train, kind, 0)
+        wrong = {i for i, (a, b) in enumerate(zip(train["label"], told["label"], strict=True)) if a != b}
+        assert wrong == {i for i, is_wrong in enumerate(told["is_wrong"]) if is_wrong}
+        assert len(wrong) == round(kind.share * kind.rows)
+        assert set(told["label"]) == set(range(kind.classes))
+        by = {(told["label"][i] - train["label"][i]) % kind.classes for i in wrong}
+        if wrong:
+            assert by == ({1} if kind.neighbours else set(range(1, kind.classes)))
+        if kind.of is not None:
+            assert {train["label"][i] for i in wrong} == {kind.of}
+
+
 def test_answers_trained_again_are_told_by_loss_and_by_whole_answers(suite):
     again = suite("retraining_answers")
     losses = {"drop random": [2.0, 2.1], "clean": [1.0, 1.1], "drop auto": [1.2, 1.3]}

@@ -17,6 +17,7 @@ from hf_influence.attribution.trust import (
     Epoch,
     Sighting,
     Suspicion,
+    auc_at_worst,
     auc_of,
     cautious,
     divide,
@@ -26,6 +27,7 @@ from hf_influence.attribution.trust import (
     sighting,
     sighting_in,
     sighting_in_first,
+    trust_of,
 )
 
 
@@ -245,6 +247,21 @@ def test_an_auc_is_that_of_scikit_learn() -> None:
     right, wrong = torch.tensor([1.0, -0.5, 0.5, 0.0, 2.0, 1.0]), torch.tensor([0.5, -1.0, 0.0])
     expected = roc_auc_score([1] * 6 + [0] * 3, torch.cat([right, wrong]))
     assert auc_of(right, wrong) == pytest.approx(expected, abs=1e-12)
+
+
+def test_where_wrong_labels_of_one_class_are_told_worst_the_auc_is_theirs() -> None:
+    """A model leans to class 0: of right labels 1 and of wrong labels 0 it cannot tell which is which."""
+    generator = torch.Generator().manual_seed(2)
+    label = torch.arange(400) % 2
+    right = torch.randn(400, generator=generator, dtype=torch.float64) + torch.tensor([2.0, 0.2])[label]
+    wrong, given = -right, 1 - label
+    worst = roc_auc_score([1] * 400 + [0] * 200, torch.cat([right, wrong[given == 0]])) + (12 * 200) ** -0.5
+    assert worst < auc_of(right, wrong) - 0.05
+    assert auc_at_worst(right, wrong, given) == pytest.approx(worst, abs=1e-12)
+    assert trust_of(right, wrong, given, errors=2.0) == pytest.approx((worst - 0.5 - 2 * (12 * 400) ** -0.5) ** 4)
+    assert auc_at_worst(right, wrong, None) == auc_of(right, wrong)
+    even = right - torch.tensor([1.8, 0.0])[label]
+    assert auc_at_worst(even, -even, given) == auc_of(even, -even), "what chance does is not worse"
 
 
 def test_probabilities_are_right_as_often_as_they_say() -> None:

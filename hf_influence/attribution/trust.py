@@ -55,9 +55,36 @@ def divide(right: Tensor, wrong: Tensor) -> float:
     return float(best[len(best) // 2])
 
 
-def trust_of(right: Tensor, wrong: Tensor, errors: float = 0.0, fresh: float = 1.0) -> float:
-    """(f (AUC − ½))⁴ of the scores of queries, less so many standard errors of an AUC that says nothing."""
-    return (fresh * max(LEAST, auc_of(right, wrong) - 0.5 - errors / math.sqrt(12 * len(right)))) ** 4
+def chance(n: int) -> float:
+    """Standard error of the AUC of `n` scores that say nothing, against many others."""
+    return 1 / math.sqrt(12 * n)
+
+
+def auc_at_worst(right: Tensor, wrong: Tensor, given: Tensor | None) -> float:
+    """The AUC where all wrong labels are of one class, the one whose are told worst, if that is clearly below the AUC.
+
+        min(AUC, min_c AUC_c + 1 / √(12 m_c)),   AUC_c that of the m_c wrong labels of class c
+
+    A model that leans to one class believes its labels, the wrong ones as well. Where labels of all classes are wrong,
+    that hardly matters; where it has come to lean because those of one class are, its loss tells little.
+
+    Args:
+        right: Scores under right labels, `[q]`.
+        wrong: Under wrong ones, `[m]`.
+        given: The wrong labels, `[m]`; `None` if not known.
+    """
+    overall = auc_of(right, wrong)
+    if given is None:
+        return overall
+    of = [wrong[given == label] for label in given.unique()]
+    return min([overall, *(auc_of(right, one) + chance(len(one)) for one in of)])
+
+
+def trust_of(
+    right: Tensor, wrong: Tensor, given: Tensor | None = None, errors: float = 0.0, fresh: float = 1.0
+) -> float:
+    """(f (AUC − ½))⁴ of the scores of queries, at worst, less so many standard errors of an AUC that says nothing."""
+    return (fresh * max(LEAST, auc_at_worst(right, wrong, given) - 0.5 - errors * chance(len(right)))) ** 4
 
 
 class Suspicion(NamedTuple):

@@ -52,6 +52,7 @@ class Witness:
         epochs: The same over training.
         visits: How often training had seen each example at the end, as far as the points of training tell; `None` where
             the end is the last of these.
+        given: The wrong labels, a class for each of `wrong`; `None` if not known.
     """
 
     right: Tensor
@@ -59,6 +60,7 @@ class Witness:
     examples: Tensor
     epochs: Sequence[Epoch] = ()
     visits: float | None = 0.0
+    given: Tensor | None = None
 
     @property
     def auc(self) -> float:
@@ -74,7 +76,7 @@ class Witness:
             share: Of wrong labels, as far as it is known.
         """
         fresh = freshness(self.examples, self.right, self.wrong, share or 0.0) if at_end else 1.0
-        return trust_of(self.right, self.wrong, errors, fresh)
+        return trust_of(self.right, self.wrong, self.given, errors, fresh)
 
     def at_end(self) -> Sighting | None:
         """The share of wrong labels as it shows at the end."""
@@ -154,13 +156,16 @@ def witnesses(
         """How often they have seen each example, `None` where the last of them is the end."""
         return None if last.points[0] and epochs else sum(len(one.examples) for one in epochs) / max(1, len(rows.ids))
 
-    found: dict[str, Witness] = {"kernel_ridge": OfDirections(fitted.left_out, turned, ridge, epochs, visits(epochs))}
+    given = _wrong_labels(last, other)
+    found: dict[str, Witness] = {
+        "kernel_ridge": OfDirections(fitted.left_out, turned, ridge, epochs, visits(epochs), given)
+    }
     if "margin" in query.stats:
         margins = statistic(query, "margin", "auto")
         wrong = -margins if other is None else other.stats["margin"]
         examples = last.train.stats.get("margin", margins[:0])
         epochs = _margins(rows) if len(examples) else []
-        found["margin"] = Witness(margins, wrong, examples, epochs, visits(epochs))
+        found["margin"] = Witness(margins, wrong, examples, epochs, visits(epochs), given)
     return found, other is not None or _two_classes(last)
 
 
@@ -230,6 +235,14 @@ def _under_wrong_labels(last: Selection) -> Rows | None:
     if split not in last.store.splits(last.points[0]):
         return None
     return replace(last, query_split=split).query
+
+
+def _wrong_labels(last: Selection, other: Rows | None) -> Tensor | None:
+    """The labels of the queries under wrong ones, `[q]`; `None` if not known."""
+    if other is not None:
+        return other.stats.get("label")
+    labels = last.query.stats.get("label")
+    return 1 - labels if labels is not None and _two_classes(last) else None
 
 
 def _margins(rows: Selection) -> list[Epoch]:

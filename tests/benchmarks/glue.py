@@ -91,7 +91,13 @@ class Parts(NamedTuple):
 
 
 def fine_tune(
-    rows: Dataset, args: argparse.Namespace, seed: int, *callbacks: TrainerCallback, steps: int = -1, order: int = 0
+    rows: Dataset,
+    args: argparse.Namespace,
+    seed: int,
+    *callbacks: TrainerCallback,
+    steps: int = -1,
+    order: int = 0,
+    classes: int = 2,
 ) -> nn.Module:
     """MiniLM with LoRA on query and value, trained on tokens; weights count where the rows have them, and labels may be
     vectors of class probabilities.
@@ -99,7 +105,7 @@ def fine_tune(
     The head and the adapter that it begins with depend on `seed` alone; `order` stirs the order of the rows and the
     dropout as well.
     """
-    model, tokenizer = load_classifier(seed=seed)
+    model, tokenizer = load_classifier(num_labels=classes, seed=seed)
     set_seed(seed)
     lora = LoraConfig(r=args.rank, lora_alpha=2 * args.rank, target_modules=["query", "value"], task_type="SEQ_CLS")
     kind = WeightedTrainer if WEIGHT in rows.column_names else Trainer
