@@ -18,12 +18,8 @@ from torch import Tensor
 
 from hf_influence import Scores, attribute
 from hf_influence.attribution import lacking
-from hf_influence.attribution.trust import (
-    Sighting,
-    divide,
-    estimate,
-    sighting,
-)
+from hf_influence.attribution.share_wrong import Sighting, estimate, sighting
+from hf_influence.attribution.trust import divide
 from hf_influence.errors import BadExample, BadSetting, MissingRows
 from hf_influence.store import GradientStore
 

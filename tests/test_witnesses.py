@@ -16,7 +16,7 @@ from torch import Tensor
 from watched import EXAMPLES, train
 
 from hf_influence import attribute, collect
-from hf_influence.attribution.trust import Epoch
+from hf_influence.attribution.share_wrong import Epoch
 from hf_influence.attribution.witnesses import OfDirections, Witness
 from hf_influence.callbacks import GradientCapture
 from hf_influence.errors import BadExample, BadSetting

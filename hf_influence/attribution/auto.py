@@ -15,7 +15,8 @@ from hf_influence.attribution.kernel_ridge import KernelRidgeMean
 from hf_influence.attribution.method import Method, class_of, make_method
 from hf_influence.attribution.over_points import OverPoints, OverTraining
 from hf_influence.attribution.selection import Selection
-from hf_influence.attribution.trust import Epoch, log_odds, normal_scores
+from hf_influence.attribution.share_wrong import Epoch
+from hf_influence.attribution.trust import log_odds, normal_scores
 from hf_influence.attribution.witnesses import check_queries, of_prompts, witnesses
 from hf_influence.dataset.groups import group_of
 from hf_influence.errors import BadSetting, MissingRows

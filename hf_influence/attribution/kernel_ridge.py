@@ -15,7 +15,7 @@ from hf_influence.attribution.method import Method
 from hf_influence.attribution.over_points import OverTraining
 from hf_influence.attribution.products import cosines
 from hf_influence.attribution.selection import Selection
-from hf_influence.attribution.trust import Epoch
+from hf_influence.attribution.share_wrong import Epoch
 from hf_influence.errors import MissingRows, StoreMismatch
 from hf_influence.store import Rows
 

@@ -13,22 +13,18 @@ from torch import Tensor
 from hf_influence.attribution.kernel_ridge import KernelRidge, same_queries
 from hf_influence.attribution.prompt_gain import gain
 from hf_influence.attribution.selection import Selection
-from hf_influence.attribution.statistic import statistic
-from hf_influence.attribution.trust import (
+from hf_influence.attribution.share_wrong import (
     Epoch,
     Estimate,
     Sighting,
     Suspicion,
-    auc_of,
-    cautious,
-    divide,
     estimate,
-    freshness,
     sighting,
     sighting_in,
     sighting_in_first,
-    trust_of,
 )
+from hf_influence.attribution.statistic import statistic
+from hf_influence.attribution.trust import auc_of, cautious, divide, freshness, trust_of
 from hf_influence.errors import BadSetting
 from hf_influence.gradients.mislabelled import SPLIT
 from hf_influence.gradients.other_prompts import STATISTIC
