@@ -25,13 +25,15 @@ from hf_influence.callbacks.checks import (
     check_resumed,
     check_stream,
     check_trainer,
+    naming,
     warn_of_classes,
     warn_of_rates,
 )
-from hf_influence.callbacks.during import During, DuringTraining, Schedule, endless, trainer_of
+from hf_influence.callbacks.during import DuringTraining, trainer_of
 from hf_influence.callbacks.packing import check_ids, check_packing, prepared
+from hf_influence.callbacks.schedule import During, Schedule, endless
 from hf_influence.dataset.contents import column_codes
-from hf_influence.errors import BadExample, BadSetting, InfluenceError
+from hf_influence.errors import BadSetting
 from hf_influence.gradients.batches import forward_arguments
 from hf_influence.gradients.collect import Plan, check_collectable, check_folder, collect_planned
 from hf_influence.gradients.compress import Compressor
@@ -195,7 +197,7 @@ class GradientCapture(TrainerCallback):
             check_places(trainer, self.id_column)
         with _undisturbed_randomness():
             self._train = prepared(trainer, self.train_dataset)
-            with _named("query"):
+            with naming("query"):
                 self._query = prepared(trainer, self.query_dataset)
             given = trainer.train_dataset if self.train_dataset is None else self.train_dataset
             check_names(given, self.query_dataset)
@@ -234,7 +236,7 @@ class GradientCapture(TrainerCallback):
         resumed = state.global_step > 0
         if split != "train" or not is_stream(dataset):
             options = {**options, "batch_size": self.batch_size}
-            with _named(split):
+            with naming(split):
                 plan = check_collectable(model, dataset, self.path, split, resumed=resumed, **options)
             self._tell(plan, split)
             return plan
@@ -381,23 +383,6 @@ class GradientCapture(TrainerCallback):
             yield "query", self._query, {**common, **others, "id_column": self.id_column if has_ids else None}
             if self.at_end and not self.settings["task"] and (wrong := mislabelled(trainer.model, self._query)):
                 yield SPLIT.format("query"), wrong, {**common, "id_column": None}
-
-
-@contextmanager
-def _named(split: str) -> Iterator[None]:
-    """Let an error say which examples it is about."""
-    name = "the training set" if split == "train" else "query_dataset"
-    try:
-        yield
-    except InfluenceError as error:
-        if split != "train" or isinstance(error, BadExample):  # others are about the model or the folder
-            error.args = (f"{name}: {error}",)
-        raise
-    except (LookupError, TypeError, ValueError, AttributeError) as error:
-        raise BadExample(
-            f"{name}: trying out its examples failed ({type(error).__name__}: {error}). They must be tokenised, by the "
-            "tokenizer of the model, and have the columns that the data_collator takes."
-        ) from error
 
 
 @contextmanager

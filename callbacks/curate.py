@@ -18,7 +18,8 @@ from hf_influence.attribution.method import class_of, make_method
 from hf_influence.attribution.over_points import OverPoints
 from hf_influence.callbacks.capture import GradientCapture
 from hf_influence.callbacks.draws import Draws, drawn_through
-from hf_influence.callbacks.during import chosen_epochs, log, trainer_of
+from hf_influence.callbacks.during import log, trainer_of
+from hf_influence.callbacks.schedule import chosen_epochs
 from hf_influence.dataset.matching import ids_of
 from hf_influence.errors import BadSetting, StoreMismatch
 from hf_influence.filter.decision import Decision

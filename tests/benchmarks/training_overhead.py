@@ -47,7 +47,8 @@ from torch import Tensor
 from torch.utils.data import SequentialSampler
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from hf_influence.callbacks.during import DuringTraining, Schedule
+from hf_influence.callbacks.during import DuringTraining
+from hf_influence.callbacks.schedule import Schedule
 from hf_influence.gradients import dropout
 from hf_influence.gradients.batches import padding_with
 from hf_influence.gradients.collect import Plan
