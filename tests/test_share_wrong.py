@@ -211,3 +211,27 @@ def test_the_first_epoch_tells_by_its_last_examples_that_were_never_seen() -> No
     assert sighting_in_first(Epoch(examples, queries), after._replace(before=None)) is None
     assert sighting_in_first(Epoch(examples, queries[:0]), None) is None
     assert sighting_in_first(Epoch(examples[:0], queries), None) is None
+
+
+@pytest.mark.parametrize("beyond", [0.4, -0.4])
+def test_what_wrong_labels_look_like_is_a_guess_where_they_do_not_turn_the_sign(beyond: float) -> None:
+    """Of more than two classes: between what they would if they did, and always or never suspicious."""
+    generator = torch.Generator().manual_seed(8)
+    queries, examples = (1 + torch.randn(n, generator=generator, dtype=torch.float64) for n in (300, 600))
+    epoch = Epoch(examples, queries, visits=2.0, together=True)
+    of = epoch.suspicion
+    turned = of(-queries)
+    wrong = turned + 0.4 * (1 - turned) if beyond > 0 else 0.6 * turned
+    seen, plain, sure = sighting_in(epoch, beyond), sighting_in(epoch), sighting(of(examples), of(queries), wrong, 2.0)
+    assert seen is not None
+    assert plain is not None
+    assert sure is not None
+    assert (seen.share, seen.own) == (sure.share, sure.own)
+    apart = float(wrong.mean() - of(queries).mean())
+    guessed = float((wrong - turned).mean()) * 0.1 / apart
+    assert seen.common == pytest.approx(math.hypot(sure.common, guessed), rel=1e-9)
+    assert plain == sighting(of(examples), of(queries), turned, 2.0), "of two classes nothing is guessed"
+    first, same = sighting_in_first(epoch, None, beyond), sighting(of(examples), of(queries), wrong)
+    assert first is not None
+    assert same is not None
+    assert first.common == pytest.approx(math.hypot(same.common, guessed), rel=1e-9)

@@ -77,7 +77,12 @@ class Sighting(NamedTuple):
 
 
 def sighting(
-    examples: Tensor, right: Tensor, wrong: Tensor, visits: float = 0.0, unsure: float = 0.0
+    examples: Tensor,
+    right: Tensor,
+    wrong: Tensor,
+    visits: float = 0.0,
+    unsure: float = 0.0,
+    guessed: float = 0.0,
 ) -> Sighting | None:
     """The share of wrong labels, from what makes labels suspicious, each from 0 to 1.
 
@@ -91,6 +96,7 @@ def sighting(
         wrong: Of queries under wrong labels, `[m]`.
         visits: As in the sighting.
         unsure: Standard error of e beside that of its mean.
+        guessed: Standard error of w, of which a share that is small hardly depends; it has it in common with others.
 
     Returns:
         `None` where it tells nothing, w ≤ e or hardly above it, or of nothing.
@@ -102,9 +108,8 @@ def sighting(
     if apart < LEAST_APART:
         return None
     own = math.sqrt(_variance(examples) + unsure**2)
-    return Sighting(
-        (float(examples.double().mean()) - e) / apart, own / apart, math.sqrt(_variance(right)) / apart, visits
-    )
+    common = math.sqrt(_variance(right) + (EXPECTED * guessed) ** 2)
+    return Sighting((float(examples.double().mean()) - e) / apart, own / apart, common / apart, visits)
 
 
 def _variance(values: Tensor) -> float:
@@ -158,7 +163,7 @@ class Epoch(NamedTuple):
         return cls(examples[order], queries, before, visits, steps is None)
 
 
-def sighting_in(epoch: Epoch, turned: float = 1.0) -> Sighting | None:
+def sighting_in(epoch: Epoch, beyond: float = 0.0) -> Sighting | None:
     """The same from the second half of an epoch: where the examples were last seen longest ago.
 
         e = ¾ e_end + ¼ e_before ± ¼ |e_end − e_before|
@@ -167,8 +172,8 @@ def sighting_in(epoch: Epoch, turned: float = 1.0) -> Sighting | None:
 
     Args:
         epoch: Not the first.
-        turned: By how much fewer wrong labels look right than if they turned the sign; it is taken not to change over
-            training.
+        beyond: How far wrong labels are more suspicious than if they turned the sign, 0 as much and 1 wholly, or less,
+            -1 not at all. It is known for the end alone, so w is as uncertain as it makes a difference.
 
     Returns:
         `None` also where nobody knows how the queries looked before.
@@ -182,10 +187,10 @@ def sighting_in(epoch: Epoch, turned: float = 1.0) -> Sighting | None:
         right = 0.75 * right + 0.25 * suspicion(epoch.before)
         wrong = 0.75 * wrong + 0.25 * suspicion(-epoch.before)
         unsure = 0.25 * abs(epoch.moved)
-    return sighting(suspicion(late), right, 1 - turned * (1 - wrong), epoch.visits, unsure)
+    return _sighting(suspicion(late), right, wrong, beyond, epoch.visits, unsure)
 
 
-def sighting_in_first(epoch: Epoch, after: Epoch | None, turned: float = 1.0) -> Sighting | None:
+def sighting_in_first(epoch: Epoch, after: Epoch | None, beyond: float = 0.0) -> Sighting | None:
     """The same from the end of the first epoch, of examples that the model has never seen.
 
         o = o₄ ± max(|o₃ − o₄|, |e_end − e_after|),   o₃ and o₄ of its last quarters
@@ -193,7 +198,7 @@ def sighting_in_first(epoch: Epoch, after: Epoch | None, turned: float = 1.0) ->
     Args:
         epoch: The first.
         after: The next epoch, if there is one.
-        turned: As above.
+        beyond: As above.
 
     Returns:
         `None` also where nobody knows how the queries move afterwards.
@@ -207,7 +212,15 @@ def sighting_in_first(epoch: Epoch, after: Epoch | None, turned: float = 1.0) ->
         fourth = suspicion(epoch.examples)
     elif len(third):
         unsure = max(abs(float(third.mean() - fourth.mean())), abs(after.moved) if after else 0.0)
-    return sighting(fourth, suspicion(epoch.queries), 1 - turned * (1 - suspicion(-epoch.queries)), 0.0, unsure)
+    return _sighting(fourth, suspicion(epoch.queries), suspicion(-epoch.queries), beyond, 0.0, unsure)
+
+
+def _sighting(
+    examples: Tensor, right: Tensor, mirrored: Tensor, beyond: float, visits: float, unsure: float
+) -> Sighting | None:
+    """By queries whose sign was turned, `[m]`, in place of those under wrong labels."""
+    wrong = mirrored + beyond * ((1 - mirrored) if beyond > 0 else mirrored)
+    return sighting(examples, right, wrong, visits, unsure, abs(float((wrong - mirrored).mean())))
 
 
 class Estimate(NamedTuple):

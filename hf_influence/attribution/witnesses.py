@@ -80,19 +80,19 @@ class Witness:
         return sighting(suspicion(self.examples), suspicion(self.right), suspicion(self.wrong), self.visits or 0)
 
     @property
-    def turned(self) -> float:
-        """By how much fewer wrong labels look right than if they turned the sign."""
-        suspicion, half = Suspicion.of(self.right, -self.right), 0.5 / len(self.right)
-        missed, mirrored = (float((1 - suspicion(one)).mean()) for one in (self.wrong, -self.right))
-        return (missed + half) / (mirrored + half)
+    def beyond(self) -> float:
+        """How far wrong labels are more suspicious than if they turned the sign; see `sighting_in`."""
+        suspicion = Suspicion.of(self.right, -self.right)
+        wrong, mirrored = (float(suspicion(one).mean()) for one in (self.wrong, -self.right))
+        return (wrong - mirrored) / (1 - mirrored if wrong > mirrored else mirrored)
 
     def over_training(self) -> list[Sighting | None]:
         """The share of wrong labels as it shows in each epoch."""
         if not self.epochs:
             return []
-        (first, *others), turned = self.epochs, self.turned
-        seen = [sighting_in_first(first, others[0] if others else None, turned)]
-        return seen + [sighting_in(one, turned) for one in others]
+        (first, *others), beyond = self.epochs, self.beyond
+        seen = [sighting_in_first(first, others[0] if others else None, beyond)]
+        return seen + [sighting_in(one, beyond) for one in others]
 
     def sightings(self) -> list[Sighting]:
         """All that is seen of the share of wrong labels."""
@@ -113,8 +113,7 @@ class OfDirections(Witness):
     """
 
     def over_training(self) -> list[Sighting | None]:
-        turned = self.turned
-        return [sighting_in(one, turned) for one in self.epochs[1:] if one.settled]
+        return [sighting_in(one, self.beyond) for one in self.epochs[1:] if one.settled]
 
     def sightings(self) -> list[Sighting]:
         seen = super().sightings()
