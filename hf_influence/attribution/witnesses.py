@@ -113,7 +113,8 @@ class OfDirections(Witness):
     """
 
     def over_training(self) -> list[Sighting | None]:
-        return [sighting_in(one, self.beyond) for one in self.epochs[1:] if one.settled]
+        beyond = self.beyond
+        return [sighting_in(one, beyond) for one in self.epochs[1:] if one.settled]
 
     def sightings(self) -> list[Sighting]:
         seen = super().sightings()
