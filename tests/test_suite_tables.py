@@ -136,7 +136,7 @@ def test_a_store_that_was_filled_to_its_end_is_scored_again_without_training(sui
 
     def once(without="cg"):
         args = series.parser("").parse_args([])
-        vars(args).update(stores=tmp_path, data=None, rows=2, without=[without])
+        vars(args).update(stores=tmp_path, data=None, rows=2, without=[without], methods=None)
         return mislabel.run(8, 0, "sst2", args, series.runs_of(args))
 
     with pytest.raises(KeyboardInterrupt):

@@ -153,6 +153,10 @@ def test_a_series_goes_on_where_it_stopped_and_keeps_every_run_at_once(tmp_path)
     ]
     assert all(run.seconds >= 0 and run.about["versions"]["torch"] for run in runs)
     assert (tmp_path / "set=sst2,seed=0.json").is_file()
+    with pytest.raises(StoreMismatch, match=r"made with share=0\.2, and now it is None"):
+        list(Runs(tmp_path, {"rows": 10}))
+    with pytest.raises(StoreMismatch, match="made with without=None"):
+        list(Runs(tmp_path, {"rows": 10, "share": 0.2, "without": None}))
 
 
 def test_a_run_that_fails_leaves_nothing_behind(tmp_path):
@@ -371,6 +375,7 @@ def test_the_mean_query_gives_the_figures_of_all_queries(series, tmp_path):
     left_out = series.every_method(tmp_path, each, lambda *_: None, without=["cg", "ip"])
     assert left_out["cg"] == {"left out": series.SLOW["cg"]}
     assert left_out["ip"] == {"left out": "by the option --without"}
+    assert list(series.every_method(tmp_path, each, lambda *_: {"auc": 1.0}, only=["ip", "tda"])) == ["ip", "tda"]
 
 
 def test_the_options_that_a_series_goes_over_do_not_tell_its_runs_apart(series, tmp_path):

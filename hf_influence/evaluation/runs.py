@@ -110,7 +110,7 @@ class Runs:
             ) from error
         if run.settings != self.settings:
             names = [*self.settings, *run.settings]
-            name = next(n for n in names if run.settings.get(n) != self.settings.get(n))
+            name = next(n for n in names if run.settings.get(n, ...) != self.settings.get(n, ...))
             raise StoreMismatch(
                 f"{file} was made with {name}={run.settings.get(name)!r}, and now it is {self.settings.get(name)!r}: "
                 "the two do not belong in one table. Choose another folder for the results, or the same settings."

@@ -1,6 +1,7 @@
 """Which flipped labels does each method find? AUC, average precision and time of every preset on GLUE sets.
 
     python tests/benchmarks/mislabel.py --data FOLDER --results runs/mislabel --markdown mislabel.md
+    python tests/benchmarks/mislabel.py --data FOLDER --results runs/some --methods auto kernel_ridge loss
 
 FOLDER holds `sst2/train.parquet` and so on, as the hub has them (columns sentence | sentence1, sentence2 | question,
 sentence; label); without `--data` the sets are loaded from the hub (nyu-mll/glue). Each run is kept in `--results` as
@@ -12,9 +13,10 @@ MiniLM with LoRA on query and value learns a random part of the training set, of
 with the ordinary Trainer. `GradientCapture` takes the rows of the training steps, epoch by epoch, and whole rows at the
 end; the queries are clean rows of the validation or test set. What methods need beyond that is collected after
 training: members of three ensembles, Kronecker factors, eigenpairs of the Hessian, in sizes (`EXTRAS`) that together
-take about as long as the training. Every method of the table then ranks the training examples, with its defaults; those
-that are linear in the queries are asked for the mean query, which gives the same figures. length_rho and duplicates_rho
-are the rank correlations of the scores with the number of tokens and of copies.
+take about as long as the training. With `--methods` nothing is, and those methods alone are asked. Every method of the
+table then ranks the training examples, with its defaults; those that are linear in the queries are asked for the mean
+query, which gives the same figures. length_rho and duplicates_rho are the rank correlations of the scores with the
+number of tokens and of copies.
 
 All times are seconds of CPU time, so that other work on the machine does not count: in the table those of `attribute`
 alone, from rows on the disk; in the result of a run also those of training and of each thing that was collected.
@@ -31,12 +33,25 @@ from pathlib import Path
 from typing import Any
 
 from glue import TEXTS, Parts, fine_tune, tokens
-from series import SLOW, add_stores, add_without, best, each, every_method, filled, finish, parser, runs_of
+from series import (
+    SLOW,
+    add_stores,
+    add_without,
+    best,
+    each,
+    every_method,
+    filled,
+    finish,
+    parser,
+    runs_of,
+    with_baselines,
+)
 from transformers import DataCollatorWithPadding, TrainerCallback
 
 from hf_influence import collect_at, collect_ekfac, collect_hessian
 from hf_influence.callbacks import GradientCapture
 from hf_influence.evaluation import Run, Runs, Table, mislabel_detection
+from hf_influence.evaluation.table import BASELINES
 from hf_influence.gradients import adam_state
 from hf_influence.points import continued_sgd, laplace, parameter_dropout
 from hf_influence.pretrained import load_classifier
@@ -68,6 +83,8 @@ def fill(store: Path, name: str, parts: Parts, seed: int, args: argparse.Namespa
     train, query = tokens(parts.train, name, tokenizer), tokens(parts.query, name, tokenizer)
     capture = GradientCapture(store, query, during="epochs", features=True)
     model, training = timed(lambda: fine_tune(train, args, seed, capture, AdamState(store)))
+    if args.methods:
+        return {"training": training}
     how = {"data_collator": DataCollatorWithPadding(tokenizer)}
     at = partial(collect_at, model, {"train": train, "query": query}, store, **how)
     extras: dict[str, Callable[[], Any]] = {
@@ -98,7 +115,9 @@ def run(rank: int, seed: int, name: str, args: argparse.Namespace, runs: Runs) -
     work = partial(fill, name=name, parts=parts, seed=seed, args=args)
     with filled(runs, args.stores, work, set=name, rank=rank, seed=seed) as (store, seconds):
         wrong = parts.train["is_wrong"]
-        found = every_method(store, given, lambda _, scores: mislabel_detection(scores, wrong), args.without)
+        found = every_method(
+            store, given, lambda _, scores: mislabel_detection(scores, wrong), args.without, args.methods
+        )
     print(f"{name} r={rank} seed {seed}: {whole_seconds(seconds)}; {best(found, 'auc')}", flush=True)
     return {"methods": found, "seconds": seconds}
 
@@ -116,6 +135,7 @@ def main() -> None:
     options = parser(__doc__)
     add_without(options)
     options.set_defaults(without=[method for method in SLOW if method != "cg"])  # one query is no trouble for it
+    options.add_argument("--methods", nargs="+", help="these alone, from the rows of training (all)")
     options.add_argument("--data", type=Path, help="folder of parquet files; the hub without")
     add_stores(options)
     options.add_argument("--sets", nargs="+", default=list(TEXTS), choices=list(TEXTS))
@@ -128,12 +148,15 @@ def main() -> None:
     options.add_argument("--learning-rate", type=float, default=5e-4)
     options.add_argument("--share", type=float, default=0.2, help="of the labels that are flipped")
     args = options.parse_args()
-    runs = runs_of(args, "sets", "ranks", "seeds")
+    if args.methods:
+        args.methods = with_baselines(args.methods, BASELINES)
+    runs = runs_of(args, "sets", "ranks", "seeds", *([] if args.methods else ["methods"]))
     each(runs, partial(run, args=args, runs=runs), rank=args.ranks, seed=args.seeds, set=args.sets)
     title = (
         f"MiniLM + LoRA, {args.rows} training rows, {args.share:.0%} labels flipped, {args.queries} clean queries, "
-        f"{args.epochs} epochs, batch {args.batch_size}, learning rate {args.learning_rate}. {EXTRAS}"
+        f"{args.epochs} epochs, batch {args.batch_size}, learning rate {args.learning_rate}."
     )
+    title += "" if args.methods else f" {EXTRAS}"
     beside = ("length_rho", "duplicates_rho", "seconds")
     finish(Table(title=title, metrics=("auc", "average_precision"), beside=beside), columns, runs, args)
 

@@ -207,13 +207,16 @@ def every_method(
     given: Given,
     figures: Callable[[str, Scores], Mapping[str, Any] | None],
     without: Sequence[str] = (),
+    only: Sequence[str] | None = None,
 ) -> dict[str, dict[str, Any]]:
     """Method -> what `figures` says of its scores, with biases and seconds of CPU time; or what it was left out for.
 
-    `figures` gives `None` for a method that the benchmark is not about.
+    `figures` gives `None` for a method that the benchmark is not about; others than `only`, if given, are not asked.
     """
     found: dict[str, dict[str, Any]] = {}
     for method, lacks in lacking(store).items():
+        if only is not None and method not in only:
+            continue
         if method in without:
             found[method] = {"left out": SLOW.get(method, "by the option --without")}
             continue
