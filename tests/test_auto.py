@@ -20,6 +20,7 @@ from hf_influence import Scores, attribute
 from hf_influence.attribution import lacking
 from hf_influence.attribution.share_wrong import Sighting, estimate, sighting
 from hf_influence.attribution.trust import divide
+from hf_influence.attribution.witnesses import ANSWERS
 from hf_influence.errors import BadExample, BadSetting, MissingRows
 from hf_influence.store import GradientStore
 
@@ -209,6 +210,13 @@ def test_queries_after_other_prompts_make_the_scores_of_answers_log_odds(tmp_pat
     want = believed(torch.stack(parts).mean(0), told_apart(right, wrong), share)
     torch.testing.assert_close(scores.values[:, 0], want, atol=5e-3, rtol=5e-3)
     torch.testing.assert_close(scores.probability_wrong(), torch.sigmoid(-scores.values[:, 0]))
+
+    trained = store(tmp_path / "trained", TEXTS, training=True, final=False)  # which has seen each example twice
+    make_store(trained, blocks(N, 0), blocks(M, 50), stats=train, query_stats=query, task=TEXTS)
+    learnt = estimated_share([seen._replace(visits=2 * ANSWERS)])
+    assert learnt is not None
+    assert learnt > share
+    assert attribute(trained).report["estimated_share_wrong"] == pytest.approx(learnt, abs=1e-4)
 
     one = {**query, "other_prompt_loss": query["other_prompt_loss"][:, :1]}
     make_store(tmp_path / "one", blocks(N, 0), blocks(M, 50), stats=train, query_stats=one, task=TEXTS)

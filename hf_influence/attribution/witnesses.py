@@ -37,6 +37,10 @@ MOST_SEEN = 0.1
 """Share of the queries that may be training examples: short ones may be equal by chance."""
 
 
+ANSWERS = 1 / 3
+"""How far an answer is learnt by heart each time that training sees it, over how far a label is."""
+
+
 @dataclass(frozen=True)
 class Witness:
     """Scores of one kind: of the queries with their own labels and with wrong ones, and of the examples.
@@ -126,7 +130,7 @@ class OfPrompts(Witness):
     """Scores whose zero is where right and wrong ones part."""
 
     def at_end(self) -> Sighting | None:
-        return sighting(self.examples < 0, self.right < 0, self.wrong < 0)
+        return sighting(self.examples < 0, self.right < 0, self.wrong < 0, self.visits or 0)
 
 
 def witnesses(
@@ -200,14 +204,15 @@ def check_queries(last: Selection) -> None:
             )
 
 
-def of_prompts(last: Selection, scores: Tensor) -> Witness | None:
+def of_prompts(rows: Selection, last: Selection, scores: Tensor) -> Witness | None:
     """What the queries say of scores by "prompt_gain"; `None` where they were not read after two other prompts.
 
     Under a wrong label an answer stands after a prompt that is not its own: after each of the other prompts, compared
     with the rest of them. Zero is where the two part best.
 
     Args:
-        last: The end.
+        rows: All points.
+        last: The one at the end.
         scores: Of the examples, `[n]`.
     """
     query = last.query
@@ -217,7 +222,8 @@ def of_prompts(last: Selection, scores: Tensor) -> Witness | None:
     rest = (others.sum(1, keepdim=True) - others) / (others.shape[1] - 1)  # [q, k], the mean of the others of each
     right, wrong = gain(loss, others), gain(others.flatten(), rest.flatten())
     zero = divide(right, wrong)
-    return OfPrompts(right - zero, wrong - zero, scores - zero)
+    visits = ANSWERS * sum(len(part.train) for part in rows.parts if part.points[0]) / max(1, len(rows.ids))
+    return OfPrompts(right - zero, wrong - zero, scores - zero, visits=visits)
 
 
 def _two_classes(last: Selection) -> bool:
