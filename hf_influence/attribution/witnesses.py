@@ -36,7 +36,6 @@ FAR_APART = 0.25
 MOST_SEEN = 0.1
 """Share of the queries that may be training examples: short ones may be equal by chance."""
 
-
 ANSWERS = 1 / 3
 """How far an answer is learnt by heart each time that training sees it, over how far a label is."""
 
