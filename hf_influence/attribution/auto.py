@@ -110,9 +110,9 @@ class Auto(OverTraining, name="auto"):
 
     For language models the same holds where the answers of the queries were read after two other prompts as well: a
     wrong answer then is one after a prompt that is not its own, AUC and π are by `prompt_gain`, π by how many answers
-    are below where right and wrong ones of the queries part best, and more the more often training had seen them, as
-    it learns wrong answers to their prompts by heart. Mistakes of other kinds, such as an answer that
-    breaks off, are ranked, but do not count in π.
+    are below where right and wrong ones of the queries part best, and more the more often training had seen them, as it
+    learns wrong answers to their prompts by heart. Mistakes of other kinds, such as an answer that breaks off, are
+    ranked, but do not count in π.
 
     Cost: that of the parts.
     Use when: always, unless you know better; with rows captured during training and clean queries it has most to go by.

@@ -172,7 +172,7 @@ class KernelRidgeMean(OverTraining, KernelRidge, name="kernel_ridge_mean"):
             steps = part.train.stats.get("step")
             self.epochs.append(Epoch.of(scores[-1], steps, fitted.left_out, before, visits))
             earlier = query
-            visits += len(part.train) / max(1, len(rows.ids))
+            visits += rows.share_in(part)
         weights = [weight_of(score) if self.weighted else 1.0 for score in scores]
         weights = weights if any(weights) else [1.0] * len(weights)
         total, times, plain, count = torch.zeros(4, len(rows.ids), dtype=torch.float64)  # each [n]

@@ -79,6 +79,10 @@ class Selection:
         """Where the training rows of one of the `parts` belong among `ids`, `[rows of the part]`."""
         return torch.searchsorted(self.positions, part.train.positions)
 
+    def share_in(self, part: Selection) -> float:
+        """The share of the examples that one of `parts` holds: how often training saw each there, on average."""
+        return len(part.train) / max(1, len(self.ids))
+
     def words(self) -> set[str]:
         """What the first point holds, in the words of `About.needs`; a split that was not filled to its end has none.
 

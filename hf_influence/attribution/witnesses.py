@@ -221,7 +221,7 @@ def of_prompts(rows: Selection, last: Selection, scores: Tensor) -> Witness | No
     rest = (others.sum(1, keepdim=True) - others) / (others.shape[1] - 1)  # [q, k], the mean of the others of each
     right, wrong = gain(loss, others), gain(others.flatten(), rest.flatten())
     zero = divide(right, wrong)
-    visits = ANSWERS * sum(len(part.train) for part in rows.parts if part.points[0]) / max(1, len(rows.ids))
+    visits = ANSWERS * sum(rows.share_in(part) for part in rows.parts if part.points[0])
     return OfPrompts(right - zero, wrong - zero, scores - zero, visits=visits)
 
 
@@ -259,5 +259,5 @@ def _margins(rows: Selection) -> list[Epoch]:
         before = None if same is None else same.stats["margin"]
         epochs.append(Epoch.of(train["margin"], train.get("step"), query.stats["margin"], before, visits))
         earlier = query
-        visits += len(train["margin"]) / max(1, len(rows.ids))
+        visits += rows.share_in(part)
     return epochs
