@@ -283,7 +283,7 @@ class GradientCapture(TrainerCallback):
                     store.drop(point)  # checked above: they are to be replaced
         during = DuringTraining(trainer, plan, store, schedule, self.id_column)
         if state.global_step > 0:
-            self._finish_point(during.resume(state), model)
+            self._finish_point(during.resume(state), model, args)
             during.warn_of_missing(state)
         during.start()
         self._during = during
@@ -300,7 +300,7 @@ class GradientCapture(TrainerCallback):
         if self._during is None:
             return
         if self._during.schedule.during == "steps":
-            self._finish_point(self._during.close(), model)
+            self._finish_point(self._during.close(), model, args)
         if control.should_save or (control.should_evaluate and args.save_strategy == SaveStrategy.BEST):
             self._during.flush()  # before the checkpoint from which training may be resumed
 
@@ -312,7 +312,7 @@ class GradientCapture(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, *, model: nn.Module, **kwargs: Any
     ) -> None:
         if self._during is not None:
-            self._finish_point(self._during.close(), model)
+            self._finish_point(self._during.close(), model, args)
             self._during.log(control)
 
     def on_train_end(
@@ -346,6 +346,7 @@ class GradientCapture(TrainerCallback):
                     features=self.features,
                     other_prompts=others,
                     overwrite=self.overwrite,
+                    quiet=args.disable_tqdm,
                 )
 
     def _drop_earlier(self) -> None:
@@ -356,12 +357,13 @@ class GradientCapture(TrainerCallback):
                 for point in store.points():
                     store.drop(point)
 
-    def _finish_point(self, point: int | None, model: nn.Module) -> None:
+    def _finish_point(self, point: int | None, model: nn.Module, args: TrainingArguments) -> None:
         """Collect the query rows at the weights with which a point ends."""
         plan = self._plans.get("query")
         if point is not None and isinstance(plan, Plan):
             with _undisturbed_randomness():
-                collect_planned(model, plan, self.path, "query", batch_size=self.batch_size, point=point)
+                size, quiet = self.batch_size, args.disable_tqdm
+                collect_planned(model, plan, self.path, "query", batch_size=size, point=point, quiet=quiet)
 
     def _splits(
         self, args: TrainingArguments, trainer: Trainer, train_dataloader: Any

@@ -55,9 +55,8 @@ def trainer(
     **options: Any,
 ) -> Trainer:
     settings = {"max_steps": 4, "logging_steps": 1, "learning_rate": 1e-2, "save_strategy": "no", **options}
-    args = TrainingArguments(
-        str(folder), per_device_train_batch_size=2, use_cpu=True, report_to=[], disable_tqdm=True, **settings
-    )
+    settings = {"disable_tqdm": True, **settings}
+    args = TrainingArguments(str(folder), per_device_train_batch_size=2, use_cpu=True, report_to=[], **settings)
     train = Dataset.from_list(TRAIN) if train is None else train
     return Trainer(
         model,
@@ -96,6 +95,16 @@ def test_training_is_bit_identical_with_and_without_the_callback(tmp_path: Path,
     assert len(runs[0][1]) == 4
     assert runs[0][1] == runs[1][1]
     torch.testing.assert_close(runs[0][0], runs[1][0], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("quiet", [False, True])
+def test_progress_bars_are_the_trainers_to_choose(tmp_path: Path, quiet: bool, capsys: pytest.CaptureFixture) -> None:
+    train, query = ([one for one in rows if one["labels"][:2] == [-100, -100]] for rows in (TRAIN, prompts(8, seed=1)))
+    capture = GradientCapture(tmp_path / "rows", query, during="epochs", other_prompts=1)
+    trainer(tiny(), tmp_path, capture, train=Dataset.from_list(train), disable_tqdm=quiet).train()
+    told = capsys.readouterr().err
+    bars = ("gradients of train", "gradients of query", "losses of train after other prompts")
+    assert [bar in told for bar in bars] == [not quiet] * 3
 
 
 @pytest.mark.parametrize("kind", [Dataset.from_list, list])

@@ -163,8 +163,9 @@ def collect_planned(
     features: bool = False,
     other_prompts: int | None = 0,
     overwrite: bool = False,
+    quiet: bool = False,
 ) -> GradientStore:
-    """What `collect` does once all is decided; the same plan serves again at other weights."""
+    """What `collect` does once all is decided, without progress bars if `quiet`; the same plan serves again."""
     examples = plan.examples
     fingerprint, lengths = examples.survey()
     adapter = adapter_identity(model)
@@ -199,9 +200,9 @@ def collect_planned(
         run = resting.run if rows else lambda batch: ({}, resting.judge(batch))
         title = f"{'gradients' if rows else 'losses'} of {split}"
         k = 0 if other_prompts is None and writer.lacks(STATISTIC) else other_prompts
-        others = None if k == 0 else other_prompt_losses(model, plan.task, examples, todo, k, batch_size, split)
+        others = None if k == 0 else other_prompt_losses(model, plan.task, examples, todo, k, batch_size, split, quiet)
         with writer, resting:
-            batches = sweep(run, examples, todo, lengths, batch_size, resting.device, title)
+            batches = sweep(run, examples, todo, lengths, batch_size, resting.device, None if quiet else title)
             for positions, (gradients, stats) in batches:
                 _check_finite(gradients, stats, positions, examples.ids)
                 stats = stats if others is None else {**stats, STATISTIC: others[positions]}

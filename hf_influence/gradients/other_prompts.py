@@ -156,6 +156,7 @@ def other_prompt_losses(
     k: int | None,
     batch_size: BatchSize,
     split: str,
+    quiet: bool = False,
 ) -> Tensor | None:
     """The loss of each answer after `k` prompts of other examples, in evaluation mode, by forward passes alone.
 
@@ -173,7 +174,7 @@ def other_prompt_losses(
             return None
         raise
     lengths, found = examples.survey()[1], torch.full((len(examples), others.k), torch.nan)
-    title = f"losses of {split} after other prompts"
+    title = None if quiet else f"losses of {split} after other prompts"
     with FixedWeights(model, task, RowCatcher([])) as resting:
         for turn in range(others.k):
             others.turn = turn

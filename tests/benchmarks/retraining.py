@@ -22,7 +22,8 @@ noise. `wrong left` are wrong labels in the rows trained on, of class probabilit
 `posterior`, `doubtful` and `reweight auto` go by what is found alone; where the queries tell nothing, there is no
 `posterior`. Otherwise the share to drop is known here; with data of your own it is not.
 
-Every training is kept in `--results` as soon as it is finished.
+Every training is kept in `--results` as soon as it is finished. `--ways` leaves ways out that take too long; a run that
+is finished is not taken up again for others.
 """
 
 from __future__ import annotations
@@ -89,7 +90,8 @@ def run(name: str, seed: int, args: argparse.Namespace, runs: Runs) -> dict[str,
         capture = GradientCapture(store, tokens(parts.query, name, tokenizer), during="epochs")
         model = fine_tune(tokens(parts.train, name, tokenizer), args, seed, capture)
         ways = curated(parts.train, store, parts.given(name, seed), args)
-        return BOTTOM, judged(BOTTOM, model, parts.train), ways
+        asked = ((way, rows) for way, rows in ways if args.ways is None or way in args.ways)
+        return BOTTOM, judged(BOTTOM, model, parts.train), asked
 
     def again(way: str, rows: Dataset) -> dict[str, float]:
         return judged(way, fine_tune(tokens(rows, name, tokenizer), args, seed, steps=whole_run(args)), rows)
@@ -119,6 +121,7 @@ def gap(gain: Mapping[str, Any]) -> str:
 def main() -> None:
     made = options(__doc__, queries=400, held_out=3000, epochs=12)  # enough to learn wrong labels by heart
     made.add_argument("--methods", nargs="+", default=["auto", "loss", "ip", "datainf", "kernel_ridge"])
+    made.add_argument("--ways", nargs="+", help="of curating, by the names above, to train on; all without")
     args = made.parse_args()
     args.methods = with_baselines(args.methods, BASELINES)
     runs = runs_of(args, "sets", "seeds")

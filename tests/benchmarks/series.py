@@ -25,8 +25,9 @@ from hf_influence.errors import InfluenceError
 from hf_influence.evaluation import Run, Runs, Table, biases
 from hf_influence.scores import Scores
 
-LEAVE = ("results", "markdown", "json", "data", "stores")
-"""Options that say where things lie and do not change what a run finds; nor do those that a series goes over."""
+LEAVE = ("results", "markdown", "json", "data", "stores", "ways")
+"""Options that say where things lie, or what is left out, and do not change a figure; nor do those that a series goes
+over."""
 
 PLAIN = ("random", "loss", "length")
 """The baselines where queries are no texts."""
