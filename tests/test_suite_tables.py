@@ -190,6 +190,18 @@ def test_other_noise_is_of_the_kind_that_it_says(suite, monkeypatch):
             assert {train["label"][i] for i in wrong} == {kind.of}
 
 
+def test_other_noise_of_answers_is_of_the_kind_that_it_says(suite, monkeypatch):
+    noise = suite("other_noise_answers")
+    rows = Dataset.from_dict({"sentence": [f"{i} " for i in range(500)], "label": [i % 2 for i in range(500)]})
+    monkeypatch.setattr(noise, "load", lambda *_: rows)
+    for kind in noise.KINDS.values():
+        train, query = noise.right_rows(kind, None, 0)
+        assert (len(train), len(query)) == (kind.rows, kind.queries)
+        assert not set(train["prompt"]) & set(query["prompt"])
+        assert set(train["answer"]) == set(noise.NAMES) or not kind.labels
+        assert all(row["text"] == row["prompt"] + row["answer"] for row in train)
+
+
 def test_answers_trained_again_are_told_by_loss_and_by_whole_answers(suite):
     again = suite("retraining_answers")
     losses = {"drop random": [2.0, 2.1], "clean": [1.0, 1.1], "drop auto": [1.2, 1.3]}

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import argparse
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from random import Random
@@ -131,30 +131,41 @@ def run(name: str, seed: int, args: argparse.Namespace) -> dict[str, dict[str, f
     return found
 
 
-def columns(run: Run) -> Iterator[tuple[str, Any]]:
+def options(description: str | None, kinds: Sequence[str], **defaults: Any) -> argparse.ArgumentParser:
+    """The options of a series on these kinds, with defaults for epochs, batch size and learning rate."""
+    made = parser(description)
+    made.add_argument("--data", type=Path, help="folder of parquet files; the hub without")
+    made.add_argument("--kinds", nargs="+", default=list(kinds), choices=list(kinds), metavar="KIND")
+    made.add_argument("--seeds", nargs="+", type=int, default=[0])
+    made.add_argument("--epochs", type=int)
+    add_sampling(made)
+    made.add_argument("--batch-size", type=int)
+    made.add_argument("--learning-rate", type=float)
+    made.set_defaults(**defaults)
+    return made
+
+
+def columns(methods: Sequence[str], run: Run) -> Iterator[tuple[str, Any]]:
     kind, (made, found) = run.key["kind"], (run.result["made of it"], run.result)
-    for method in METHODS:
-        yield method, {kind: found.get(method, {}) | (made if method == METHODS[0] else {})}
+    for method in methods:
+        yield method, {kind: found.get(method, {}) | (made if method == methods[0] else {})}
+
+
+def tabulate(work: Callable[..., Any], methods: Sequence[str], title: str, args: argparse.Namespace) -> None:
+    """The table of all runs; `work` takes a kind and a seed."""
+    runs = runs_of(args, "kinds", "seeds")
+    each(runs, work, kind=args.kinds, seed=args.seeds)
+    how = f"{args.epochs} epochs, batch {args.batch_size} ({args.sampling}), learning rate {args.learning_rate}."
+    table = Table(title=f"{title}, {how}", metrics=("auc",), beside=BESIDE, baselines=())
+    finish(table, partial(columns, methods), runs, args)
 
 
 def main() -> None:
-    made = parser(__doc__)
-    made.add_argument("--data", type=Path, help="folder of parquet files; the hub without")
-    made.add_argument("--kinds", nargs="+", default=list(KINDS), choices=list(KINDS), metavar="KIND")
-    made.add_argument("--seeds", nargs="+", type=int, default=[0])
+    made = options(__doc__, list(KINDS), epochs=6, batch_size=16, learning_rate=5e-4)
     made.add_argument("--rank", type=int, default=8)
-    made.add_argument("--epochs", type=int, default=6)
-    add_sampling(made)
-    made.add_argument("--batch-size", type=int, default=16)
-    made.add_argument("--learning-rate", type=float, default=5e-4)
     args = made.parse_args()
-    runs = runs_of(args, "kinds", "seeds")
-    each(runs, partial(run, args=args), kind=args.kinds, seed=args.seeds)
-    title = (
-        f"MiniLM + LoRA r={args.rank}, 1000 rows and 300 clean queries of two classes or 700 and 200 of ten, "
-        f"{args.epochs} epochs, batch {args.batch_size} ({args.sampling}), learning rate {args.learning_rate}."
-    )
-    finish(Table(title=title, metrics=("auc",), beside=BESIDE, baselines=()), columns, runs, args)
+    title = f"MiniLM + LoRA r={args.rank}, 1000 rows and 300 clean queries of two classes or 700 and 200 of ten"
+    tabulate(partial(run, args=args), METHODS, title, args)
 
 
 if __name__ == "__main__":

@@ -89,10 +89,10 @@ def fine_tune(
     return trainer.model
 
 
-def learn(train: Dataset, query: Dataset, args: argparse.Namespace, seed: int, store: Path) -> nn.Module:
+def learn(train: Dataset, query: Dataset | None, args: argparse.Namespace, seed: int, store: Path) -> nn.Module:
     """The model that has learnt the answers; `store` gets their gradients, epoch by epoch and at the end."""
     _, tokenizer = load_language_model()
-    rows, clean = (tokenize(part, tokenizer, gradient="answer") for part in (train, query))
+    rows, clean = (None if part is None else tokenize(part, tokenizer, gradient="answer") for part in (train, query))
     return fine_tune(rows, args, seed, GradientCapture(store, clean, during="epochs"))
 
 
