@@ -79,8 +79,9 @@ class GradientCapture(TrainerCallback):
         path: Folder of the store.
         query_dataset: Examples that the training examples are judged by: clean, and like what the model is to do
             well. Tokenised like the training set (an SFTTrainer does it); stored as the split "query". Of more than
-            two classes they are collected at the end under wrong labels as well ("query-mislabelled"), by which `auto`
-            tells how probable wrong labels are.
+            two classes, or where their answers name classes (at least five for each of the different answers), they are
+            collected at the end under wrong labels as well ("query-mislabelled"), by which `auto` tells how probable
+            wrong labels are.
         during: "epochs" for one point an epoch, "steps" for one a step, `None` for the end alone.
         every: Capture every so many epochs or steps, beginning with the first.
         epochs: Capture these epochs only, counted from 1.
@@ -101,8 +102,8 @@ class GradientCapture(TrainerCallback):
             (`remove_unused_columns=False`, and a collator that keeps it), it says which example a row is of, instead of
             the example's contents; the model does not see it.
         features: As in `collect`; rows from training steps have none.
-        other_prompts: As in `collect`, at the end; by default two, for a language model whose labels leave the prompts
-            out. With queries `auto` then tells how probable it is that an answer does not belong to its prompt.
+        other_prompts: As in `collect`, at the end; by default two, where labels leave prompts out. With queries `auto`
+            then tells how probable it is that an answer does not belong to its prompt.
         overwrite: Replace rows of an earlier training run in the same folder.
 
     Attributes:
@@ -337,17 +338,9 @@ class GradientCapture(TrainerCallback):
                 others = options.pop("other_prompts", 0)
                 plan = Plan.of(model, dataset, **options)  # anew: the model may be another by now
                 self._tell(plan, split)
-                collect_planned(
-                    model,
-                    plan,
-                    self.path,
-                    split,
-                    batch_size=self.batch_size,
-                    features=self.features,
-                    other_prompts=others,
-                    overwrite=self.overwrite,
-                    quiet=args.disable_tqdm,
-                )
+                how: dict[str, Any] = {"batch_size": self.batch_size, "quiet": args.disable_tqdm}
+                kept: dict[str, Any] = {"features": self.features, "other_prompts": others, "overwrite": self.overwrite}
+                collect_planned(model, plan, self.path, split, **how, **kept)
 
     def _drop_earlier(self) -> None:
         """The points of another run, whose weights those at the end do not belong to; a run of `during` begins so."""
@@ -361,9 +354,9 @@ class GradientCapture(TrainerCallback):
         """Collect the query rows at the weights with which a point ends."""
         plan = self._plans.get("query")
         if point is not None and isinstance(plan, Plan):
+            how = {"batch_size": self.batch_size, "point": point, "quiet": args.disable_tqdm}
             with _undisturbed_randomness():
-                size, quiet = self.batch_size, args.disable_tqdm
-                collect_planned(model, plan, self.path, "query", batch_size=size, point=point, quiet=quiet)
+                collect_planned(model, plan, self.path, "query", **how)
 
     def _splits(
         self, args: TrainingArguments, trainer: Trainer, train_dataloader: Any
@@ -380,11 +373,13 @@ class GradientCapture(TrainerCallback):
                 train, own = whole, {}
         others = {"other_prompts": self.other_prompts} if self.at_end else {}
         yield "train", train, {**common, **own, **others, "id_column": self.id_column}
-        if self._query is not None:
-            has_ids = self.id_column in getattr(self._query, "column_names", ())
-            yield "query", self._query, {**common, **others, "id_column": self.id_column if has_ids else None}
-            if self.at_end and not self.settings["task"] and (wrong := mislabelled(trainer.model, self._query)):
-                yield SPLIT.format("query"), wrong, {**common, "id_column": None}
+        if self._query is None:
+            return
+        has_ids = self.id_column in getattr(self._query, "column_names", ())
+        yield "query", self._query, {**common, **others, "id_column": self.id_column if has_ids else None}
+        how = common["data_collator"], args.remove_unused_columns
+        if self.at_end and not self.settings["task"] and (wrong := mislabelled(trainer.model, self._query, *how)):
+            yield SPLIT.format("query"), wrong[0], {**common, "data_collator": wrong[1], "id_column": None}
 
 
 @contextmanager

@@ -319,7 +319,7 @@ def test_queries_are_collected_under_wrong_labels_as_the_capture_does(tmp_path: 
         return padding()(batch) | {"labels": torch.tensor([row["kind"] for row in batch])}
 
     own: dict[str, Any] = {"data_collator": labels_made, "remove_unused_columns": False, "wrong_labels": True}
-    with pytest.raises(BadSetting, match=r"wrong_labels=True.*have none here"):
+    with pytest.raises(BadSetting, match=r"wrong_labels=True.*there are none here"):
         collect(model, made, tmp_path / "made", "query", **own)
     with pytest.raises(BadSetting, match=r"wrong_labels=True.*class numbers"):
         collect(tiny(), prompts(), tmp_path / "language", "query", wrong_labels=True)

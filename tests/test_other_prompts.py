@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
-from models import Example, bert, gpt2, labelled, llama, lora, padding, tiny
+from models import Example, all_rows, bert, gpt2, labelled, llama, lora, padding, stored, tiny
 from test_callback import trainer
 from torch import nn
 from transformers import LlamaForCausalLM, T5Config, T5ForConditionalGeneration
@@ -48,6 +48,11 @@ def others_of(i: int) -> list[list[int]]:
     return [PROMPTS[j] for j in sorted(allowed, key=lambda j: -round(likeness(PROMPTS[i], PROMPTS[j]), 9))]
 
 
+def t5() -> nn.Module:
+    config = T5Config(vocab_size=48, d_model=16, d_kv=8, d_ff=24, num_layers=1, num_heads=2, decoder_start_token_id=0)
+    return lora(T5ForConditionalGeneration(config), ["q", "v"])
+
+
 def loss_of(model: nn.Module, prompt: list[int], answer: list[int]) -> float:
     row = {name: torch.tensor([ids]) for name, ids in example(prompt, answer).items()}
     with torch.no_grad():
@@ -75,8 +80,7 @@ def test_losses_are_those_of_answers_after_the_prompt_that_is_most_alike_and_any
 
 
 def test_encoder_decoders_get_another_input(tmp_path: Path) -> None:
-    config = T5Config(vocab_size=48, d_model=16, d_kv=8, d_ff=24, num_layers=1, num_heads=2, decoder_start_token_id=0)
-    model = lora(T5ForConditionalGeneration(config), ["q", "v"])
+    model = t5()
     data = [{"input_ids": prompt, "labels": answer} for prompt, answer in zip(PROMPTS, ANSWERS, strict=True)]
     found = collect(model, data, tmp_path, other_prompts=1).rows().stats[KEY]
     for i, answer in enumerate(ANSWERS):
@@ -195,3 +199,52 @@ def test_the_capture_keeps_them_at_the_end(tmp_path: Path, during: Any) -> None:
     assert store.rows("query").stats[KEY].shape == (2, 2)
     assert store.points() == ([0] if during is None else [0, 1, 2])
     assert not any(KEY in store.rows("train", point).stats for point in store.points()[1:])
+
+
+NAMES = [[11, 12], [13], [14, 15, 16]]
+
+
+def named(model: nn.Module, n: int, shift: int = 0) -> list[Example]:
+    """Prompts of which no two are the same, each with one of three names of classes after it, or as its output."""
+    asked = [(list(range(20 + i, 23 + i + i % 3)), NAMES[(i + shift) % 3]) for i in range(n)]
+    if model.config.is_encoder_decoder:
+        return [{"input_ids": prompt, "labels": answer} for prompt, answer in asked]
+    return [example(prompt, answer) for prompt, answer in asked]
+
+
+@pytest.mark.parametrize("make", [tiny, t5])
+def test_queries_whose_answers_name_classes_are_collected_under_other_names(tmp_path: Path, make: Any) -> None:
+    model = make()
+    store = collect(model, named(model, 15), tmp_path / "rows", "query", wrong_labels=True)
+    wrong, *turned = (
+        torch.cat(list(all_rows(rows).values()), 1)  # [q, d]
+        for rows in (
+            store.rows("query-mislabelled"),
+            *(stored(model, named(model, 15, shift), tmp_path / str(shift)) for shift in (1, 2)),
+        )
+    )
+    gaps = torch.stack([(wrong - rows).norm(dim=1) / rows.norm(dim=1) for rows in turned])  # [2, q]
+    assert gaps.amin(0).max() < 1e-5, "each has the name of another class"
+    assert (gaps.amax(0) > 1e-2).all()
+    assert set(gaps.argmin(0).tolist()) == {0, 1}
+    with pytest.raises(BadSetting, match=r"wrong_labels=True.*whose answers are few and repeated"):
+        collect(model, named(model, 14), tmp_path / "few", "query", wrong_labels=True)
+    with pytest.raises(BadSetting, match=r"there are none here"):
+        collect(model, named(model, 15)[::3], tmp_path / "one", "query", wrong_labels=True)
+
+
+def test_the_capture_does_so_and_auto_takes_the_answers_for_classes(tmp_path: Path) -> None:
+    model = tiny(torch.float32)
+    train, query = named(model, 12), named(model, 15, shift=1)
+    run = trainer(model, tmp_path, GradientCapture(tmp_path / "rows", query, during="epochs"), train=train)
+    run.train()
+    store = GradientStore.open(tmp_path / "rows")
+    assert sorted(store.splits(0)) == ["query", "query-mislabelled", "train"]
+    again = collect(run.model, query, tmp_path / "again", "query", wrong_labels=True)
+    for split in ("query", "query-mislabelled"):
+        torch.testing.assert_close(all_rows(store.rows(split)), all_rows(again.rows(split)))
+    assert set(attribute(store).report["parts"]) == {"loss_mean", "kernel_ridge_mean", "kernel_ridge"}
+    assert "estimated_share_wrong" in attribute(store).report
+    other = GradientCapture(tmp_path / "others", DATA * 3, during="epochs")
+    trainer(tiny(torch.float32), tmp_path, other, train=train).train()
+    assert set(attribute(other.path).report["parts"]) == {"loss_mean", "vote_mean", "prompt_gain"}

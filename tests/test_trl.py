@@ -194,6 +194,25 @@ def test_queries_are_prepared_as_the_trainer_prepares(tmp_path: Path, options: d
     assert all(torch.equal(got.block(name), want.block(name)) for name in want.blocks)
 
 
+@pytest.mark.parametrize("options", [{}, {"padding_free": True}], ids=["padded", "flat"])
+def test_completions_that_name_classes_are_collected_under_the_names_of_others(
+    tmp_path: Path, options: dict[str, Any]
+) -> None:
+    names = WORDS[6:8]
+    asked = [text(row["input_ids"]) + " " for row in prompts(10)]
+    right, wrong = (
+        Dataset.from_list([{"prompt": prompt, "completion": names[(i + k) % 2]} for i, prompt in enumerate(asked)])
+        for k in range(2)
+    )
+    capture = GradientCapture(tmp_path / "rows", right, train_dataset=right)
+    run = trainer_of(tmp_path, right, capture, **options)
+    run.train()
+    store = GradientStore.open(capture.path)
+    for split, data in (("query", right), ("query-mislabelled", wrong)):
+        examples = examples_in(prepared(run, data))
+        assert worst_error(store.rows(split), [autograd_row(run.model, row) for row in examples]) <= 1e-5
+
+
 def test_prepared_keeps_the_order_and_names_the_source(tmp_path: Path) -> None:
     data = completions()
     ids = [tokenizer()(row["prompt"] + row["completion"] + "</s>")["input_ids"] for row in data]

@@ -20,6 +20,7 @@ from hf_influence.attribution.trust import log_odds, normal_scores
 from hf_influence.attribution.witnesses import check_queries, of_prompts, witnesses
 from hf_influence.dataset.groups import group_of
 from hf_influence.errors import BadSetting, MissingRows
+from hf_influence.gradients.mislabelled import SPLIT
 from hf_influence.scores import LOG_ODDS, mean_ranks
 
 Parts = Mapping[str, Mapping[str, Any]]
@@ -39,7 +40,7 @@ TEXTS: tuple[Parts, ...] = (
     {"loss_mean": {}},
     {"loss": {}},
 )
-"""For classification and for language models: the first line whose methods all find what they need."""
+"""For classes and for other answers: the first line whose methods all find what they need."""
 
 OF_PROMPTS = "prompt_gain"
 """Beside these, for language models whose answers were also read after other prompts."""
@@ -73,6 +74,9 @@ class Auto(OverTraining, name="auto"):
     and for language models `prompt_gain` beside them, where answers were read after other prompts as well
     (`GradientCapture` does so where the labels leave the prompts out): what tells an answer that does not belong to its
     prompt. It weighs as much as all others together.
+
+    Answers that name classes ("positive", "spam") are taken for classification where the queries were collected under
+    wrong names too, as `GradientCapture` does if it sees each answer of the queries five times or more.
 
     Over training the loss tells wrong examples before the model has learnt them by heart, clean queries tell them
     later, and the two err in different places. The final rows count as one more point of training.
@@ -221,7 +225,7 @@ class Auto(OverTraining, name="auto"):
         if OF_PROMPTS in scores and self.parts is None:
             plain[OF_PROMPTS] = max(1.0, len(scores) - 1.0)
         last = rows.at(end(rows))
-        asks = "kernel_ridge" if is_classification(rows) else OF_PROMPTS
+        asks = "kernel_ridge" if has_classes(rows) else OF_PROMPTS
         if self.parts is not None or asks not in scores or "queries" not in last.words() or len(last.query) < 2:
             return plain, None, 0.5
         check_queries(last)
@@ -259,7 +263,7 @@ class Auto(OverTraining, name="auto"):
                 return needs <= words[end(rows)]
             return bool(of_training(rows)) and all(needs - {"points"} <= own for own in words.values())
 
-        lines = CLASSES if is_classification(rows) else TEXTS
+        lines = CLASSES if has_classes(rows) else TEXTS
         parts = next((parts for parts in lines if all(map(allowed, parts))), lines[-1])
         return {**parts, OF_PROMPTS: {}} if lines is TEXTS and allowed(OF_PROMPTS) else parts
 
@@ -309,8 +313,10 @@ def of_training(rows: Selection) -> list[int]:
     return [point for point in rows.points if point]
 
 
-def is_classification(rows: Selection) -> bool:
-    return rows.store.header.task.get("name") == "classification"
+def has_classes(rows: Selection) -> bool:
+    """Whether the examples are of classes: those of a classifier, or answers that name some."""
+    named = SPLIT.format(rows.query_split) in rows.store.splits(end(rows))
+    return named or rows.store.header.task.get("name") == "classification"
 
 
 def ranks_within(values: Tensor, groups: Sequence[Any]) -> Tensor:

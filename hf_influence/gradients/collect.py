@@ -87,9 +87,10 @@ def collect(
             turn like its own and at random, as the statistic "other_prompt_loss" `[n, k]`, for `prompt_gain`; a forward
             pass for each. A prompt is what comes before the first label that is not -100. `None`: two where all
             examples have prompts.
-        wrong_labels: Of clean queries of more than two classes: keep their rows under wrong labels as well, in the
-            split "{split}-mislabelled", by which `auto` tells how probable it is that a label is wrong. Of two classes
-            they are known without.
+        wrong_labels: Of clean queries of more than two classes, or whose answers name classes (at least five for each
+            of the different answers): keep their rows under wrong labels as well, in the split "{split}-mislabelled",
+            by which `auto` tells how probable it is that a label is wrong. Of a classifier of two classes they are
+            known without.
         overwrite: Replace rows of another model, adapter or dataset instead of refusing.
 
     Returns:
@@ -99,22 +100,23 @@ def collect(
         UnsupportedModel: No LoRA, or trainable parameters without a rule (named).
         BadExample: An empty dataset, missing labels, or an example whose loss or gradient is not finite (named); other
             prompts are wanted where there are none.
-        BadSetting: Wrong labels of what has no class numbers.
+        BadSetting: Wrong labels of what has no classes.
         StoreMismatch: The folder holds rows of another model, adapter, dataset or compressor, or without features or
             other prompts; or its other splits have other classes.
     """
     check_batch_size(batch_size)
 
-    def planned(dataset: Any, id_column: str | None) -> Plan:
+    def planned(dataset: Any, collator: Collator | None, id_column: str | None) -> Plan:
         keep = remove_unused_columns, task
-        return Plan.of(model, dataset, data_collator, loss_reduction, compress, modules, skip, id_column, *keep)
+        return Plan.of(model, dataset, collator, loss_reduction, compress, modules, skip, id_column, *keep)
 
-    plan = planned(dataset, id_column)
-    wrong = mislabelled(model, dataset) if wrong_labels and task is None else None
+    plan = planned(dataset, data_collator, id_column)
+    wrong = mislabelled(model, dataset, data_collator, remove_unused_columns) if wrong_labels and task is None else None
     if wrong_labels and wrong is None and (task is not None or not _two_classes(plan.task)):
         raise BadSetting(
-            "wrong_labels=True puts other class numbers in the place of the labels, and the rows have none here: it is "
-            "for classifiers with one label an example and the loss of their own. Leave it out."
+            "wrong_labels=True puts other class numbers in the place of the labels, or other names of classes in that "
+            "of the answers, and there are none here: it is for classifiers with one label an example, and for prompts "
+            "whose answers are few and repeated, with the loss of their own. Leave it out."
         )
     try_out(model, plan.task, plan.examples, several=batch_size != 1)
     store = collect_planned(
@@ -133,7 +135,7 @@ def collect(
     if wrong is not None:
         collect_planned(
             model,
-            planned(wrong, None),
+            planned(*wrong, None),
             path,
             SPLIT.format(split),
             batch_size=batch_size,

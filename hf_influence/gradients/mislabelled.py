@@ -7,10 +7,16 @@ from typing import Any
 
 from torch import nn
 
-from hf_influence.task import LABELS, Classification, task_of
+from hf_influence.errors import BadExample, BadSetting
+from hf_influence.gradients.answers import parts_of
+from hf_influence.gradients.batches import Collator, Examples
+from hf_influence.task import LABELS, CausalLM, Classification, LanguageModel, Task, task_of
 
 SPLIT = "{}-mislabelled"
 """Where they are kept, beside the split of the queries."""
+
+REPEATED = 5
+"""Examples for each of the different answers, for these to be names of classes."""
 
 
 class Mislabelled:
@@ -37,14 +43,25 @@ class Mislabelled:
         return row
 
 
-def mislabelled(model: nn.Module, dataset: Any) -> Mislabelled | None:
-    """The dataset under wrong labels, where these cannot be told from the right ones: for more than two classes.
+def mislabelled(
+    model: nn.Module, dataset: Any, data_collator: Collator | None, remove_unused_columns: bool = True
+) -> tuple[Any, Collator | None] | None:
+    """The dataset under wrong labels, where these cannot be told from the right ones, and a collator for it.
 
-    For two, a wrong label turns the sign of the gradient. `None` there, for tasks of another kind, and where a row of
-    the dataset has no class number.
+    That is so for more than two classes; for two, a wrong label turns the sign of the gradient. It is so for a language
+    model whose answers name classes, too: after each prompt then stands another of these names.
+
+    Returns:
+        `None` for two classes, for tasks of another kind, where a row has no class number, and for answers that are no
+        names of classes: fewer than two different ones, or fewer than five examples for each.
     """
     task = task_of(model)
-    if not isinstance(task, Classification) or task.classes < 3 or len(dataset) == 0:
+    if len(dataset) == 0:
+        return None
+    if isinstance(task, LanguageModel):
+        rows = _misnamed(model, task, Examples(dataset, model, data_collator, None, remove_unused_columns))
+        return None if rows is None else (rows, None)
+    if not isinstance(task, Classification) or task.classes < 3:
         return None
     if task.problem not in (None, "single_label_classification"):
         return None
@@ -52,7 +69,24 @@ def mislabelled(model: nn.Module, dataset: Any) -> Mislabelled | None:
     label = next((name for name in LABELS if name in first), None)
     if label is None or not _is_number(first[label]):
         return None
-    return Mislabelled(dataset, label, task.classes)
+    return Mislabelled(dataset, label, task.classes), data_collator
+
+
+def _misnamed(model: nn.Module, task: Task, examples: Examples, seed: int = 0) -> list[dict[str, list[int]]] | None:
+    """The examples with the answer of another class, drawn evenly from the others; `None` if answers name none."""
+    try:
+        parts = parts_of(model, task, examples, range(len(examples)))
+    except (BadExample, BadSetting):
+        return None
+    names = sorted({(tuple(own.answer), tuple(own.labels)) for own in parts})
+    if not 2 <= len(names) <= len(parts) // REPEATED:
+        return None
+    draw, wrong = Random(seed), []
+    for own in parts:
+        at = names.index((tuple(own.answer), tuple(own.labels)))
+        answer, labels = names[(at + draw.randrange(1, len(names))) % len(names)]
+        wrong.append(own._replace(answer=list(answer), labels=list(labels)).row(isinstance(task, CausalLM)))
+    return wrong
 
 
 def _is_number(label: Any) -> bool:

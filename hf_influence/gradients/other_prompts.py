@@ -2,42 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from functools import partial
 from random import Random
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from sklearn.feature_extraction.text import TfidfVectorizer
 from torch import Tensor, nn
 
 from hf_influence.errors import BadExample, BadSetting
-from hf_influence.gradients.batches import PACKED, Examples, forward_arguments, padding_to_the_right
+from hf_influence.gradients.answers import AT_ONCE, Parts, parts_of
+from hf_influence.gradients.batches import Examples
 from hf_influence.gradients.capture import RowCatcher
 from hf_influence.gradients.fixed import FixedWeights
 from hf_influence.gradients.sweep import BatchSize, sweep
-from hf_influence.task import IGNORED, LABELS, CausalLM, LanguageModel, Task, labels_of
+from hf_influence.task import CausalLM, LanguageModel, Task
 
 STATISTIC = "other_prompt_loss"
 DEFAULT = 2
 """Prompts for each answer: one that is like its own and one at random."""
 
-OF_TEXT = {
-    *("input_ids", "attention_mask", "token_type_ids", "position_ids"),
-    *("decoder_input_ids", "decoder_attention_mask"),
-    *(*LABELS, *PACKED),
-}
-"""What a model may take of an example that is text and no more."""
-
 POOL = 2048
-AT_ONCE = 256
-
-
-class Parts(NamedTuple):
-    """Tokens of an example: those before its first label, and from there on with their labels."""
-
-    prompt: list[int]
-    answer: list[int]
-    labels: list[int]
 
 
 class OtherPrompts:
@@ -68,10 +54,8 @@ class OtherPrompts:
                 "have prompts and answers where the model is a language model. Leave it out elsewhere."
             )
         self._examples, self._causal = examples, isinstance(task, CausalLM)
-        self._longest, self._taken = max(examples.survey()[1]), set(forward_arguments(model))
-        looked_at = range(0, len(examples), -(-len(examples) // POOL))
-        self._pool = list(self._parts(looked_at))
-        _check_prompts(looked_at, self._pool)
+        self._longest, self._parts = max(examples.survey()[1]), partial(parts_of, model, task, examples)
+        self._pool = self._parts(range(0, len(examples), -(-len(examples) // POOL)))
         self._others: dict[int, list[int]] = {}  # position -> places in the pool
         self.k, self.turn = k, 0
         tfidf = TfidfVectorizer(analyzer=list).fit([parts.prompt for parts in self._pool])
@@ -79,8 +63,7 @@ class OtherPrompts:
         todo = range(len(examples)) if todo is None else todo
         for start in range(0, len(todo), AT_ONCE):
             positions = list(todo[start : start + AT_ONCE])
-            own = list(self._parts(positions))
-            _check_prompts(positions, own)
+            own = self._parts(positions)
             likeness = torch.from_numpy((tfidf.transform([parts.prompt for parts in own]) @ pool.T).toarray())  # [b, p]
             for position, parts, order in zip(
                 positions, own, likeness.argsort(dim=1, descending=True, stable=True).tolist(), strict=True
@@ -95,12 +78,8 @@ class OtherPrompts:
         rows = []
         for position, parts in zip(positions, self._parts(positions), strict=True):
             prompt = self._pool[self._others[position][self.turn]].prompt
-            if self._causal:
-                prompt = prompt[-max(1, self._longest - len(parts.answer)) :]
-                ids, labels = prompt + parts.answer, [IGNORED] * len(prompt) + parts.labels
-            else:
-                ids, labels = prompt, parts.labels
-            rows.append({"input_ids": ids, "labels": labels})
+            prompt = prompt[-max(1, self._longest - len(parts.answer)) :] if self._causal else prompt
+            rows.append(parts._replace(prompt=prompt).row(self._causal))
         return self._examples.pad(rows)
 
     def _chosen(self, position: int, own: Parts, order: Sequence[int], k: int) -> list[int]:
@@ -117,35 +96,6 @@ class OtherPrompts:
             left = [at for at in others if at not in found] or others
             found.append(draw.choice(left) if len(found) % 2 else left[0])
         return found
-
-    def _parts(self, positions: Sequence[int]) -> Iterator[Parts]:
-        for start in range(0, len(positions), AT_ONCE):
-            batch = self._examples.batch(positions[start : start + AT_ONCE])
-            foreign = sorted(name for name in batch if name in self._taken - OF_TEXT)
-            if foreign or "input_ids" not in batch:
-                raise BadExample(
-                    f"the model takes {foreign[0] if foreign else 'something other than input_ids'}, and only text can "
-                    "be given another prompt. Leave other_prompts out."
-                )
-            batch = padding_to_the_right(batch) if self._causal else batch
-            ids, labels, mask = batch["input_ids"], labels_of(batch), batch.get("attention_mask")
-            mask = torch.ones_like(ids) if mask is None else mask
-            for own, real, target in zip(ids, mask != 0, labels, strict=True):
-                if not self._causal:
-                    yield Parts(own[real].tolist(), [], target[target != IGNORED].tolist())
-                    continue
-                own, target = own[real], target[real]
-                at = int((target != IGNORED).to(torch.uint8).argmax()) if (target != IGNORED).any() else len(own)
-                at = 0 if at == 1 else at  # some collators mask the first token, which nothing predicts
-                yield Parts(own[:at].tolist(), own[at:].tolist(), target[at:].tolist())
-
-
-def _check_prompts(positions: Sequence[int], parts: Sequence[Parts]) -> None:
-    if bare := [position for position, own in zip(positions, parts, strict=True) if not own.prompt]:
-        raise BadExample(
-            f"the labels of example {bare[0]} begin with its first or second token, so it is not known what its prompt "
-            "is. Mask the prompts (labels of -100), or leave other_prompts out."
-        )
 
 
 def other_prompt_losses(
