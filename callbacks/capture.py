@@ -79,9 +79,9 @@ class GradientCapture(TrainerCallback):
         path: Folder of the store.
         query_dataset: Examples that the training examples are judged by: clean, and like what the model is to do
             well. Tokenised like the training set (an SFTTrainer does it); stored as the split "query". Of more than
-            two classes, or where their answers name classes (at least five for each of the different answers), they are
-            collected at the end under wrong labels as well ("query-mislabelled"), by which `auto` tells how probable
-            wrong labels are.
+            two classes, or where their answers name classes (five examples or more for each different answer, on
+            average), they are collected at the end under wrong labels as well ("query-mislabelled"), by which `auto`
+            tells how probable wrong labels are.
         during: "epochs" for one point an epoch, "steps" for one a step, `None` for the end alone.
         every: Capture every so many epochs or steps, beginning with the first.
         epochs: Capture these epochs only, counted from 1.

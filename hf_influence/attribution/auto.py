@@ -76,7 +76,7 @@ class Auto(OverTraining, name="auto"):
     prompt. It weighs as much as all others together.
 
     Answers that name classes ("positive", "spam") are taken for classification where the queries were collected under
-    wrong names too, as `GradientCapture` does if it sees each answer of the queries five times or more.
+    wrong names too, as `GradientCapture` does where each answer of the queries occurs five times or more on average.
 
     Over training the loss tells wrong examples before the model has learnt them by heart, clean queries tell them
     later, and the two err in different places. The final rows count as one more point of training.

@@ -87,10 +87,10 @@ def collect(
             turn like its own and at random, as the statistic "other_prompt_loss" `[n, k]`, for `prompt_gain`; a forward
             pass for each. A prompt is what comes before the first label that is not -100. `None`: two where all
             examples have prompts.
-        wrong_labels: Of clean queries of more than two classes, or whose answers name classes (at least five for each
-            of the different answers): keep their rows under wrong labels as well, in the split "{split}-mislabelled",
-            by which `auto` tells how probable it is that a label is wrong. Of a classifier of two classes they are
-            known without.
+        wrong_labels: Of clean queries of more than two classes, or whose answers name classes (five examples or more
+            for each different answer, on average): keep their rows under wrong labels as well, in the split
+            "{split}-mislabelled", by which `auto` tells how probable it is that a label is wrong. Of a classifier of
+            two classes they are known without.
         overwrite: Replace rows of another model, adapter or dataset instead of refusing.
 
     Returns:

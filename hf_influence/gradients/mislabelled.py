@@ -53,7 +53,7 @@ def mislabelled(
 
     Returns:
         `None` for two classes, for tasks of another kind, where a row has no class number, and for answers that are no
-        names of classes: fewer than two different ones, or fewer than five examples for each.
+        names of classes: fewer than two different ones, or more than one for every five examples.
     """
     task = task_of(model)
     if len(dataset) == 0:
