@@ -204,6 +204,11 @@ def task_of(model: nn.Module, loss_reduction: Reduction = "mean") -> Task:
     )
 
 
+def two_classes(settings: dict[str, Any]) -> bool:
+    """Whether each example has one of two labels, by the settings of its task."""
+    return settings.get("num_labels") == 2 and settings.get("problem_type") in (None, "single_label_classification")
+
+
 def unwrapped(model: Any) -> Any:
     """The transformers model below a PEFT wrapper, or the model itself."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model

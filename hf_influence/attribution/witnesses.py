@@ -29,6 +29,7 @@ from hf_influence.errors import BadSetting
 from hf_influence.gradients.mislabelled import SPLIT
 from hf_influence.gradients.other_prompts import STATISTIC
 from hf_influence.store import Rows
+from hf_influence.task import two_classes
 
 FAR_APART = 0.25
 """Share of the queries that would have to be of other classes, beyond what chance does."""
@@ -165,7 +166,7 @@ def witnesses(
         examples = last.train.stats.get("margin", margins[:0])
         epochs = _margins(rows) if len(examples) else []
         found["margin"] = Witness(margins, wrong, examples, epochs, visits(epochs), given)
-    return found, other is not None or _two_classes(last)
+    return found, other is not None or two_classes(last.store.header.task)
 
 
 def check_queries(last: Selection) -> None:
@@ -225,11 +226,6 @@ def of_prompts(rows: Selection, last: Selection, scores: Tensor) -> Witness | No
     return OfPrompts(right - zero, wrong - zero, scores - zero, visits=visits)
 
 
-def _two_classes(last: Selection) -> bool:
-    task = last.store.header.task
-    return task.get("num_labels") == 2 and task.get("problem_type") in (None, "single_label_classification")
-
-
 def _under_wrong_labels(last: Selection) -> Rows | None:
     """The queries under wrong labels, where they were collected."""
     split = SPLIT.format(last.query_split)
@@ -243,7 +239,7 @@ def _wrong_labels(last: Selection, other: Rows | None) -> Tensor | None:
     if other is not None:
         return other.stats.get("label")
     labels = last.query.stats.get("label")
-    return 1 - labels if labels is not None and _two_classes(last) else None
+    return 1 - labels if labels is not None and two_classes(last.store.header.task) else None
 
 
 def _margins(rows: Selection) -> list[Epoch]:

@@ -25,7 +25,7 @@ from hf_influence.gradients.sweep import BatchSize, check_batch_size, sweep
 from hf_influence.gradients.taps import Modules, Tap, find_taps
 from hf_influence.gradients.trial import try_out
 from hf_influence.store import GradientStore, Header, PointAbout, RowWriter
-from hf_influence.task import Classification, Reduction, Task, labels_of
+from hf_influence.task import Classification, Reduction, Task, labels_of, two_classes
 
 
 def collect(
@@ -112,7 +112,7 @@ def collect(
 
     plan = planned(dataset, data_collator, id_column)
     wrong = mislabelled(model, dataset, data_collator, remove_unused_columns) if wrong_labels and task is None else None
-    if wrong_labels and wrong is None and (task is not None or not _two_classes(plan.task)):
+    if wrong_labels and wrong is None and (task is not None or not two_classes(plan.task.settings())):
         raise BadSetting(
             "wrong_labels=True puts other class numbers in the place of the labels, or other names of classes in that "
             "of the answers, and there are none here: it is for classifiers with one label an example, and for prompts "
@@ -145,11 +145,6 @@ def collect(
             overwrite=overwrite,
         )
     return store
-
-
-def _two_classes(task: Task) -> bool:
-    """Whether each example has one of two labels."""
-    return isinstance(task, Classification) and task.problem == "single_label_classification" and task.classes == 2
 
 
 def collect_planned(
