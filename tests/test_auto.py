@@ -12,13 +12,14 @@ import pytest
 import torch
 from scipy.optimize import brentq
 from scipy.stats import norm, rankdata, spearmanr
+from sightings import estimated_share
 from sklearn.metrics import roc_auc_score, roc_curve
 from stores import Blocks, make_store, make_trained_store
 from torch import Tensor
 
 from hf_influence import Scores, attribute
 from hf_influence.attribution import lacking
-from hf_influence.attribution.share_wrong import Sighting, estimate, sighting
+from hf_influence.attribution.share_wrong import Sighting, sighting
 from hf_influence.attribution.trust import divide
 from hf_influence.attribution.witnesses import ANSWERS
 from hf_influence.errors import BadExample, BadSetting, MissingRows
@@ -56,11 +57,6 @@ def store(
         query = blocks(M, 50 + point) if queries else None
         make_store(path, blocks(N, point), query, stats=stats, point=point, task=task)
     return path
-
-
-def estimated_share(sightings: Sequence[Sighting]) -> float | None:
-    found = estimate(sightings)
-    return None if found is None else found.share
 
 
 def ranked(scores: Scores) -> Tensor:

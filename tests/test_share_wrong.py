@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from scipy.stats import beta, multivariate_normal, norm
+from sightings import estimated_share, flags
 from torch import Tensor
 
 from hf_influence.attribution.share_wrong import (
@@ -21,16 +22,6 @@ from hf_influence.attribution.share_wrong import (
     sighting_in,
     sighting_in_first,
 )
-
-
-def estimated_share(sightings: Sequence[Sighting]) -> float | None:
-    found = estimate(sightings)
-    return None if found is None else found.share
-
-
-def flags(below: int, n: int) -> Tensor:
-    """Scores of which so many are below zero."""
-    return torch.where(torch.arange(n) < below, -1.0, 1.0)
 
 
 def seen_by(train: Tensor, queries: Tensor, **about: Any) -> Sighting | None:

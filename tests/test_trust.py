@@ -5,15 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 from scipy.stats import rankdata
+from sightings import flags
 from sklearn.metrics import roc_auc_score
-from torch import Tensor
 
 from hf_influence.attribution.trust import auc_at_worst, auc_of, cautious, divide, freshness, log_odds, trust_of
-
-
-def flags(below: int, n: int) -> Tensor:
-    """Scores of which so many are below zero."""
-    return torch.where(torch.arange(n) < below, -1.0, 1.0)
 
 
 def test_freshness_is_1_unless_the_examples_look_better_than_the_queries() -> None:

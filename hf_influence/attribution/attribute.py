@@ -93,7 +93,7 @@ def _looks_at_queries(method: Method) -> bool:
 
 def _tell_of_others(store: GradientStore, train_split: str) -> None:
     """Say so where "auto" has to do without queries, though there is a split that may hold some."""
-    splits = {name for point in store.points() for name in store.splits(point)}
+    splits = store.splits_anywhere()
     if train_split in splits and "query" not in splits and (others := sorted(splits - {train_split})):
         warnings.warn(
             f"{store.path} has no split 'query', so 'auto' goes without clean queries. If {others[0]!r} holds some: "
@@ -108,7 +108,7 @@ def _check_split(store: GradientStore, split: str) -> None:
     Raises:
         MissingRows: It is at no point.
     """
-    splits = {name for point in store.points() for name in store.splits(point)}
+    splits = store.splits_anywhere()
     if split not in splits:
         raise MissingRows(
             f"{store.path} holds no rows of the split {split!r} at any point (it has: "

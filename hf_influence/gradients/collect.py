@@ -341,7 +341,7 @@ def check_folder(path: str | Path, header: Header, *, overwrite: bool, resumed: 
         return
     store = GradientStore.open(path)
     store.header.check(header, store.path)
-    splits = {split for point in store.points() for split in store.splits(point)}
+    splits = store.splits_anywhere()
     if splits and not resumed:
         raise StoreMismatch(
             f"{path} holds rows of an earlier run (splits: {', '.join(sorted(splits))}), and after training the "

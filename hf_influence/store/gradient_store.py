@@ -107,6 +107,10 @@ class GradientStore:
         """The names of the splits that hold rows at a parameter point."""
         return sorted(entry.parent.name for entry in self._point(point).glob("*/rows.json"))
 
+    def splits_anywhere(self) -> set[str]:
+        """The names of the splits that hold rows at any parameter point."""
+        return {split for point in self.points() for split in self.splits(point)}
+
     def rows(self, split: str = "train", point: int = 0) -> Rows:
         """The rows of one split, in dataset order.
 
