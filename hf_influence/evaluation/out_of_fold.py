@@ -48,7 +48,8 @@ def out_of_fold(
 
     Args:
         dataset: What `fit` trains on, tokenised.
-        fit: Trains a fresh model on some of the rows and gives it back.
+        fit: Trains a fresh model on some of the rows, and on clean queries as well where there are any, and gives it
+            back. It may leave out rows that a filter drops: they are judged all the same.
         folds: At least 2, at most the number of distinct rows.
         seed: Of the folds.
         id_column: The column that names the examples; by default they are indices.
