@@ -338,9 +338,17 @@ class GradientCapture(TrainerCallback):
                 others = options.pop("other_prompts", 0)
                 plan = Plan.of(model, dataset, **options)  # anew: the model may be another by now
                 self._tell(plan, split)
-                how: dict[str, Any] = {"batch_size": self.batch_size, "quiet": args.disable_tqdm}
-                kept: dict[str, Any] = {"features": self.features, "other_prompts": others, "overwrite": self.overwrite}
-                collect_planned(model, plan, self.path, split, **how, **kept)
+                collect_planned(
+                    model,
+                    plan,
+                    self.path,
+                    split,
+                    batch_size=self.batch_size,
+                    features=self.features,
+                    other_prompts=others,
+                    overwrite=self.overwrite,
+                    quiet=args.disable_tqdm,
+                )
 
     def _drop_earlier(self) -> None:
         """The points of another run, whose weights those at the end do not belong to; a run of `during` begins so."""
@@ -354,9 +362,10 @@ class GradientCapture(TrainerCallback):
         """Collect the query rows at the weights with which a point ends."""
         plan = self._plans.get("query")
         if point is not None and isinstance(plan, Plan):
-            how = {"batch_size": self.batch_size, "point": point, "quiet": args.disable_tqdm}
             with _undisturbed_randomness():
-                collect_planned(model, plan, self.path, "query", **how)
+                collect_planned(
+                    model, plan, self.path, "query", batch_size=self.batch_size, point=point, quiet=args.disable_tqdm
+                )
 
     def _splits(
         self, args: TrainingArguments, trainer: Trainer, train_dataloader: Any

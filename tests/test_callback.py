@@ -54,8 +54,8 @@ def trainer(
     evaluate: Any = None,
     **options: Any,
 ) -> Trainer:
-    settings = {"max_steps": 4, "logging_steps": 1, "learning_rate": 1e-2, "save_strategy": "no", **options}
-    settings = {"disable_tqdm": True, **settings}
+    settings = {"max_steps": 4, "logging_steps": 1, "learning_rate": 1e-2, "save_strategy": "no"}
+    settings |= {"disable_tqdm": True, **options}
     args = TrainingArguments(str(folder), per_device_train_batch_size=2, use_cpu=True, report_to=[], **settings)
     train = Dataset.from_list(TRAIN) if train is None else train
     return Trainer(

@@ -17,10 +17,9 @@ from hf_influence.attribution.over_points import OverPoints, OverTraining
 from hf_influence.attribution.selection import Selection
 from hf_influence.attribution.share_wrong import Epoch
 from hf_influence.attribution.trust import log_odds, normal_scores
-from hf_influence.attribution.witnesses import check_queries, of_prompts, witnesses
+from hf_influence.attribution.witnesses import check_queries, have_wrong_labels, of_prompts, witnesses
 from hf_influence.dataset.groups import group_of
 from hf_influence.errors import BadSetting, MissingRows
-from hf_influence.gradients.mislabelled import SPLIT
 from hf_influence.scores import LOG_ODDS, mean_ranks
 
 Parts = Mapping[str, Mapping[str, Any]]
@@ -315,8 +314,7 @@ def of_training(rows: Selection) -> list[int]:
 
 def has_classes(rows: Selection) -> bool:
     """Whether the examples are of classes: those of a classifier, or answers that name some."""
-    named = SPLIT.format(rows.query_split) in rows.store.splits(end(rows))
-    return named or rows.store.header.task.get("name") == "classification"
+    return rows.store.header.task.get("name") == "classification" or have_wrong_labels(rows.at(end(rows)))
 
 
 def ranks_within(values: Tensor, groups: Sequence[Any]) -> Tensor:

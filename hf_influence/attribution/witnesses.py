@@ -226,12 +226,14 @@ def of_prompts(rows: Selection, last: Selection, scores: Tensor) -> Witness | No
     return OfPrompts(right - zero, wrong - zero, scores - zero, visits=visits)
 
 
+def have_wrong_labels(last: Selection) -> bool:
+    """Whether the queries were collected under wrong labels."""
+    return SPLIT.format(last.query_split) in last.store.splits(last.points[0])
+
+
 def _under_wrong_labels(last: Selection) -> Rows | None:
     """The queries under wrong labels, where they were collected."""
-    split = SPLIT.format(last.query_split)
-    if split not in last.store.splits(last.points[0]):
-        return None
-    return replace(last, query_split=split).query
+    return replace(last, query_split=SPLIT.format(last.query_split)).query if have_wrong_labels(last) else None
 
 
 def _wrong_labels(last: Selection, other: Rows | None) -> Tensor | None:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
-from torch import nn
 
 from hf_influence.errors import BadExample
-from hf_influence.gradients.batches import PACKED, Examples, forward_arguments, padding_to_the_right
+from hf_influence.gradients.batches import PACKED, Examples, padding_to_the_right
 from hf_influence.task import IGNORED, LABELS, CausalLM, Task, labels_of
 
 OF_TEXT = {
@@ -39,13 +38,19 @@ class Parts(NamedTuple):
         return {"input_ids": self.prompt + self.answer, "labels": [IGNORED] * len(self.prompt) + self.labels}
 
 
-def parts_of(model: nn.Module, task: Task, examples: Examples, positions: Sequence[int]) -> list[Parts]:
+def parts_of(task: Task, examples: Examples, arguments: Iterable[str], positions: Sequence[int]) -> list[Parts]:
     """The prompts and answers of some examples.
+
+    Args:
+        task: That of a language model.
+        examples: The dataset.
+        arguments: What `forward_arguments(model)` gives.
+        positions: Of the examples.
 
     Raises:
         BadExample: An example is more than text, or has no prompt, which takes two tokens before the first label.
     """
-    found = list(_parts(set(forward_arguments(model)), isinstance(task, CausalLM), examples, positions))
+    found = list(_parts(isinstance(task, CausalLM), examples, set(arguments) - OF_TEXT, positions))
     if bare := [position for position, own in zip(positions, found, strict=True) if not own.prompt]:
         raise BadExample(
             f"the labels of example {bare[0]} begin with its first or second token, so it is not known what its prompt "
@@ -54,10 +59,10 @@ def parts_of(model: nn.Module, task: Task, examples: Examples, positions: Sequen
     return found
 
 
-def _parts(taken: set[str], causal: bool, examples: Examples, positions: Sequence[int]) -> Iterator[Parts]:
+def _parts(causal: bool, examples: Examples, refused: set[str], positions: Sequence[int]) -> Iterator[Parts]:
     for start in range(0, len(positions), AT_ONCE):
         batch = examples.batch(positions[start : start + AT_ONCE])
-        foreign = sorted(name for name in batch if name in taken - OF_TEXT)
+        foreign = sorted(name for name in batch if name in refused)
         if foreign or "input_ids" not in batch:
             raise BadExample(
                 f"the model takes {foreign[0] if foreign else 'something other than input_ids'}, and only text can "

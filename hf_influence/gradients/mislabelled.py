@@ -9,7 +9,7 @@ from torch import nn
 
 from hf_influence.errors import BadExample, BadSetting
 from hf_influence.gradients.answers import parts_of
-from hf_influence.gradients.batches import Collator, Examples
+from hf_influence.gradients.batches import Collator, Examples, forward_arguments
 from hf_influence.task import LABELS, CausalLM, Classification, LanguageModel, Task, task_of
 
 SPLIT = "{}-mislabelled"
@@ -30,9 +30,8 @@ class Mislabelled:
     """
 
     def __init__(self, dataset: Any, label: str, classes: int, seed: int = 0):
-        draw = Random(seed)
         self.dataset, self.label, self.classes = dataset, label, classes
-        self.shifts = [draw.randrange(1, classes) for _ in range(len(dataset))]
+        self.shifts = _shifts(len(dataset), classes, seed)
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -75,18 +74,25 @@ def mislabelled(
 def _misnamed(model: nn.Module, task: Task, examples: Examples, seed: int = 0) -> list[dict[str, list[int]]] | None:
     """The examples with the answer of another class, drawn evenly from the others; `None` if answers name none."""
     try:
-        parts = parts_of(model, task, examples, range(len(examples)))
+        parts = parts_of(task, examples, forward_arguments(model), range(len(examples)))
     except (BadExample, BadSetting):
         return None
-    names = sorted({(tuple(own.answer), tuple(own.labels)) for own in parts})
+    given = [(tuple(own.answer), tuple(own.labels)) for own in parts]
+    names = sorted(set(given))
     if not 2 <= len(names) <= len(parts) // REPEATED:
         return None
-    draw, wrong = Random(seed), []
-    for own in parts:
-        at = names.index((tuple(own.answer), tuple(own.labels)))
-        answer, labels = names[(at + draw.randrange(1, len(names))) % len(names)]
+    place = {name: at for at, name in enumerate(names)}
+    wrong = []
+    for own, name, shift in zip(parts, given, _shifts(len(parts), len(names), seed), strict=True):
+        answer, labels = names[(place[name] + shift) % len(names)]
         wrong.append(own._replace(answer=list(answer), labels=list(labels)).row(isinstance(task, CausalLM)))
     return wrong
+
+
+def _shifts(n: int, classes: int, seed: int) -> list[int]:
+    """How far from its own class the wrong one of each example is, `[n]`."""
+    draw = Random(seed)
+    return [draw.randrange(1, classes) for _ in range(n)]
 
 
 def _is_number(label: Any) -> bool:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from hf_influence.errors import BadExample, BadSetting
 from hf_influence.gradients.answers import AT_ONCE, Parts, parts_of
-from hf_influence.gradients.batches import Examples
+from hf_influence.gradients.batches import Examples, forward_arguments
 from hf_influence.gradients.capture import RowCatcher
 from hf_influence.gradients.fixed import FixedWeights
 from hf_influence.gradients.sweep import BatchSize, sweep
@@ -54,7 +54,8 @@ class OtherPrompts:
                 "have prompts and answers where the model is a language model. Leave it out elsewhere."
             )
         self._examples, self._causal = examples, isinstance(task, CausalLM)
-        self._longest, self._parts = max(examples.survey()[1]), partial(parts_of, model, task, examples)
+        self._longest = max(examples.survey()[1])
+        self._parts = partial(parts_of, task, examples, forward_arguments(model))
         self._pool = self._parts(range(0, len(examples), -(-len(examples) // POOL)))
         self._others: dict[int, list[int]] = {}  # position -> places in the pool
         self.k, self.turn = k, 0

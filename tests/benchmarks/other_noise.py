@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import argparse
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from random import Random
@@ -33,6 +33,7 @@ from hf_influence.evaluation import Run, Table, mislabel_detection
 from hf_influence.evaluation.benchmarks import sentence_transformations
 from hf_influence.filter import DatasetFilter
 from hf_influence.pretrained import load_classifier
+from hf_influence.scores import Scores
 
 METHODS = ("auto", "kernel_ridge", "kernel_ridge_mean", "loss_mean", "loss", "datainf", "self_ip")
 BESIDE = ("share wrong", "found", "dropped", "right dropped", "wrong left")
@@ -97,7 +98,7 @@ def turned(rows: Dataset, kind: Kind, seed: int) -> Dataset:
     return rows.add_column("is_wrong", [i in wrong for i in range(len(rows))], feature=Value("bool"))
 
 
-def made_of(scores: Any, train: Dataset) -> dict[str, float]:
+def made_of(scores: Scores, train: Dataset) -> dict[str, float]:
     """What `auto` and the filter make of it."""
     wrong = torch.tensor(train["is_wrong"])
     gone = torch.tensor([action == "drop" for action in DatasetFilter().decide(train, scores).actions])
@@ -109,6 +110,12 @@ def made_of(scores: Any, train: Dataset) -> dict[str, float]:
         wrong[~gone].double().mean(),
     )
     return dict(zip(BESIDE, map(float, values), strict=True))
+
+
+def aucs(scores: Mapping[str, Scores], train: Dataset) -> dict[str, dict[str, float]]:
+    """Method -> AUC; nothing where none is wrong."""
+    wrong = train["is_wrong"][:]
+    return {method: {"auc": mislabel_detection(own, wrong)["auc"]} for method, own in scores.items() if any(wrong)}
 
 
 def run(name: str, seed: int, args: argparse.Namespace) -> dict[str, dict[str, float]]:
@@ -123,10 +130,7 @@ def run(name: str, seed: int, args: argparse.Namespace) -> dict[str, dict[str, f
         capture = GradientCapture(Path(folder), query, during="epochs")
         fine_tune(encoded, args, seed, capture, classes=kind.classes)
         scores = {method: attribute(folder, method) for method in METHODS}
-    found = {"made of it": made_of(scores["auto"], train)}
-    if kind.share:
-        wrong = train["is_wrong"]
-        found |= {method: {"auc": mislabel_detection(own, wrong)["auc"]} for method, own in scores.items()}
+    found = {"made of it": made_of(scores["auto"], train)} | aucs(scores, train)
     print(f"{name}, seed {seed}: {found}", flush=True)
     return found
 
@@ -135,7 +139,7 @@ def options(description: str | None, kinds: Sequence[str], **defaults: Any) -> a
     """The options of a series on these kinds, with defaults for epochs, batch size and learning rate."""
     made = parser(description)
     made.add_argument("--data", type=Path, help="folder of parquet files; the hub without")
-    made.add_argument("--kinds", nargs="+", default=list(kinds), choices=list(kinds), metavar="KIND")
+    made.add_argument("--kinds", nargs="+", default=kinds, choices=kinds, metavar="KIND")
     made.add_argument("--seeds", nargs="+", type=int, default=[0])
     made.add_argument("--epochs", type=int)
     add_sampling(made)

@@ -21,10 +21,10 @@ from typing import Any, NamedTuple
 import prompts
 from datasets import Dataset
 from glue import load
-from other_noise import made_of, options, tabulate
+from other_noise import aucs, made_of, options, tabulate
 
 from hf_influence.attribution import attribute
-from hf_influence.evaluation import corrupt_answers, mislabel_detection
+from hf_influence.evaluation import corrupt_answers
 from hf_influence.evaluation.benchmarks import sentence_transformations
 from hf_influence.scores import LOG_ODDS
 
@@ -79,10 +79,8 @@ def run(name: str, seed: int, args: argparse.Namespace) -> dict[str, dict[str, f
         prompts.learn(train, query if kind.queries else None, args, seed, Path(folder))
         chosen = METHODS if kind.queries else WITHOUT_QUERIES
         scores = {method: attribute(folder, method) for method in chosen}
-    found = {"made of it": made_of(scores["auto"], train) if LOG_ODDS in scores["auto"].report else {}}
-    if kind.share:
-        wrong = train["is_wrong"]
-        found |= {method: {"auc": mislabel_detection(own, wrong)["auc"]} for method, own in scores.items()}
+    made = made_of(scores["auto"], train) if LOG_ODDS in scores["auto"].report else {}
+    found = {"made of it": made} | aucs(scores, train)
     print(f"{name}, seed {seed}: {found}", flush=True)
     return found
 
