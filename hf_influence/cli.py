@@ -141,7 +141,7 @@ def relabel(
     how: Annotated[
         str, typer.Option(help="posterior (class probabilities in place of labels), predicted, soft or flip.")
     ] = "posterior",
-    label: Annotated[str, typer.Option(help="The column of class numbers.")] = "label",
+    label: Annotated[str, typer.Option(help="The column of class numbers; of two names with flip.")] = "label",
     suspects: Annotated[str | None, typer.Option(help="Only the rows that filter --drop would leave out.")] = None,
     store: Annotated[
         Path | None, typer.Option(help="The store that was scored, where there are more than two classes.")

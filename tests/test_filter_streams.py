@@ -207,6 +207,8 @@ def test_labels_and_weights_of_a_stream_are_written_as_it_comes(tmp_path: Path) 
         Reweight().apply(weighted.to_iterable_dataset(), scores, by=by)
     with pytest.raises(BadExample, match="not of IterableDataset"):
         Relabel(suspects=DatasetFilter(drop=3), label="labels", how="flip").suggest(stream, scores)
+    with pytest.raises(BadExample, match="column 'name' of the stream holds names"):
+        Relabel(suspects=DatasetFilter(drop=3), label="name", how="flip").apply(stream, scores, by=by)
 
 
 def test_what_a_stream_cannot_tell_is_refused(captured: tuple[Path, Scores]) -> None:

@@ -227,6 +227,25 @@ def test_labels_may_be_true_and_false(tmp_path, how, file):
     assert again.undo(new).features == data.features
 
 
+def test_of_two_names_the_other_is_given(tmp_path):
+    data = rows(["positive", "negative", "positive"], text=["fine", "awful", "poor"])
+    relabel = Relabel(how="flip", suspects=DatasetFilter(drop=1))
+    new = relabel.apply(data, scores_of([0.2, 0.1, -0.75]))
+    assert new["label"][:] == ["positive", "negative", "negative"]
+    assert new.features == data.features
+    assert relabel.report.explain(2).startswith("row 2 was relabelled from positive to negative")
+    review = relabel.suggest(data, scores_of([0.2, 0.1, -0.75]))
+    assert review.select_columns(["row", "label_before", "label_after"])[0] == {
+        "row": 2,
+        "label_before": "positive",
+        "label_after": "negative",
+    }
+    relabel.report.save(tmp_path / "d.json")
+    again = Decision.load(tmp_path / "d.json")
+    assert again.replay(data).to_dict() == new.to_dict()
+    assert again.undo(new).to_dict() == data.to_dict()
+
+
 @pytest.mark.parametrize("remedy", [DatasetFilter(drop=1, columns=True), Reweight(), Relabel(how="posterior")])
 def test_a_split_of_a_dataset_dict_is_changed_and_taken_back_and_the_others_stay(remedy):
     splits = DatasetDict(train=rows([0, 1, 1]), test=rows([0, 1, 0]))
@@ -288,6 +307,9 @@ def test_features_and_order_of_columns_stay():
         ("predicted", rows([0, 1]), [[math.nan, 1.0], [0.5, 0.5]], BadSetting, "NaN"),
         ("predicted", rows([True, False]), [[0.1, 0.1, 0.8]] * 2, BadSetting, "true and false"),
         ("flip", rows([0.5, 1.0]), None, BadExample, "no class number"),
+        ("flip", rows([None, "yes"]), None, BadExample, "None, which is no class number"),
+        ("flip", rows(["yes", "yes"]), None, BadExample, "two names"),
+        ("posterior", rows(["yes", "no"]), None, BadExample, "class_encode_column"),
         ("flip", rows([0, 1]).remove_columns("label"), None, BadExample, "no column 'label'"),
     ],
 )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -19,7 +19,7 @@ from hf_influence.filter.rankings import Given, StoreOrPath, rankings_of, statis
 from hf_influence.filter.replay import carried_out, of_split
 from hf_influence.filter.report import group_sizes
 from hf_influence.filter.streams import By, StreamRows
-from hf_influence.filter.wording import quoted
+from hf_influence.filter.wording import printable, quoted
 from hf_influence.scores import Scores
 
 HOW = ("predicted", "flip", "soft", "posterior")
@@ -33,7 +33,7 @@ class Relabel:
     probability that m is wrong (`scores.probability_wrong()`):
 
         "predicted"   argmax_{k ≠ m} φ_k
-        "flip"        1 − m, for two classes; needs no probabilities
+        "flip"        1 − m, for two classes, which may be two texts ("positive" and "negative"); needs no probabilities
         "soft"        ỹ_k = ln(1 − φ_m) / ((K − 1) ln φ_k) for k ≠ m, ỹ_m = 0: a vector in place of the label
         "posterior"   ỹ_m = 1 − p, ỹ_k = p φ_k / (1 − φ_m) for k ≠ m: a vector; needs scores by "auto" with queries, and
                       φ for more than two classes only, where ỹ_{1−m} = p
@@ -61,7 +61,7 @@ class Relabel:
     """Says which rows are suspicious: those that it would drop. Without it, for "posterior" alone, every row is."""
     how: str = "predicted"
     label: str = "label"
-    """The column of class numbers."""
+    """The column of class numbers; for "flip" it may name the classes, as the answers of a language model do."""
     changed: tuple[int, ...] = field(default=(), init=False, repr=False, compare=False)
     """Rows that the last `apply` relabelled, worst first."""
 
@@ -85,7 +85,7 @@ class Relabel:
                 dataset order. By default those of the store, if that is what `scores` is.
 
         Raises:
-            BadExample: No column of class numbers.
+            BadExample: No column of class numbers, or of two names.
             BadSetting: Probabilities that are missing or do not fit, a store of other labels, or "posterior" by scores
                 that are no log-odds.
             StoreError: A path that is none of a store.
@@ -142,7 +142,7 @@ class Relabel:
         """What `apply` would do with each row; arguments and errors as there."""
         rankings, by = rankings_of(scores), StreamRows.of(by)
         decision = (self.suspects or DatasetFilter(drop=0)).decide(dataset, rankings, by)
-        labels = self._labels(dataset, rankings[0], by)
+        labels, names = self._labels(dataset, rankings[0], by)
         rows = [i for i, action in enumerate(decision.actions) if action == "drop" or self.suspects is None]
         feature = (dataset.features or {}).get(self.label)
         places = (store_of(scores), by.store) if probabilities is None else (probabilities,)
@@ -154,7 +154,7 @@ class Relabel:
             kind: Any = ListOf(Value("float64"))
         else:
             new, kind = self._new(rows, labels, feature, probabilities)
-        as_given = bool if feature == Value("bool") else int
+        as_given: Callable[[int], Any] = bool if feature == Value("bool") else names.__getitem__ if names else int
         old = list(map(as_given, labels))
         if kind == feature:
             if as_given is bool and max(new, default=0) > 1:
@@ -184,17 +184,35 @@ class Relabel:
             writes=(Written(name=self.label, new=new, feature=kind, old=old, old_feature=feature),),
         )
 
-    def _labels(self, dataset: Dataset | IterableDataset, scores: Scores, by: StreamRows) -> list[int]:
-        """The class number of each row; those of a stream come from the store."""
+    def _labels(
+        self, dataset: Dataset | IterableDataset, scores: Scores, by: StreamRows
+    ) -> tuple[list[int], list[str] | None]:
+        """The class number of each row, and the names of the classes where the column has these.
+
+        Those of a stream come from the store.
+        """
         if self.label not in (dataset.column_names or [self.label]):
             raise BadExample(f"no column {self.label!r} among {dataset.column_names}. Name it: Relabel(label='…', …).")
-        labels = dataset.with_format(None)[self.label][:] if isinstance(dataset, Dataset) else by.labels(scores)
-        if not all(isinstance(label, int) and label >= 0 for label in labels):
+        if isinstance(dataset, Dataset):
+            labels = dataset.with_format(None)[self.label][:]
+        elif (dataset.features or {}).get(self.label) in (Value("string"), Value("large_string")):
             raise BadExample(
-                f"the column {self.label!r} holds {next(x for x in labels if not isinstance(x, int) or x < 0)!r}, "
-                "which is no class number, so there is no other class to give. Relabelling is for one class a row."
+                f"the column {self.label!r} of the stream holds names, and which class has which is not known before "
+                "its end. Make a Dataset of it (Dataset.from_generator)."
             )
-        return list(map(int, labels))
+        else:
+            labels = by.labels(scores)
+        names = sorted({label for label in labels if isinstance(label, str)})
+        if self.how == "flip" and len(names) == 2 and all(isinstance(label, str) for label in labels):
+            return [names.index(label) for label in labels], names
+        odd = [label for label in labels if not isinstance(label, int) or label < 0]
+        if odd:
+            raise BadExample(
+                f"the column {self.label!r} holds {printable(repr(odd[0]))}, which is no class number, so there is no "
+                "other class to give. Relabelling is for one class a row: numbers from 0 (dataset.class_encode_column "
+                "makes them of names), or two names with how='flip'."
+            )
+        return list(map(int, labels)), None
 
     def _new(self, rows: list[int], labels: list[int], feature: Any, probabilities: Any) -> tuple[list[Any], Any]:
         """The labels of all rows after relabelling some, and the type of the column."""
