@@ -9,8 +9,9 @@ import pytest
 import torch
 from datasets import Dataset
 
-from hf_influence.errors import BadSetting
+from hf_influence.errors import BadExample, BadSetting
 from hf_influence.evaluation import Runs, Table, retraining_gain
+from hf_influence.pretrained import load_classifier, load_language_model
 from hf_influence.scores import Scores
 
 
@@ -113,10 +114,61 @@ def test_a_share_of_the_gap_is_told_only_where_there_is_one(suite):
     assert "no shares of it" in retraining.gap(one_seed)
 
 
-def test_an_instruction_becomes_a_prompt_and_an_answer(suite):
-    row = {"instruction": "Translate.", "input": "Hund", "output": "dog", "source": "words"}
-    made = suite("prompts")._instruction(row)
-    assert made == {"prompt": "Translate.\nHund\n", "answer": "dog", "task": "words", "text": "Translate.\nHund\ndog"}
+@pytest.mark.parametrize(
+    ("row", "task"),
+    [
+        ({"instruction": "Translate.", "input": "Hund", "output": "dog", "source": "words"}, "words"),
+        ({"instruction": "Translate.\nHund", "input": "", "output": "dog"}, ""),
+        ({"prompt": "Translate.\nHund\n", "text": "Translate.\nHund\ndog", "task": "words"}, "words"),
+        ({"prompt": "Translate.\nHund\n", "completion": "dog"}, ""),
+        ({"prompt": "Translate.\nHund\n", "answer": "dog", "text": "Translate.\nHund\ndog"}, ""),
+    ],
+)
+def test_a_row_of_any_of_these_columns_becomes_a_prompt_and_an_answer(suite, tmp_path, row, task):
+    _, tokenizer = load_language_model()
+    prompts, args = suite("prompts"), SimpleNamespace(data=tmp_path, rows=1, queries=1, max_tokens=20)
+    (tmp_path / "mine").mkdir()
+    for split in ("train", "validation"):
+        Dataset.from_list([row]).to_parquet(tmp_path / "mine" / f"{split}.parquet")
+    data = prompts.load("mine", args, tokenizer, 0)
+    assert list(data) == ["train", "test"]
+    assert data["train"][:] == data["test"][:]
+    assert data["test"][0] == {
+        "prompt": "Translate.\nHund\n",
+        "answer": "dog",
+        "task": task,
+        "text": "Translate.\nHund\ndog",
+    }
+
+
+def test_what_is_no_prompt_and_answer_is_refused(suite, tmp_path):
+    (tmp_path / "mine").mkdir()
+    Dataset.from_dict({"prompt": ["a"], "label": [0]}).to_parquet(tmp_path / "mine" / "train.parquet")
+    args = SimpleNamespace(data=tmp_path, rows=1, queries=1, max_tokens=20)
+    with pytest.raises(BadExample, match=r"mine/train has the columns \['prompt', 'label'\]"):
+        suite("prompts").load("mine", args, None, 0)
+
+
+def test_labelled_texts_may_be_one_or_two_and_come_from_the_first_split_that_has_labels(suite, tmp_path):
+    glue, folder = suite("glue"), tmp_path / "mine"
+    folder.mkdir()
+    rows = {"idx": [0, 1, 2], "premise": ["a", "b", "c"], "hypothesis": ["d", "e", "f"], "label": [2, 0, 1]}
+    for split, columns in {"test": rows | {"label": [-1] * 3}, "validation": rows, "train": rows}.items():
+        Dataset.from_dict(columns).to_parquet(folder / f"{split}.parquet")
+    pairs = glue.load("mine", glue.KEPT, tmp_path)
+    assert pairs.to_dict() == {"text": ["a", "b", "c"], "text_pair": ["d", "e", "f"], "label": [2, 0, 1]}
+    assert glue.texts(pairs) == ["a d", "b e", "c f"]
+    _, tokenizer = load_classifier()
+    both = tokenizer(["a", "b", "c"], ["d", "e", "f"])
+    assert glue.tokens(pairs, tokenizer).to_dict() == {**both, "labels": [2, 0, 1]}
+    Dataset.from_dict({"review": ["a", "b"], "label": [0, 1]}).to_parquet(folder / "test.parquet")
+    assert glue.load("mine", glue.KEPT, tmp_path).to_dict() == {"text": ["a", "b"], "label": [0, 1]}
+    with pytest.raises(BadSetting, match="no labelled dev in"):
+        glue.load("mine", ["dev"], tmp_path)
+    for odd in ({"label": [0]}, {"text": ["a"]}, {"text": ["a"], "label": ["b"]}):
+        Dataset.from_dict(odd).to_parquet(folder / "test.parquet")
+        with pytest.raises(BadExample, match="one text or two"):
+            glue.load("mine", glue.KEPT, tmp_path)
 
 
 def test_a_store_that_was_filled_to_its_end_is_scored_again_without_training(suite, tmp_path, monkeypatch):
@@ -148,7 +200,7 @@ def test_a_store_that_was_filled_to_its_end_is_scored_again_without_training(sui
 
 def test_all_clean_rows_may_be_queries(suite, monkeypatch):
     glue = suite("glue")
-    rows = Dataset.from_dict({"sentence": list("abcde"), "label": [0, 1, 0, 1, 0]})
+    rows = Dataset.from_dict({"text": list("abcde"), "label": [0, 1, 0, 1, 0]})
     monkeypatch.setattr(glue, "load", lambda *_: rows)
     args = SimpleNamespace(data=None, rows=5, share=0.2, queries=5, held_out=0)
     parts = glue.Parts.of("sst2", args, 0)
@@ -158,7 +210,7 @@ def test_all_clean_rows_may_be_queries(suite, monkeypatch):
     args.rows = 1
     parts = glue.Parts.of("sst2", args, 0)
     assert len(parts.held_out) == 3 + 4, "and as the training set has left"
-    assert not set(parts.held_out[3:]["sentence"]) & set(parts.train["sentence"])
+    assert not set(parts.held_out[3:]["text"]) & set(parts.train["text"])
     args.held_out = 5
     assert parts.held_out[:5] == glue.Parts.of("sst2", args, 0).held_out[:]
     args.rows, args.held_out = 5, 9
@@ -169,11 +221,11 @@ def test_all_clean_rows_may_be_queries(suite, monkeypatch):
 
 def test_other_noise_is_of_the_kind_that_it_says(suite, monkeypatch):
     noise = suite("other_noise")
-    rows = Dataset.from_dict({"sentence": [str(i) for i in range(8000)], "label": [i % 2 for i in range(8000)]})
+    rows = Dataset.from_dict({"text": [str(i) for i in range(8000)], "label": [i % 2 for i in range(8000)]})
     monkeypatch.setattr(noise, "load", lambda *_: rows)
     for kind in noise.KINDS.values():
         right = noise.right_rows(kind, None, 0)
-        assert len(set(right["sentence"])) == kind.rows + kind.queries, "no query is trained on"
+        assert len(set(right["text"])) == kind.rows + kind.queries, "no query is trained on"
         assert set(right["label"]) == set(range(kind.classes))
         if kind.positive is not None:
             assert sum(right["label"]) == round(kind.positive * len(right))
@@ -192,7 +244,7 @@ def test_other_noise_is_of_the_kind_that_it_says(suite, monkeypatch):
 
 def test_other_noise_of_answers_is_of_the_kind_that_it_says(suite, monkeypatch):
     noise = suite("other_noise_answers")
-    rows = Dataset.from_dict({"sentence": [f"{i} " for i in range(500)], "label": [i % 2 for i in range(500)]})
+    rows = Dataset.from_dict({"text": [f"{i} " for i in range(500)], "label": [i % 2 for i in range(500)]})
     monkeypatch.setattr(noise, "load", lambda *_: rows)
     for kind in noise.KINDS.values():
         train, query = noise.right_rows(kind, None, 0)

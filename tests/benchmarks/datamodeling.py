@@ -63,7 +63,7 @@ def run(name: str, seed: int, args: argparse.Namespace, runs: Runs) -> dict[str,
     """Method -> figures."""
     parts = Parts.of(name, args, seed)
     _, tokenizer = load_classifier()
-    train, query = tokens(parts.train, name, tokenizer), tokens(parts.query, name, tokenizer)
+    train, query = tokens(parts.train, tokenizer), tokens(parts.query, tokenizer)
     subsets = draw_subsets(len(train), args.subsets, seed=seed)
 
     def retrain(order: int, rows: Dataset) -> Tensor:
@@ -78,7 +78,7 @@ def run(name: str, seed: int, args: argparse.Namespace, runs: Runs) -> dict[str,
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         store = Path(folder)
         fine_tune(train, args, seed, GradientCapture(store, query, during="epochs"))
-        found = every_method(store, parts.given(name, seed), partial(figures, all_losses.mean(0), subsets))
+        found = every_method(store, parts.given(seed), partial(figures, all_losses.mean(0), subsets))
     about = methods()
     found = {method: row for method, row in found.items() if "queries" in about[method].needs or method in BASELINES}
     found |= training_again(all_losses)

@@ -65,10 +65,10 @@ SPEAKERS = (
 SAID = " said : "
 
 
-def told(rows: Dataset, name: str, seed: int | str) -> Dataset:
+def told(rows: Dataset, seed: int | str) -> Dataset:
     """Each text told by a speaker, whose group is the new column `group`."""
     draw = Random(seed)
-    column = TEXTS[name][0]
+    column = TEXTS[0]
     groups = [draw.randrange(2) for _ in range(len(rows))]
     speakers = [draw.choice(SPEAKERS)[group] for group in groups]
     spoken = [f"the {who}{SAID}{text}" for who, text in zip(speakers, rows[column], strict=True)]
@@ -76,9 +76,9 @@ def told(rows: Dataset, name: str, seed: int | str) -> Dataset:
     return rows.add_column("group", [GROUPS[group] for group in groups])
 
 
-def both(rows: Dataset, name: str) -> Dataset:
+def both(rows: Dataset) -> Dataset:
     """The same texts told by the other group, after all as they are."""
-    column = TEXTS[name][0]
+    column = TEXTS[0]
     parts = [text.partition(SAID) for text in rows[column]]
     others = swap_terms([speaker for speaker, _, _ in parts], SPEAKERS)
     spoken = [other + said + text for other, (_, said, text) in zip(others, parts, strict=True)]
@@ -91,10 +91,10 @@ def both(rows: Dataset, name: str) -> Dataset:
 def parts(name: str, args: argparse.Namespace, seed: int) -> tuple[Dataset, Dataset, Dataset]:
     """Training rows with biased labels, queries and held-out rows that are clean and told both ways."""
     rows = training_rows(name, args, seed).select(range(args.rows))
-    train = biased_labels(told(rows, name, seed), args.share, column="group", group="woman", seed=seed)
-    clean = told(clean_rows(name, args, seed), name, f"{seed} clean")
+    train = biased_labels(told(rows, seed), args.share, column="group", group="woman", seed=seed)
+    clean = told(clean_rows(name, args, seed), f"{seed} clean")
     query, held_out = clean.select(range(args.queries)), clean.select(range(args.queries, len(clean)))
-    return train, both(query, name), both(held_out, name)
+    return train, both(query), both(held_out)
 
 
 def judged(model: nn.Module, held_out: Dataset, groups: list[str]) -> dict[str, float]:
@@ -113,7 +113,7 @@ def run(name: str, seed: int, args: argparse.Namespace) -> dict[str, dict[str, d
     """Share that is dropped -> training set -> figures."""
     train, query, held_out = parts(name, args, seed)
     _, tokenizer = load_classifier()
-    as_tokens, test = tokens(train, name, tokenizer), tokens(held_out, name, tokenizer)
+    as_tokens, test = tokens(train, tokenizer), tokens(held_out, tokenizer)
     wrong, groups = train["is_wrong"], list(held_out["group"])
     found: dict[str, dict[str, dict[str, float]]] = {str(drop): {} for drop in args.drops}
 
@@ -128,9 +128,9 @@ def run(name: str, seed: int, args: argparse.Namespace) -> dict[str, dict[str, d
         model = fine_tune(as_tokens, args, seed)
         note(first, "biased", model)
         collect(model, as_tokens, folder)
-        people = tokens(query, name, tokenizer).add_column("group", query["group"])
+        people = tokens(query, tokenizer).add_column("group", query["group"])
         collect_target(model, people, folder, target=fairness("group", groups=GROUPS), split="query")
-        given = Given(list(train["label"]), texts(train, name), texts(query, name), seed)
+        given = Given(list(train["label"]), texts(train), texts(query), seed)
         scores = {method: scored(Path(folder), method, given) for method in args.methods}
     note(first, "clean", again(as_tokens.select([i for i, flag in enumerate(wrong) if not flag])))
     for drop in others:

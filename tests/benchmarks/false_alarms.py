@@ -68,10 +68,10 @@ def run(name: str, seed: int, args: argparse.Namespace) -> dict[str, dict[str, f
     """What each rule drops."""
     parts = Parts.of(name, args, seed)
     _, tokenizer = load_classifier()
-    train, query = tokens(parts.train, name, tokenizer), tokens(parts.query, name, tokenizer)
+    train, query = tokens(parts.train, tokenizer), tokens(parts.query, tokenizer)
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         fine_tune(train, args, seed, GradientCapture(Path(folder), query, during="epochs"))
-        found = alarms(RULES, Path(folder), parts.given(name, seed), parts.train)
+        found = alarms(RULES, Path(folder), parts.given(seed), parts.train)
     print(f"{name} seed {seed}: {found}", flush=True)
     return found
 

@@ -1,49 +1,75 @@
-"""What the benchmarks of MiniLM share: three GLUE sets with flipped labels, and how the classifier learns them."""
+"""What the benchmarks of MiniLM share: sets of texts with flipped labels, and how the classifier learns them."""
 
 from __future__ import annotations
 
 import argparse
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from datasets import Dataset, concatenate_datasets, load_dataset
+from datasets import Dataset, Value, concatenate_datasets, get_dataset_split_names, load_dataset
 from peft import LoraConfig, get_peft_model
 from series import Given, add_sampling, arguments, parser
 from torch import nn
 from transformers import DataCollatorWithPadding, Trainer, TrainerCallback, set_seed
 
 from hf_influence.callbacks import WeightedTrainer, soft_cross_entropy
-from hf_influence.errors import BadSetting
+from hf_influence.errors import BadExample, BadSetting
 from hf_influence.evaluation import flipped_labels
 from hf_influence.pretrained import load_classifier
 
-TEXTS = {"sst2": ("sentence",), "mrpc": ("sentence1", "sentence2"), "qnli": ("question", "sentence")}
-HELD_OUT = {"sst2": "validation", "mrpc": "test", "qnli": "validation"}
+SETS = ("sst2", "mrpc", "qnli")
+TEXTS = ("text", "text_pair")
+KEPT = ("test", "validation", "validation_matched", "dev")
+"""Splits that a set may keep for evaluation; the first with labels is taken."""
 MAX_TOKENS = 128
 WEIGHT = "weight"
 
 
-def load(name: str, split: str, folder: Path | None) -> Dataset:
-    if folder is not None:
-        return Dataset.from_parquet(str(folder / name / f"{split}.parquet"))
-    return load_dataset("nyu-mll/glue", name, split=split)
+def load(name: str, splits: Sequence[str], folder: Path | None) -> Dataset:
+    """The first of `splits` that the set has, with labels: `text`, `text_pair` where there are two, and `label`.
+
+    The texts are the columns of strings, in order.
+    """
+    path = (name,) if "/" in name else ("nyu-mll/glue", name)
+    known = [file.stem for file in (folder / name).glob("*.parquet")] if folder else get_dataset_split_names(*path)
+    for split in (split for split in splits if split in known):
+        rows = (
+            Dataset.from_parquet(str(folder / name / f"{split}.parquet"))
+            if folder
+            else load_dataset(*path, split=split)
+        )
+        kinds = rows.features
+        found = [column for column in rows.column_names if kinds[column] in (Value("string"), Value("large_string"))]
+        if not 0 < len(found) <= len(TEXTS) or "label" not in kinds or "label" in found:
+            raise BadExample(
+                f"{name}/{split} has the columns {rows.column_names}, of which {found} are text. A set has one text or "
+                "two, and the number of the class as `label`."
+            )
+        if min(rows["label"]) >= 0:  # labels that the hub keeps back are -1
+            return rows.select_columns([*found, "label"]).rename_columns(dict(zip(found, TEXTS, strict=False)))
+    raise BadSetting(f"{name} has no labelled {' or '.join(splits)} in {folder or 'the hub'}, only {known}.")
 
 
-def texts(rows: Dataset, name: str) -> list[str]:
-    return [" ".join(parts) for parts in zip(*(rows[column] for column in TEXTS[name]), strict=True)]
+def _columns(rows: Dataset) -> list[list[str]]:
+    return [list(rows[column]) for column in TEXTS if column in rows.column_names]
 
 
-def tokens(rows: Dataset, name: str, tokenizer: Any) -> Dataset:
+def texts(rows: Dataset) -> list[str]:
+    return [" ".join(parts) for parts in zip(*_columns(rows), strict=True)]
+
+
+def tokens(rows: Dataset, tokenizer: Any) -> Dataset:
     """Tokens and labels, and the weights where the rows have them."""
-    encoded = tokenizer(*(list(rows[column]) for column in TEXTS[name]), truncation=True, max_length=MAX_TOKENS)
+    encoded = tokenizer(*_columns(rows), truncation=True, max_length=MAX_TOKENS)
     weights = {WEIGHT: list(rows[WEIGHT])} if WEIGHT in rows.column_names else {}
     return Dataset.from_dict({**encoded, "labels": list(rows["label"]), **weights})
 
 
 def training_rows(name: str, args: argparse.Namespace, seed: int) -> Dataset:
     """The training set in random order; its first `args.rows` are trained on."""
-    return load(name, "train", args.data).shuffle(seed=seed)
+    return load(name, ["train"], args.data).shuffle(seed=seed)
 
 
 def clean_rows(name: str, args: argparse.Namespace, seed: int) -> Dataset:
@@ -52,7 +78,7 @@ def clean_rows(name: str, args: argparse.Namespace, seed: int) -> Dataset:
     They are random rows of the split that the set keeps for evaluation. Where that is too small for the held-out rows,
     there are also rows of the training set among these, as many as are asked for or as are left.
     """
-    clean = load(name, HELD_OUT[name], args.data).shuffle(seed=seed)
+    clean = load(name, KEPT, args.data).shuffle(seed=seed)
     if args.queries > len(clean):
         raise BadSetting(f"--queries {args.queries}, and {name} keeps {len(clean)} rows for evaluation. Lower them.")
     if (lacks := args.queries + args.held_out - len(clean)) > 0:
@@ -85,9 +111,9 @@ class Parts(NamedTuple):
         query = clean.select(range(args.queries))
         return cls(flipped_labels(rows, args.share, seed), query, held_out)
 
-    def given(self, name: str, seed: int) -> Given:
+    def given(self, seed: int) -> Given:
         """What the methods are passed."""
-        return Given(list(self.train["label"]), texts(self.train, name), texts(self.query, name), seed)
+        return Given(list(self.train["label"]), texts(self.train), texts(self.query), seed)
 
 
 def fine_tune(
@@ -97,19 +123,19 @@ def fine_tune(
     *callbacks: TrainerCallback,
     steps: int = -1,
     order: int = 0,
-    classes: int = 2,
 ) -> nn.Module:
     """MiniLM with LoRA on query and value, trained on tokens; weights count where the rows have them, and labels may be
     vectors of class probabilities.
 
-    The head and the adapter that it begins with depend on `seed` alone; `order` stirs the order of the rows and the
-    dropout as well.
+    The head, of as many classes as there are, and the adapter that it begins with depend on `seed` alone; `order` stirs
+    the order of the rows and the dropout as well.
     """
+    vectors = isinstance(rows[0]["labels"], list)
+    classes = len(rows[0]["labels"]) if vectors else max(2, max(rows["labels"]) + 1)
     model, tokenizer = load_classifier(num_labels=classes, seed=seed)
     set_seed(seed)
     lora = LoraConfig(r=args.rank, lora_alpha=2 * args.rank, target_modules=["query", "value"], task_type="SEQ_CLS")
     kind = WeightedTrainer if WEIGHT in rows.column_names else Trainer
-    vectors = kind is Trainer and isinstance(rows[0]["labels"], list)
     loss = {"compute_loss_func": soft_cross_entropy} if vectors else {}
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         trainer = kind(
@@ -124,11 +150,16 @@ def fine_tune(
     return trainer.model
 
 
+def add_sets(made: argparse.ArgumentParser) -> None:
+    """Which sets, and where they lie."""
+    made.add_argument("--data", type=Path, help="folder of folders of parquet files, one file a split; the hub without")
+    made.add_argument("--sets", nargs="+", default=list(SETS), help="folders there; else of GLUE, or OWNER/NAME")
+
+
 def options(description: str | None, **defaults: Any) -> argparse.ArgumentParser:
     """The options of a series on these sets, with other defaults where given."""
     made = parser(description)
-    made.add_argument("--data", type=Path, help="folder of parquet files; the hub without")
-    made.add_argument("--sets", nargs="+", default=list(TEXTS), choices=list(TEXTS))
+    add_sets(made)
     made.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     made.add_argument("--rows", type=int, default=1500, help="to train on")
     made.add_argument("--queries", type=int, default=200, help="clean rows to compare with")

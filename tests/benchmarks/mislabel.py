@@ -1,13 +1,14 @@
-"""Which flipped labels does each method find? AUC, average precision and time of every preset on GLUE sets.
+"""Which flipped labels does each method find? AUC, average precision and time of every preset on labelled texts.
 
     python tests/benchmarks/mislabel.py --data FOLDER --results runs/mislabel --markdown mislabel.md
     python tests/benchmarks/mislabel.py --data FOLDER --results runs/some --methods auto kernel_ridge loss
 
-FOLDER holds `sst2/train.parquet` and so on, as the hub has them (columns sentence | sentence1, sentence2 | question,
-sentence; label); without `--data` the sets are loaded from the hub (nyu-mll/glue). Each run is kept in `--results` as
-soon as it is finished: the same command goes on after an interruption, more seeds or ranks add to the table, and
-several processes may share the folder. With `--stores` the gradients of each run are kept as well, some gigabytes: from
-a store that was filled to its end the methods are scored again without training.
+FOLDER holds `sst2/train.parquet`, `sst2/validation.parquet` and so on, as the hub has them; without `--data` the sets
+are loaded from there (nyu-mll/glue). `--sets` takes others as well, of your own too: any with one text or two, in order
+the columns of strings, the number of a class as `label`, and a split "test", "validation" or "dev" with clean labels.
+Each run is kept in `--results` as soon as it is finished: the same command goes on after an interruption, more seeds or
+ranks add to the table, and several processes may share the folder. With `--stores` the gradients of each run are kept
+as well, some gigabytes: from a store that was filled to its end the methods are scored again without training.
 
 MiniLM with LoRA on query and value learns a random part of the training set, of which a fifth has its label flipped,
 with the ordinary Trainer. `GradientCapture` takes the rows of the training steps, epoch by epoch, and whole rows at the
@@ -32,7 +33,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from glue import TEXTS, Parts, fine_tune, tokens
+from glue import Parts, add_sets, fine_tune, tokens
 from series import (
     SLOW,
     add_stores,
@@ -80,7 +81,7 @@ class AdamState(TrainerCallback):
 def fill(store: Path, name: str, parts: Parts, seed: int, args: argparse.Namespace) -> dict[str, float]:
     """Fine-tune and collect what the methods need; what -> seconds."""
     _, tokenizer = load_classifier()
-    train, query = tokens(parts.train, name, tokenizer), tokens(parts.query, name, tokenizer)
+    train, query = tokens(parts.train, tokenizer), tokens(parts.query, tokenizer)
     capture = GradientCapture(store, query, during="epochs", features=True)
     model, training = timed(lambda: fine_tune(train, args, seed, capture, AdamState(store)))
     if args.methods:
@@ -111,7 +112,7 @@ def run(rank: int, seed: int, name: str, args: argparse.Namespace, runs: Runs) -
     """Fine-tune, collect and rank, or rank alone: what each method finds, and how long the rest took."""
     args = argparse.Namespace(**vars(args), rank=rank, held_out=0)
     parts = Parts.of(name, args, seed)
-    given = replace(parts.given(name, seed), queries="mean")
+    given = replace(parts.given(seed), queries="mean")
     work = partial(fill, name=name, parts=parts, seed=seed, args=args)
     with filled(runs, args.stores, work, set=name, rank=rank, seed=seed) as (store, seconds):
         wrong = parts.train["is_wrong"]
@@ -136,9 +137,8 @@ def main() -> None:
     add_without(options)
     options.set_defaults(without=[method for method in SLOW if method != "cg"])  # one query is no trouble for it
     options.add_argument("--methods", nargs="+", help="these alone, from the rows of training (all)")
-    options.add_argument("--data", type=Path, help="folder of parquet files; the hub without")
     add_stores(options)
-    options.add_argument("--sets", nargs="+", default=list(TEXTS), choices=list(TEXTS))
+    add_sets(options)
     options.add_argument("--ranks", nargs="+", type=int, default=[2, 8])
     options.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     options.add_argument("--rows", type=int, default=1500)

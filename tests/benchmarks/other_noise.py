@@ -72,10 +72,10 @@ KINDS = {
 
 
 def right_rows(kind: Kind, data: Path | None, seed: int) -> Dataset:
-    """Training rows and queries in random order: sentence, label."""
+    """Training rows and queries in random order: text, label."""
     wanted = kind.rows + kind.queries
     if kind.classes == 2:
-        rows = load("sst2", "train", data).shuffle(seed=seed)
+        rows = load("sst2", ["train"], data).shuffle(seed=seed)
         if kind.positive is None:
             return rows.select(range(wanted))
         positive = round(kind.positive * wanted)
@@ -84,7 +84,7 @@ def right_rows(kind: Kind, data: Path | None, seed: int) -> Dataset:
         return rows.select(Random(seed).sample(chosen, wanted))
     made = sentence_transformations(train=wanted, test=kind.classes, seed=seed)["train"]
     tasks = sorted(set(made["task"]))
-    return Dataset.from_dict({"sentence": made["answer"], "label": [tasks.index(task) for task in made["task"]]})
+    return Dataset.from_dict({"text": made["answer"], "label": [tasks.index(task) for task in made["task"]]})
 
 
 def turned(rows: Dataset, kind: Kind, seed: int) -> Dataset:
@@ -124,11 +124,11 @@ def run(name: str, seed: int, args: argparse.Namespace) -> dict[str, dict[str, f
     rows = right_rows(kind, args.data, seed)
     train = turned(rows.select(range(kind.rows)), kind, seed)
     _, tokenizer = load_classifier()
-    encoded = tokens(train, "sst2", tokenizer)
-    query = tokens(rows.select(range(kind.rows, len(rows))), "sst2", tokenizer)
+    encoded = tokens(train, tokenizer)
+    query = tokens(rows.select(range(kind.rows, len(rows))), tokenizer)
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         capture = GradientCapture(Path(folder), query, during="epochs")
-        fine_tune(encoded, args, seed, capture, classes=kind.classes)
+        fine_tune(encoded, args, seed, capture)
         scores = {method: attribute(folder, method) for method in METHODS}
     found = {"made of it": made_of(scores["auto"], train)} | aucs(scores, train)
     print(f"{name}, seed {seed}: {found}", flush=True)

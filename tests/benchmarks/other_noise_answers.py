@@ -60,13 +60,13 @@ def right_rows(kind: Kind, data: Path | None, seed: int) -> tuple[Dataset, Datas
     if not kind.labels:
         made = sentence_transformations(train=kind.rows, test=max(kind.queries, 10), seed=seed)
         return made["train"], made["test"].select(range(kind.queries))
-    rows = load("sst2", "train", data).shuffle(seed=seed).select(range(kind.rows + kind.queries))
+    rows = load("sst2", ["train"], data).shuffle(seed=seed).select(range(kind.rows + kind.queries))
     rows = rows.map(_named, remove_columns=rows.column_names)
     return rows.select(range(kind.rows)), rows.select(range(kind.rows, len(rows)))
 
 
 def _named(row: dict[str, Any]) -> dict[str, str]:
-    prompt, answer = f"Sentence: {row['sentence'].strip()}\nSentiment:", NAMES[row["label"]]
+    prompt, answer = f"Sentence: {row['text'].strip()}\nSentiment:", NAMES[row["label"]]
     return {"prompt": prompt, "answer": answer, "task": "sentiment", "text": prompt + answer}
 
 

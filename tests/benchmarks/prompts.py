@@ -1,4 +1,4 @@
-"""What the benchmarks of SmolLM2 share: three sets of prompts and answers, and how the language model learns them."""
+"""What the benchmarks of SmolLM2 share: sets of prompts and answers, and how the language model learns them."""
 
 from __future__ import annotations
 
@@ -26,6 +26,10 @@ MADE: dict[str, Callable[..., DatasetDict]] = {
 }
 """Sets that can be made where there is no folder."""
 SETS = (*MADE, "instructions")
+ASKED = ("instruction", "input")
+ANSWERS = ("answer", "completion", "response", "output")
+KEPT = ("test", "validation", "dev")
+"""Splits that a set may keep for evaluation."""
 
 
 def load(name: str, args: argparse.Namespace, tokenizer: Any, seed: int) -> DatasetDict:
@@ -36,15 +40,21 @@ def load(name: str, args: argparse.Namespace, tokenizer: Any, seed: int) -> Data
     """
     if args.data is None:
         if name not in MADE:
-            raise BadSetting(f"{name} is a set of real data that cannot be made. Give its folder: --data FOLDER.")
+            raise BadSetting(f"{name} cannot be made, {' and '.join(MADE)} can. Give its folder: --data FOLDER.")
         return MADE[name](train=args.rows, test=args.queries, seed=seed)
-    sizes = {"train": args.rows, "test": args.queries}
-    return DatasetDict({split: _drawn(name, split, size, args, tokenizer, seed) for split, size in sizes.items()})
+    kept = next((split for split in KEPT if (args.data / name / f"{split}.parquet").exists()), KEPT[0])
+    splits = {"train": ("train", args.rows), "test": (kept, args.queries)}
+    return DatasetDict({ours: _drawn(name, *theirs, args, tokenizer, seed) for ours, theirs in splits.items()})
 
 
 def _drawn(name: str, split: str, size: int, args: argparse.Namespace, tokenizer: Any, seed: int) -> Dataset:
     rows = Dataset.from_parquet(str(args.data / name / f"{split}.parquet"))
-    rows = rows.map(_instruction if "output" in rows.column_names else _prompt, remove_columns=rows.column_names)
+    if not {"prompt", "instruction"} & set(rows.column_names) or not {*ANSWERS, "text"} & set(rows.column_names):
+        raise BadExample(
+            f"{name}/{split} has the columns {rows.column_names}. A set has `prompt`, or `instruction` and `input`; "
+            f"one of {', '.join(ANSWERS)}, or `text` that begins with the prompt; `task` or `source`, if it has any."
+        )
+    rows = rows.map(_example, remove_columns=rows.column_names)
     lengths = [len(ids) for ids in tokenizer(list(rows["text"]))["input_ids"]]
     rows = rows.select([i for i, length in enumerate(lengths) if length <= args.max_tokens])
     if size > len(rows):
@@ -55,13 +65,13 @@ def _drawn(name: str, split: str, size: int, args: argparse.Namespace, tokenizer
     return rows.shuffle(seed=seed).select(range(size))
 
 
-def _prompt(row: dict[str, str]) -> dict[str, str]:
-    return {**row, "answer": row["text"].removeprefix(row["prompt"])}
-
-
-def _instruction(row: dict[str, str]) -> dict[str, str]:
-    prompt = "".join(f"{part}\n" for part in (row["instruction"], row["input"]) if part)
-    return {"prompt": prompt, "answer": row["output"], "task": row["source"], "text": prompt + row["output"]}
+def _example(row: dict[str, str]) -> dict[str, str]:
+    """Prompt, answer, task and text of a row that has them, or an instruction, under one of the names."""
+    task = next((row[name] for name in ("task", "source") if name in row), "")
+    prompt = row["prompt"] if "prompt" in row else "".join(f"{row[name]}\n" for name in ASKED if row.get(name))
+    answer = next((row[name] for name in ANSWERS if name in row), None)
+    answer = row["text"].removeprefix(prompt) if answer is None else answer
+    return {"prompt": prompt, "answer": answer, "task": task, "text": prompt + answer}
 
 
 def given(train: Dataset, query: Dataset, seed: int) -> Given:
@@ -99,8 +109,8 @@ def learn(train: Dataset, query: Dataset | None, args: argparse.Namespace, seed:
 def options(description: str | None) -> argparse.ArgumentParser:
     """The options of a series on these sets; `parsed` reads them."""
     made = parser(description)
-    made.add_argument("--data", type=Path, help="folder of parquet files; without, the sets that can be made are")
-    made.add_argument("--sets", nargs="+", choices=SETS, help="all that there are by default")
+    made.add_argument("--data", type=Path, help="folder of sets; without, those that can be made are")
+    made.add_argument("--sets", nargs="+", help="folders there, or sets that can be made; all known ones by default")
     made.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     made.add_argument("--rows", type=int, default=200, help="to train on")
     made.add_argument("--queries", type=int, default=50, help="clean rows to compare with")

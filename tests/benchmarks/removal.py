@@ -44,7 +44,7 @@ def run(name: str, seed: int, args: argparse.Namespace, runs: Runs) -> dict[str,
     """Method -> the points of its curve."""
     parts = Parts.of(name, args, seed)
     _, tokenizer = load_classifier()
-    train, query, held_out = (tokens(rows, name, tokenizer) for rows in parts)
+    train, query, held_out = (tokens(rows, tokenizer) for rows in parts)
 
     def retrain(rows: Dataset) -> float:
         return float(losses(fine_tune(rows, args, seed, steps=whole_run(args)), held_out)["loss"].mean())
@@ -54,7 +54,7 @@ def run(name: str, seed: int, args: argparse.Namespace, runs: Runs) -> dict[str,
         store = Path(folder) / "store"
         kept = on_the_way(runs, set=name, seed=seed) or Path(folder) / "trainings"  # random drops are those of all
         fine_tune(train, args, seed, GradientCapture(store, query, during="epochs"))
-        given = parts.given(name, seed)
+        given = parts.given(seed)
         for method in args.methods:
             if method != "random":
                 scores = scored(store, method, given)

@@ -10,7 +10,7 @@ head and adapter and for as many steps, on
     doubtful     without what is not twice as probably right as wrong by `auto` (`DatasetFilter(drop="doubtful")`)
     posterior    with each label as far as it is believed: class probabilities by `auto` (`Relabel(how="posterior")`)
     drop M       without the lowest scores by method M, as many as were flipped; `drop random` is a random drop
-    relabel M    with the other label for these rows, by the first of `--methods`
+    relabel M    with the likeliest other label for these rows, by the first of `--methods`
     reweight M   with all rows, weighed by their scores (`WeightedTrainer`), by the first of `--methods`; by `auto` as
                  far as a label is rather right than wrong (`Reweight(how="posterior")`)
 
@@ -58,8 +58,8 @@ def curated(train: Dataset, store: Path, given: Given, args: argparse.Namespace)
     for own in scores.values():
         if LOG_ODDS in own.report:
             yield "doubtful", DatasetFilter(drop="doubtful").apply(train, own)
-            yield "posterior", Relabel(how="posterior").apply(train, own)
-    yield f"relabel {first}", Relabel(suspects=trim, how="flip").apply(train, scores[first])
+            yield "posterior", Relabel(how="posterior").apply(train, own, store)
+    yield f"relabel {first}", Relabel(suspects=trim, how="predicted").apply(train, scores[first], store)
     how = "posterior" if LOG_ODDS in scores[first].report else "softmax"
     yield f"reweight {first}", Reweight(column=WEIGHT, how=how).apply(train, scores[first])
     for method, own in scores.items():
@@ -79,7 +79,7 @@ def run(name: str, seed: int, args: argparse.Namespace, runs: Runs) -> dict[str,
     """Way of curating -> accuracy and wrong labels left."""
     parts = Parts.of(name, args, seed)
     _, tokenizer = load_classifier()
-    held_out = tokens(parts.held_out, name, tokenizer)
+    held_out = tokens(parts.held_out, tokenizer)
 
     def judged(way: str, model: nn.Module, rows: Dataset) -> dict[str, float]:
         accuracy, left = float(losses(model, held_out)["correct"].mean()), wrong_left(rows)
@@ -87,14 +87,14 @@ def run(name: str, seed: int, args: argparse.Namespace, runs: Runs) -> dict[str,
         return {"accuracy": accuracy, "wrong left": left}
 
     def first(store: Path) -> tuple[str, dict[str, float], Iterator[tuple[str, Dataset]]]:
-        capture = GradientCapture(store, tokens(parts.query, name, tokenizer), during="epochs")
-        model = fine_tune(tokens(parts.train, name, tokenizer), args, seed, capture)
-        ways = curated(parts.train, store, parts.given(name, seed), args)
+        capture = GradientCapture(store, tokens(parts.query, tokenizer), during="epochs")
+        model = fine_tune(tokens(parts.train, tokenizer), args, seed, capture)
+        ways = curated(parts.train, store, parts.given(seed), args)
         asked = ((way, rows) for way, rows in ways if args.ways is None or way in args.ways)
         return BOTTOM, judged(BOTTOM, model, parts.train), asked
 
     def again(way: str, rows: Dataset) -> dict[str, float]:
-        return judged(way, fine_tune(tokens(rows, name, tokenizer), args, seed, steps=whole_run(args)), rows)
+        return judged(way, fine_tune(tokens(rows, tokenizer), args, seed, steps=whole_run(args)), rows)
 
     return train_again(runs, first, again, set=name, seed=seed)
 

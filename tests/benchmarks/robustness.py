@@ -48,7 +48,7 @@ def run(name: str, seed: int, args: argparse.Namespace) -> Figures:
     parts = Parts.of(name, args, seed)
     _, tokenizer = load_classifier()
     attack = robustness(args.epsilon, args.steps, direction=args.direction)
-    held_out, wrong = tokens(parts.held_out, name, tokenizer), parts.train["is_wrong"]
+    held_out, wrong = tokens(parts.held_out, tokenizer), parts.train["is_wrong"]
     trim = DatasetFilter(drop=args.drop)
     remedies = {
         "trim": trim,
@@ -65,15 +65,15 @@ def run(name: str, seed: int, args: argparse.Namespace) -> Figures:
         print(f"{name} seed {seed}, {remedy} {row}: {line}", flush=True)
 
     def again(rows: Dataset) -> nn.Module:
-        return fine_tune(tokens(rows, name, tokenizer), args, seed, steps=whole_run(args))
+        return fine_tune(tokens(rows, tokenizer), args, seed, steps=whole_run(args))
 
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
-        rows = tokens(parts.train, name, tokenizer)
+        rows = tokens(parts.train, tokenizer)
         model = fine_tune(rows, args, seed)
         judge("trim", "noisy", model)
         collect(model, rows, folder)
-        collect_target(model, tokens(parts.query, name, tokenizer), folder, target=attack, split="query")
-        given = parts.given(name, seed)
+        collect_target(model, tokens(parts.query, tokenizer), folder, target=attack, split="query")
+        given = parts.given(seed)
         scores = {method: scored(Path(folder), method, given) for method in args.methods}
     for remedy in remedies:
         found[remedy]["noisy"] = found["trim"]["noisy"]

@@ -3,8 +3,9 @@
     python tests/benchmarks/wrong_answers.py --data FOLDER --results runs/answers --markdown answers.md
 
 FOLDER holds `sentence_transformations` and `math_with_reasoning` (columns prompt, text, task) and `instructions`
-(instruction, input, output, source), each with `train.parquet` and `test.parquet`. Without `--data` the first two are
-made by `hf_influence.evaluation.benchmarks`. Each run is kept in `--results` as soon as it is finished.
+(instruction, input, output, source), each with `train.parquet` and `test.parquet`; `--sets` takes others as well, of
+your own too (prompt and completion, for instance). Without `--data` the first two are made by
+`hf_influence.evaluation.benchmarks`. Each run is kept in `--results` as soon as it is finished.
 
 A fifth of the training answers is wrong, as many of each kind of `corrupt_answers`. SmolLM2-135M-Instruct with LoRA on
 q_proj and v_proj learns the answers with the ordinary Trainer. `GradientCapture` takes the rows of the training steps,
