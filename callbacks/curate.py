@@ -206,7 +206,7 @@ class CurateEachEpoch(TrainerCallback):
                 "the capture has a train_dataset of its own, and which of its examples is which of those that the "
                 "Trainer draws is not known. Give the Trainer that dataset, and leave it out of the capture."
             )
-        check_decides(self.rule, dataset, self.method, self.capture)
+        check_decides(self.rule, dataset, self.method, self.settings, self.capture)
         return dataset
 
     def _take_up(self, ended: int) -> None:
@@ -350,6 +350,7 @@ def check_decides(
     rule: Rule,
     dataset: Dataset,
     method: str,
+    settings: Mapping[str, Any],
     capture: GradientCapture,
     *,
     report: Mapping[str, Any] | None = None,
@@ -361,6 +362,7 @@ def check_decides(
         rule: See `Rule`.
         dataset: What it is to decide on.
         method: The name of that by which the scores will be.
+        settings: Of the method.
         capture: What takes the rows.
         report: What is found beside such scores.
         last: As in `check_actions`.
@@ -369,19 +371,30 @@ def check_decides(
         BadExample: The dataset lacks a column that the rule goes by.
         BadSetting: The rule cannot decide by such scores, or does what it may not.
     """
-    columns = len(capture.query_dataset) if "queries" in class_of(method).needs else None
+    columns, queried = _columns(method, settings, capture), capture.query_dataset is not None
+    parts = {"parts": settings.get("parts") or ["kernel_ridge" if queried else "loss"]} if method == "auto" else {}
     id_column = capture.id_column if capture.id_column in dataset.column_names else None
     draw, levels = torch.Generator().manual_seed(0), torch.linspace(2, -1, len(dataset))  # good ones among them
-    values = torch.stack([levels[torch.randperm(len(levels), generator=draw)] for _ in range(columns or 1)], 1)
+    values = torch.stack([levels[torch.randperm(len(levels), generator=draw)] for _ in columns or [method]], 1)
     trial = Scores(
         values,
         list(ids_of(dataset, id_column)),
         method,
-        query_ids=None if columns is None else list(range(columns)),
+        query_ids=columns,
         id_column=id_column,
-        report=dict(report or {}),
+        report={**parts, **(report or {})},
     )
     check_actions(rule.decide(dataset, trial), last)
+
+
+def _columns(method: str, settings: Mapping[str, Any], capture: GradientCapture) -> list[Any] | None:
+    """What the columns of the scores will be of; `None` without queries."""
+    kind, queries = class_of(method), settings.get("queries", "each")
+    if "queries" not in kind.needs:
+        return None
+    if kind.joint or queries == "mean":
+        return [method]
+    return list(range(len(capture.query_dataset)) if isinstance(queries, str) else dict.fromkeys(queries))
 
 
 def check_actions(decision: Decision, last: bool = False) -> None:

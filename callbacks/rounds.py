@@ -32,6 +32,9 @@ from hf_influence.gradients.processes import first_process_first, rank, wait_for
 from hf_influence.plain import as_kept
 from hf_influence.scores import LOG_ODDS, Scores
 
+OF_EACH = {"groups", "labels", "texts"}
+"""Settings with an entry for each training example."""
+
 ASKED = "asked"
 """In the report of scores: the datasets, the capture, the method and its settings as they were given."""
 
@@ -130,7 +133,7 @@ def curate_and_retrain(
     check_method(method, settings, like, AFTER_TRAINING, "collect that after training, attribute, and apply the rule")
     probable = method == "auto" and not settings.get("parts") and query_dataset is not None
     report: dict[str, Any] = {LOG_ODDS: {}} if probable else {}
-    check_decides(_tried(rule, dataset), dataset, method, like, report=report, last=rounds == 1)
+    check_decides(_tried(rule, dataset), dataset, method, settings, like, report=report, last=rounds == 1)
     asked = _asked(dataset, query_dataset, capture, method, settings)
     decisions: list[Decision] = []
     models: list[ref[Any]] = []  # those that are still there
@@ -145,7 +148,7 @@ def curate_and_retrain(
                 file.unlink(missing_ok=True)  # of other rows than those to come
             _train(make_trainer, current, [taker], models, before)
             if rank() == 0:
-                scores = attribute(taker.path, method, **{name: _left(v, at, dataset) for name, v in settings.items()})
+                scores = attribute(taker.path, method, **_left(settings, at, dataset))
                 scores.report[ASKED] = asked
                 scores.save(file)
             wait_for_all()
@@ -225,13 +228,15 @@ def _told(rule: Rule, dataset: Dataset, scores: Scores, store: Path) -> Rule:
     return _Told(rule, statistic_in(store, scores, "probabilities", ids))
 
 
-def _left(value: Any, at: Sequence[int], dataset: Dataset) -> Any:
-    """Of a setting with an entry for each example of the dataset those of the rows that are left."""
-    each = hasattr(value, "__len__") and not isinstance(value, (str, Mapping)) and len(value) == len(dataset)
-    if not each or len(at) == len(dataset):
-        return value
-    values = list(value)
-    return [values[i] for i in at]
+def _left(settings: Mapping[str, Any], at: Sequence[int], dataset: Dataset) -> dict[str, Any]:
+    """The settings, of those with an entry for each training example those of the rows that are left."""
+    left = dict(settings)
+    for name in OF_EACH & settings.keys():
+        value = settings[name]
+        if hasattr(value, "__len__") and len(value) == len(dataset):
+            values = list(value)
+            left[name] = [values[i] for i in at]
+    return left
 
 
 def _tried(rule: Rule, dataset: Dataset) -> Rule:

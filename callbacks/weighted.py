@@ -49,7 +49,8 @@ class WeightedTrainer(Trainer):
     Raises:
         BadSetting: Another loss function of your own or label smoothing, an unknown `by`; when training starts:
             by="sampling" of a stream, or packing.
-        BadExample: When training starts: no such column, a weight below 0, or a collator that packs with by="loss".
+        BadExample: When training starts: no such column, a weight below 0, or a collator that packs with by="loss";
+            in training: labels of several classes, of a model that does not know that an example may have them.
     """
 
     data_collator: Any
@@ -217,5 +218,11 @@ def _of_classes(task: Any, logits: Tensor, labels: Tensor) -> Tensor:
     """Loss of each example, `[b]`."""
     assert isinstance(task, Classification)
     if labels.ndim == 2 and task.classes > 1 and task.problem in (None, "single_label_classification"):
-        return F.cross_entropy(logits, labels.to(logits), reduction="none")  # vectors of probabilities
+        several = ((labels == 0) | (labels == 1)).all(1) & (labels.sum(1) != 1)
+        if bool(several.any()):
+            raise BadExample(
+                f"the label {labels[several][0].tolist()} is of none or several classes, and a model of one class "
+                'would not learn that. Tell it: model.config.problem_type = "multi_label_classification".'
+            )
+        return F.cross_entropy(logits, labels.to(logits), reduction="none")
     return own_losses(task.settled(labels), logits, labels)

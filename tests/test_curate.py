@@ -24,7 +24,7 @@ from hf_influence.callbacks import (
 )
 from hf_influence.callbacks.draws import Draws, drawn
 from hf_influence.errors import BadExample, BadSetting
-from hf_influence.filter import Relabel, Reweight
+from hf_influence.filter import Prune, Relabel, Reweight, discovery
 from hf_influence.filter.thresholds import doubtful
 from hf_influence.store import GradientStore
 
@@ -352,6 +352,17 @@ def test_probabilities_that_may_never_be_known_are_refused_at_once(tmp_path: Pat
     for rule in (Reweight(how="posterior"), DatasetFilter(drop="doubtful"), DatasetFilter(drop=doubtful)):
         with pytest.raises(BadSetting, match="not known before an epoch"):
             CurateEachEpoch(capture, rule)
+
+
+@pytest.mark.parametrize(("rule", "method"), [(Prune(), "auto"), (DatasetFilter(drop=discovery(0.1)), "vote")])
+def test_what_scores_by_queries_will_not_let_a_rule_do_is_refused_at_once(
+    tmp_path: Path, rule: Any, method: str
+) -> None:
+    capture = GradientCapture(tmp_path / "rows", [QUERIES[i % len(QUERIES)] for i in range(9)], during="epochs")
+    run = trainer(tmp_path, [capture, CurateEachEpoch(capture, rule, method)], kind=Trainer)
+    with pytest.raises(BadSetting, match=r"without queries|at least 8"):
+        run.train()
+    assert run.state.global_step == 0
 
 
 @pytest.mark.parametrize("case", AT_START)

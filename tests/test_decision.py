@@ -341,6 +341,8 @@ def test_a_card_has_one_section_and_keeps_all_else(tmp_path: Path, head: str) ->
 def test_an_unfinished_section_of_somebody_else_is_no_section() -> None:
     text = with_section(f"# x\n{START}\nunfinished", "new")
     assert text == f"# x\n{START}\nunfinished\n\nnew\n"
+    text = with_section(text.replace("new", f"{START}\nold\n{END}"), "new")
+    assert text == f"# x\n{START}\nunfinished\n\nnew\n"
 
 
 def test_a_curated_folder_has_data_decision_and_card(tmp_path: Path) -> None:

@@ -84,6 +84,9 @@ def test_another_order_is_refused_and_other_values_are_told(scores: Scores, tmp_
     numbered = attribute(collect(model(), ROWS.add_column("number", list(range(8))), tmp_path), "loss")
     with pytest.raises(BadSetting, match="another order"):
         TRIM.apply(renumbered, numbered)
+    twice = Dataset.from_dict({"text": [f"row {i % 12}" for i in range(24)]})
+    with pytest.raises(BadSetting, match="another order"):
+        TRIM.apply(twice.shuffle(0), Scores(torch.zeros(24, 1), range(24), "ip", contents=column_codes(twice)))
     edited = ROWS.select_columns(["text"]).map(lambda row: {"text": row["text"].upper()})
     with pytest.warns(UserWarning, match="the column 'text' does not hold what was scored"):
         kept = TRIM.apply(edited, scores)

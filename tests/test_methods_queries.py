@@ -54,6 +54,16 @@ def test_groups_are_recorded_and_give_the_same_scores(tmp_path: Path) -> None:
     assert_exact(attribute(store, loaded.method, **loaded.settings).values, loaded.values)
 
 
+def test_groups_of_queries_of_which_some_are_not_there_keep_their_names(tmp_path: Path) -> None:
+    make_store(tmp_path, {"a": TRAIN["layer0"][:4]})
+    make_store(tmp_path, {"a": TRAIN["layer0"][:4]}, point=1, present=[1, 2])
+    groups = ["A", "B", "A", "C"]
+    scores = attribute(tmp_path, "ip", query_split="train", point=1, queries=groups)
+    assert scores.query_ids == ["B", "A"]
+    own = TRAIN["layer0"][1:3]
+    assert_exact(scores.values, own @ own.T)
+
+
 @pytest.mark.parametrize("groups", [GROUPS[:-1], [], [1.5] * 5, [None] * 5, 3, "all"])
 def test_groups_that_do_not_fit_the_queries_are_refused(tmp_path: Path, groups: Any) -> None:
     with pytest.raises(BadSetting, match="method 'ip': queries="):

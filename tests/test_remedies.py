@@ -328,8 +328,10 @@ def test_weights_grow_with_the_scores_and_have_mean_one(how):
     assert (weight >= 0).all()
     assert (np.diff(weight[np.argsort(values)]) >= 0).all()
     assert weight[2] == weight[3]
-    equal = Reweight(how=how).apply(rows([0] * 3), scores_of([1.0, 1.0, 1.0]))["weight"][:]
-    assert equal == pytest.approx([1, 1, 1])
+    for value in (1.0, 0.1):  # the mean of the latter is another in its last digit
+        same = Scores(torch.full((3, 1), value, dtype=torch.float64), [0, 1, 2], "ip")
+        equal = Reweight(how=how, temperature=0.2).apply(rows([0] * 3), same)["weight"][:]
+        assert equal == pytest.approx([1, 1, 1])
 
 
 def test_weights_are_those_of_the_formula():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from hf_influence import DatasetFilter, GradientStore, attribute
 from hf_influence.callbacks import GradientCapture, WeightedTrainer, curate_and_retrain, soft_cross_entropy
 from hf_influence.errors import BadExample, BadSetting, StoreMismatch
-from hf_influence.filter import Decision, Prune, Relabel, Reweight
+from hf_influence.filter import Decision, Prune, Relabel, Reweight, discovery
 from hf_influence.gradients import dropout, label_smoothing
 from hf_influence.scores import Scores
 
@@ -279,6 +280,7 @@ def test_a_round_that_was_scored_is_not_trained_again_for_another_rule(tmp_path:
 
 
 DROPS = DatasetFilter(drop=2)
+MANY = [QUERIES[i % len(QUERIES)] for i in range(12)]
 FLIPS = Relabel(suspects=DROPS, how="flip", label="kind")
 BEFORE: dict[str, tuple[Any, str, dict[str, Any], type[Exception], str]] = {
     "no column": (DatasetFilter(drop=2, within="sorce"), "loss", {}, BadExample, "'sorce'"),
@@ -288,6 +290,15 @@ BEFORE: dict[str, tuple[Any, str, dict[str, Any], type[Exception], str]] = {
     "no gaps": (DatasetFilter(drop="otsu"), "auto", {}, BadSetting, "a ranking on a scale"),
     "doubts without queries": (DatasetFilter(drop="doubtful"), "auto", {}, BadSetting, "no probabilities"),
     "prunes by queries": (Prune(), "ip", {"query_dataset": QUERIES}, BadSetting, "without queries"),
+    "prunes by default": (Prune(), "auto", {"query_dataset": QUERIES}, BadSetting, "without queries"),
+    "one column": (DatasetFilter(drop=discovery(0.1)), "vote", {"query_dataset": MANY}, BadSetting, "at least 8"),
+    "their mean": (
+        DatasetFilter(drop=discovery(0.1)),
+        "ip",
+        {"query_dataset": MANY, "queries": "mean"},
+        BadSetting,
+        "at least 8",
+    ),
     "no queries": (DROPS, "datainf", {}, BadSetting, "'datainf' compares with queries, and there are none"),
     "part without queries": (DROPS, "auto", {"parts": {"vote": {}}}, BadSetting, "'vote' compares with queries"),
     "no points": (DROPS, "loss_mean", {}, BadSetting, "'loss_mean' goes over points of training"),
@@ -342,3 +353,19 @@ def test_groups_of_all_examples_are_those_of_the_ones_that_are_left(tmp_path: Pa
     done = curate_and_retrain(Makes(tmp_path), data, DatasetFilter(drop=2), tmp_path / "r", rounds=2, groups=groups)
     assert len(done.dataset) == 8
     assert Scores.load(tmp_path / "r/round-02/scores.safetensors").settings["groups"].startswith("2 groups")
+
+
+def test_groups_of_as_many_queries_as_there_are_examples_stay(tmp_path: Path) -> None:
+    data, options = Dataset.from_list(EXAMPLES), {"query_dataset": MANY, "queries": ["a", "b"] * 6}
+    done = curate_and_retrain(Makes(tmp_path), data, DatasetFilter(drop=2), tmp_path / "r", "ip", rounds=2, **options)
+    assert len(done.dataset) == 8
+    assert Scores.load(tmp_path / "r/round-02/scores.safetensors").query_ids == ["a", "b"]
+
+
+def test_the_classes_of_a_round_that_relabels_are_those_that_it_gives(tmp_path: Path) -> None:
+    data = Dataset.from_list(EXAMPLES).add_column("task", [0, 1] * 6)
+    flips = Relabel(suspects=DatasetFilter(drop=3), how="flip", label="task")
+    done = curate_and_retrain(Makes(tmp_path), data, flips, tmp_path / "r", "loss")
+    after = Counter(done.dataset["task"])
+    assert after != Counter(data["task"])
+    assert done.decisions[-1].groups == {kind: (6, after[kind]) for kind in (0, 1)}

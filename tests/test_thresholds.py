@@ -75,6 +75,13 @@ def test_pure_chance_is_hardly_ever_discovered():
     assert false_alarms <= 5
 
 
+def test_signs_that_change_nothing_count_whatever_the_rounding():
+    values = torch.randn(1000, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    below = values.abs().neg()  # each as low as can be, and so by 1 of 256 patterns
+    assert not discovery(0.002, permutations=20_000)(below).any()
+    assert discovery(0.006, permutations=20_000)(below).all()
+
+
 def test_discovery_needs_queries_and_a_rate():
     with pytest.raises(BadSetting, match="at least 8"):
         discovery(0.1)(torch.zeros(4, 3))

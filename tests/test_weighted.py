@@ -109,6 +109,23 @@ def test_labels_may_be_vectors_of_probabilities(tmp_path: Path) -> None:
     torch.testing.assert_close(soft, hard, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("by", ["loss", "sampling"])
+def test_examples_of_several_classes_need_a_model_that_knows(tmp_path: Path, by: Any) -> None:
+    several = [[[1.0, 1.0], [0.0, 0.0], [1.0, 0.0]][i % 3] for i in range(8)]
+    rows = Dataset.from_list(CLASSES).remove_columns("labels").add_column("labels", several)
+    weighted = rows.add_column("weight", [1.0] * 8)
+    with pytest.raises(BadExample, match="multi_label_classification"):
+        trained(WeightedTrainer, classifier(), weighted, tmp_path, 1, by=by)
+
+    def knowing() -> nn.Module:
+        model = classifier()
+        model.get_base_model().config.problem_type = "multi_label_classification"
+        return model
+
+    plain = trained(Trainer, knowing(), rows, tmp_path, 1)
+    torch.testing.assert_close(trained(WeightedTrainer, knowing(), weighted, tmp_path, 1), plain, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_a_plain_trainer_learns_vectors_by_their_cross_entropy(tmp_path: Path, accumulate: int) -> None:
     rows = Dataset.from_list(CLASSES)

@@ -59,7 +59,7 @@ class InnerProduct(Identity, Method, name="ip"):
     def columns(self, rows: Selection) -> list[Any] | None:
         if isinstance(self.queries, str):
             return ["mean"] if self.queries == "mean" else super().columns(rows)
-        return list(dict.fromkeys(self.queries))
+        return list(dict.fromkeys(self._groups(rows.query)))
 
     def products(self, train: Rows, query: Rows, weight: Tensor | None = None) -> Tensor:
         """`Σ_blocks ⟨g_i, P v_q⟩`, `[n, q]`, each query multiplied by its `weight` `[m]` first.
@@ -88,7 +88,11 @@ class InnerProduct(Identity, Method, name="ip"):
             if not len(query):
                 raise MissingRows(f"{query.folder} holds no examples, so there is no mean query. Collect some queries.")
             return torch.full((1, len(query)), 1 / len(query), dtype=query.dtype)
-        groups = one_for_each(self.queries, query, self.name, "queries", "groups", "query")
+        groups = self._groups(query)
         member = torch.tensor([[group == other for other in groups] for group in dict.fromkeys(groups)])
         member = member.reshape(-1, len(groups)).to(query.dtype)  # [q, m]
         return member / member.sum(1, keepdim=True)
+
+    def _groups(self, query: Rows) -> list[Any]:
+        """That of each query, where groups were given."""
+        return one_for_each(self.queries, query, self.name, "queries", "groups", "query")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, ClassVar, NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -100,6 +100,7 @@ class KernelRidge(Method, name="kernel_ridge"):
     """
 
     needs: ClassVar[tuple[str, ...]] = ("rows", "queries")
+    joint = True
 
     ridge: float = field(default=1.0, metadata={"above": 0})
     """λ, relative to the squared length of a direction, which is 1; > 0."""
@@ -124,9 +125,6 @@ class KernelRidge(Method, name="kernel_ridge"):
     def _applied(self, rows: Selection, weight: Tensor) -> Tensor:
         """The scores of the examples, `[n]`."""
         return cosines(rows.train, rows.query) @ weight.to(rows.train.dtype)
-
-    def columns(self, rows: Selection) -> list[Any]:
-        return [self.name]
 
 
 @dataclass(kw_only=True)

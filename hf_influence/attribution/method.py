@@ -60,6 +60,8 @@ class Method(ABC):
 
     name: ClassVar[str]
     needs: ClassVar[tuple[str, ...]]
+    joint: ClassVar[bool] = False
+    """Whether all queries have one column together."""
 
     def __init_subclass__(cls, name: str | None = None, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -88,7 +90,9 @@ class Method(ABC):
 
     def columns(self, rows: Selection) -> list[Any] | None:
         """The ids of the columns, or `None` for a method without queries."""
-        return rows.query.ids if "queries" in self.needs else None
+        if "queries" not in self.needs:
+            return None
+        return [self.name] if self.joint else rows.query.ids
 
     def record(self, rows: Selection) -> dict[str, Any]:
         """The settings to store with the scores, those that depend on the rows filled in."""

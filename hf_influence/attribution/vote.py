@@ -29,6 +29,7 @@ class Vote(Method, name="vote"):
     """
 
     needs = ("rows", "queries")
+    joint = True
 
     k: int = field(default=20, metadata={"least": 1})
     """Queries that vote on an example; all of them if there are fewer."""
@@ -41,9 +42,6 @@ class Vote(Method, name="vote"):
         cos = cosines(rows.train, query)  # [n, q]
         nearest = cos.abs().topk(min(self.k, len(query)), dim=1).indices
         return cos.gather(1, nearest).sum(1, keepdim=True)
-
-    def columns(self, rows: Selection) -> list[Any]:
-        return [self.name]
 
     def record(self, rows: Selection) -> dict[str, Any]:
         return super().record(rows) | {"k": min(self.k, len(rows.query))}

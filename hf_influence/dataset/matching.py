@@ -15,6 +15,9 @@ from hf_influence.dataset.contents import column_codes
 from hf_influence.errors import BadExample, BadSetting
 from hf_influence.scores import Scores
 
+MANY = 10
+"""Distinct values of a column of which no other is likely to hold each as often."""
+
 
 def in_dataset_order(dataset: Dataset, scores: Scores) -> Tensor:
     """The values of the scores, `[n, q]` in float64, one row for each row of the dataset; errors as in `positions`."""
@@ -118,7 +121,7 @@ def _check_contents(dataset: Dataset, scored: dict[str, list[Any]]) -> None:
     telling = [name for name, distinct in shared.items() if distinct > max(shared.values()) / 2]
     now = column_codes(dataset, telling)
     moved = [name for name in telling if now[name] != scored[name] and now[name][2] == scored[name][2]]
-    if moved and shared[moved[0]] > len(dataset) / 2:
+    if moved and shared[moved[0]] > min(MANY, len(dataset) / 2):
         raise BadSetting(
             f"the column {moved[0]!r} holds what was scored in another order: the dataset was shuffled or sorted "
             "since, and its rows are known by their places. Filter it in the order in which it was scored, or score it "

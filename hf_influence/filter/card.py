@@ -98,7 +98,8 @@ def with_section(text: str, section: str) -> str:
     """The text of a card with the section, where an earlier one stood or at the end."""
     end = "\r\n" if "\r\n" in text else "\n"
     section = section.replace("\n", end)
-    earlier = re.compile(f"{re.escape(START)}.*?{re.escape(END)}", re.S)
+    start, stop = re.escape(START), re.escape(END)
+    earlier = re.compile(f"{start}(?:(?!{start}).)*?{stop}", re.S)  # not from one that has lost its end
     if earlier.search(text):
         return earlier.sub(lambda _: section, text, count=1)
     return f"{text.rstrip()}{end}{end}{section}{end}" if text.strip() else f"{section}{end}"

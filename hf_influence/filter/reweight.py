@@ -19,6 +19,9 @@ from hf_influence.scores import mean_ranks
 
 HOW = ("softmax", "clipped", "ranks", "posterior")
 
+EQUAL = 1e-12
+"""Spread of scores that are the same but for rounding, over the largest."""
+
 
 @dataclass(kw_only=True)
 class Reweight:
@@ -104,7 +107,8 @@ class Reweight:
 
     def _weights(self, mean: Tensor) -> Tensor:
         spread = mean.std(correction=0)
-        z = (mean - mean.mean()) / spread if spread > 0 else torch.zeros_like(mean)
+        equal = not spread > EQUAL * mean.abs().max()
+        z = torch.zeros_like(mean) if equal else (mean - mean.mean()) / spread
         if self.how == "softmax":
             weight = torch.softmax(z / self.temperature, 0)
         elif self.how == "clipped":

@@ -27,6 +27,8 @@ Threshold = Callable[[Tensor], Tensor]
 """Scores `[n, q]` -> which rows go, `[n]`."""
 
 PERMUTATIONS = 2000
+ROUNDING = 1e-12
+"""Of a mean, in which equal ones may differ."""
 
 
 def otsu(values: Tensor) -> Tensor:
@@ -128,9 +130,10 @@ def _discovered(values: Tensor, rate: float, permutations: int, seed: int) -> Te
     values = values.double()
     signs = torch.randint(0, 2, (permutations, q), generator=torch.Generator().manual_seed(seed)) * 2.0 - 1  # [p, q]
     mean = values.mean(1)
+    least = (mean + ROUNDING * values.abs().mean(1))[:, None]  # what is equal is as low
     as_low = torch.zeros(n, dtype=torch.float64)
     for piece in signs.double().split(256):
-        as_low += (values @ piece.T / q <= mean[:, None]).sum(1)
+        as_low += (values @ piece.T / q <= least).sum(1)
     p = (1 + as_low) / (1 + permutations)
     ordered, order = p.sort()
     under = (ordered <= rate * torch.arange(1, n + 1) / n).nonzero()

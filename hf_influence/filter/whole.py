@@ -88,7 +88,9 @@ def on_whole(decision: Decision, dataset: Dataset, at: Sequence[int], before: De
         reasons=reasons,
         reason=reason,
         copies=copies,
-        groups=group_sizes(dataset, [i for i in range(n) if actions[i] != "drop"]),
+        groups=group_sizes(
+            dataset, [i for i in range(n) if actions[i] != "drop"], {column.name: column.new for column in writes}
+        ),
         columns=tuple(dataset.column_names),
         writes=writes,
         dataset=dataset,
