@@ -185,7 +185,7 @@ class DuringTraining:
         writer.flush()
         wait_for_all()
         if rank() == 0:
-            writer.gather()
+            writer.gather(self.positions.copies)
             writer.close()
         wait_for_all()
 

@@ -41,7 +41,15 @@ class Recording(Trainer):
         return super().training_step(model, inputs, *args, **kwargs)
 
 
-def run(folder: Path, *, examples: int = 31, batch_size: int = 2, dropout: float = 0.1, record: bool = False) -> None:
+def run(
+    folder: Path,
+    *,
+    examples: int = 31,
+    batch_size: int = 2,
+    dropout: float = 0.1,
+    record: bool = False,
+    twice: bool = False,
+) -> None:
     """Train to the end, from the last complete checkpoint if there is one."""
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     args = TrainingArguments(
@@ -59,7 +67,7 @@ def run(folder: Path, *, examples: int = 31, batch_size: int = 2, dropout: float
     done = [int(file.parent.name.split("-")[1]) for file in states if whole(file)]
     capture = GradientCapture(folder / "rows", Dataset.from_list(QUERY), during="epochs", overwrite=not done)
     model = tiny(torch.float32, lora_dropout=dropout)
-    data = Dataset.from_list(prompts(examples))
+    data = Dataset.from_list([row for row in prompts(examples // 2) for _ in "ab"] if twice else prompts(examples))
     kind = Recording if record else Trainer
     trainer = kind(model, args, data_collator=padding(), train_dataset=data, callbacks=[capture])
     trainer.train(resume_from_checkpoint=str(folder / f"checkpoint-{max(done)}") if done else None)
@@ -107,6 +115,7 @@ if __name__ == "__main__":
     parser.add_argument("--batch-size", type=int, default=2)
     parser.add_argument("--dropout", type=float, default=0.1)
     parser.add_argument("--record", action="store_true")
+    parser.add_argument("--twice", action="store_true", help="each example occurs twice")
     chosen = parser.parse_args()
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)

@@ -283,6 +283,58 @@ def test_rows_of_the_same_model_and_dataset_are_kept_by_overwrite(tmp_path: Path
     assert file.stat().st_mtime_ns == written
 
 
+def by_letters(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+    """A collator that makes tokens and labels itself."""
+    made = [{"input_ids": [4 + ord(letter) % 40 for letter in row["text"]]} for row in rows]
+    return padding()([{**row, "labels": row["input_ids"]} for row in made])
+
+
+def last_alone(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+    batch = by_letters(rows)
+    last = batch["attention_mask"].cumsum(1) == batch["attention_mask"].sum(1, keepdim=True)
+    return {**batch, "labels": batch["labels"].masked_fill(~last, -100)}
+
+
+@pytest.mark.parametrize(
+    ("texts", "collator"),
+    [(["other", "words", "here too"], by_letters), (["good", "bad one", "awful"], last_alone)],
+    ids=["tokens", "labels"],
+)
+def test_what_a_collator_makes_of_the_columns_is_part_of_the_dataset(
+    tmp_path: Path, texts: list[str], collator: Any
+) -> None:
+    keep: dict[str, Any] = {"remove_unused_columns": False}
+    first = [{"text": text} for text in ("good", "bad one", "awful")]
+    collect(tiny(), first, tmp_path, data_collator=by_letters, **keep)
+    again = [{"text": text} for text in texts]
+    with pytest.raises(StoreMismatch, match="other examples than the data_collator makes"):
+        collect(tiny(), again, tmp_path, data_collator=collator, **keep)
+    new = all_rows(collect(tiny(), again, tmp_path, data_collator=collator, overwrite=True, **keep).rows())
+    alone = all_rows(collect(tiny(), again, tmp_path / "alone", data_collator=collator, **keep).rows())
+    torch.testing.assert_close(new, alone)
+
+
+def test_points_on_the_way_to_weights_that_are_replaced_go_with_them(tmp_path: Path) -> None:
+    collect(tiny(), EXAMPLES, tmp_path)
+    collect(trained_on(), EXAMPLES, tmp_path, point=1)
+    collect(tiny(), EXAMPLES, tmp_path, overwrite=True)
+    assert GradientStore.open(tmp_path).points() == [0, 1]
+    collect(trained_on(), EXAMPLES, tmp_path, overwrite=True)
+    assert GradientStore.open(tmp_path).points() == [0]
+
+
+@pytest.mark.parametrize("batch_size", [1, 3])
+@pytest.mark.parametrize("collator", [None, padding()])
+def test_examples_without_tokens_have_rows_of_zeros(tmp_path: Path, batch_size: int, collator: Any) -> None:
+    examples = EXAMPLES[:4] + [{"input_ids": [], "labels": []}] * 3
+    with pytest.warns(UserWarning, match="no labelled token"):
+        rows = collect(tiny(), examples, tmp_path, batch_size=batch_size, data_collator=collator).rows()
+    assert rows.stats["length"][4:].tolist() == rows.stats["n_tokens"][4:].tolist() == [0] * 3
+    assert not any(rows.block(name)[4:].any() for name in rows.blocks)
+    others = all_rows(stored(tiny(), EXAMPLES[:4], tmp_path / "others"))
+    torch.testing.assert_close({name: block[:4] for name, block in all_rows(rows).items()}, others)
+
+
 @pytest.mark.parametrize("ids", [[f"row {i}" for i in range(7)], [5, 3, 9, 1, 0, 2, 4]])
 def test_an_id_column_names_the_rows(tmp_path: Path, ids: list[Any]) -> None:
     named = Dataset.from_list([{**row, "name": name} for row, name in zip(EXAMPLES, ids, strict=True)])

@@ -39,7 +39,9 @@ from watched import (
 
 from hf_influence.callbacks import GradientCapture
 from hf_influence.errors import StoreError, UnsupportedModel
-from hf_influence.gradients import dropout, gaussian, logra, sparse_jl
+from hf_influence.gradients import dropout, gaussian, logra, sparse_jl, verify
+from hf_influence.gradients.modes import autocasts
+from hf_influence.gradients.verify import TOLERANCE
 from hf_influence.store import GradientStore
 
 
@@ -201,6 +203,14 @@ SETTINGS_OF_CAPTURE: dict[str, dict[str, Any]] = {
     "gaussian": {"compress": gaussian(5)},
     "steps": {"during": "steps", "every": 2},
 }
+
+
+@pytest.mark.parametrize("options", [{}, {"bf16": True}], ids=["float32", "bf16"])
+def test_rows_at_the_end_are_as_exact_as_the_forward_pass(tmp_path: Path, options: dict[str, Any]) -> None:
+    run = train(tiny(torch.float32), tmp_path / "out", GradientCapture(tmp_path / "rows"), **options)
+    assert autocasts(run.model) == bool(options), "a Trainer leaves the model as it was wrapped"
+    error = verify(run.model, EXAMPLES, tmp_path / "rows", k=len(EXAMPLES), data_collator=padding())
+    assert (error > TOLERANCE) == bool(options)
 
 
 @pytest.mark.parametrize("name", SETTINGS_OF_CAPTURE)

@@ -237,6 +237,16 @@ def test_members_that_are_there_are_kept_and_more_are_added(tmp_path: Path) -> N
             same(entered(model, one), entered(model, other))
 
 
+def test_members_of_a_classifier_go_on_with_one_that_was_loaded(tmp_path: Path) -> None:
+    data = labelled(lambda i: i % 2)
+    model = lora(bert(), ["query"], dtype=torch.float32)
+    fresh = copy.deepcopy(model)
+    model.get_base_model().config.problem_type = "single_label_classification"  # as training leaves it
+    continued_sgd(model, data, 1, steps=2, folder=tmp_path)
+    assert fresh.get_base_model().config.problem_type is None
+    assert len(continued_sgd(fresh, data, 2, steps=2, folder=tmp_path)) == 2
+
+
 def test_members_of_one_folder_are_made_alike(tmp_path: Path) -> None:
     model = tiny()
     sgd(model, tmp_path)

@@ -58,6 +58,17 @@ def test_two_processes_give_the_same_store_as_one(tmp_path: Path, examples: int)
         torch.testing.assert_close(two.block(name), one.block(name), rtol=1e-5, atol=1e-6)
 
 
+def test_examples_that_occur_twice_have_their_rows_whichever_process_saw_them(tmp_path: Path) -> None:
+    settings = ["--examples", "24", "--batch-size", "2", "--dropout", "0", "--twice"]
+    process(*TORCHRUN, SCRIPT, str(tmp_path), *settings)
+    for epoch in (1, 2, 3):
+        rows = GradientStore.open(tmp_path / "rows").rows("train", epoch)
+        assert rows.ids == list(range(24))
+        assert torch.equal(rows.stats["hash"][0::2], rows.stats["hash"][1::2])
+        for name in rows.blocks:
+            assert (rows.block(name).abs().amax(1) > 0).all()
+
+
 def test_rows_of_both_processes_equal_autograd_under_accumulation_and_unequal_lengths(tmp_path: Path) -> None:
     settings = ["--examples", "24", "--batch-size", "4", "--dropout", "0", "--record"]
     process(*TORCHRUN, SCRIPT, str(tmp_path), *settings)

@@ -181,6 +181,16 @@ def test_a_disk_that_fills_up_keeps_the_rows_before(tmp_path: Path, monkeypatch:
     torch.testing.assert_close(all_rows(stored(tiny(), EXAMPLES, tmp_path / "full", batch_size=2)), expected)
 
 
+def test_what_was_taken_does_not_hang_on_the_batch_it_came_from(tmp_path: Path) -> None:
+    store = make_store(tmp_path, {"a": torch.zeros(2, 3)}, stats={"label": torch.zeros(2, dtype=torch.long)})
+    about = {"adapter": None, "dataset": "d", "n": 2, "point": 1}
+    labels, loss = torch.tensor([3, 4]), torch.zeros(2)
+    with store.writer("train", **about) as writer:
+        writer.append([0, 1], {"a": torch.ones(2, 3)}, {"label": labels[:], "loss": loss})
+        labels.fill_(9)  # a worker of the dataloader may write the next batch there
+    assert store.rows("train", 1).stats["label"].tolist() == [3, 4]
+
+
 def test_other_processes_look_at_a_split_and_leave_its_list_alone(tmp_path: Path) -> None:
     """They do so at the same time, through one name for what is being written."""
     store = make_store(tmp_path, {"block": torch.ones(4, 3)})

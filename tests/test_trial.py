@@ -201,6 +201,20 @@ def test_what_may_go_by_token_is_refused_with_padding_on_the_left(tmp_path: Path
         models.stored(model, data, tmp_path, data_collator=boxed)
 
 
+def unmasked(rows: list[Example]) -> dict[str, torch.Tensor]:
+    batch = padding()(rows)
+    del batch["attention_mask"]
+    return batch
+
+
+def test_padding_that_no_mask_tells_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(BadSetting, match="pads and gives no attention_mask"):
+        models.stored(models.tiny(), models.prompts(), tmp_path / "a", data_collator=unmasked)
+    model, alike = models.tiny(), [{**row, "input_ids": row["input_ids"][:3]} for row in models.prompts()]
+    alike = [{**row, "labels": row["input_ids"]} for row in alike]
+    assert len(models.stored(model, alike, tmp_path / "b", data_collator=unmasked)) == len(alike)
+
+
 class Drawn:
     """Examples that are other ones each time they are looked at, as images under random crops are."""
 

@@ -100,7 +100,7 @@ class Examples:
             BadExample: It has no labels.
             BadSetting: The collator makes more or less than one row of one example, or an example is packed.
         """
-        batch = self.collated(positions)
+        batch = _not_empty(self.collated(positions))
         rows = len(labels_of(dict(batch)))
         if rows == len(positions):
             return _unpacked(batch)
@@ -186,6 +186,16 @@ class Examples:
         if not all(isinstance(value, (int, str)) for value in ids) or len(set(ids)) != len(ids):
             raise BadExample(f"the id column {id_column!r} must hold a different integer or string for each example.")
         return ids
+
+
+def _not_empty(batch: dict[str, Any]) -> dict[str, Any]:
+    """With one place of padding where no example has a token, as it is beside those that have some."""
+    ids = batch.get("input_ids")
+    if not isinstance(ids, Tensor) or ids.ndim != 2 or ids.shape[1] or not len(ids):
+        return batch
+    wide = [name for name, value in batch.items() if isinstance(value, Tensor) and value.shape == ids.shape]
+    fill = {name: IGNORED if name in LABELS else 0 for name in (*wide, "attention_mask")}
+    return {**batch, **{name: torch.full((len(ids), 1), value, dtype=torch.long) for name, value in fill.items()}}
 
 
 def _unpacked(batch: dict[str, Any]) -> dict[str, Any]:
@@ -306,6 +316,7 @@ def alone(batch: dict[str, Any], labels_too: bool) -> dict[str, Any]:
     if isinstance(mask, Tensor) and mask.ndim == 2:
         cut = by_token(batch, mask) - (set() if labels_too else {labels})
         real = mask[0] != 0
+        real[:1] |= ~real.any()  # of no tokens one place stays
         batch = {name: value[:, real] if name in cut else value for name, value in batch.items()}
     return {**{name: value for name, value in batch.items() if name not in LABELS}, "labels": batch[labels]}
 

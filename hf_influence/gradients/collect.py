@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,9 @@ from hf_influence.gradients.taps import Modules, Tap, find_taps
 from hf_influence.gradients.trial import try_out
 from hf_influence.store import GradientStore, Header, PointAbout, RowWriter
 from hf_influence.task import Classification, Reduction, Task, labels_of, two_classes
+
+LOOKED_AT = 4
+"""Rows that are there, to see whether they are of the examples that are to be collected."""
 
 
 def collect(
@@ -169,7 +173,8 @@ def collect_planned(
 
     def writer_of(rank: int) -> RowWriter:
         store = GradientStore.create(path, plan.header, overwrite=overwrite)
-        return store.writer(
+        make = partial(
+            store.writer,
             split,
             adapter=adapter,
             dataset=fingerprint,
@@ -185,6 +190,16 @@ def collect_planned(
             statistics=[*(["features"] if features else []), *([STATISTIC] if other_prompts else [])],
             overwrite=overwrite,
         )
+        writer = make()
+        if rank == 0 and _of_others(model, plan, writer):
+            if not overwrite:
+                raise StoreMismatch(
+                    f"{writer.folder} holds rows of other examples than the data_collator makes of the dataset now "
+                    "(their tokens or labels differ). Collect into another folder or split, or pass overwrite=True."
+                )
+            store.drop(point, split)
+            writer = make()
+        return writer
 
     with first_process_first():
         writer = writer_of(rank())
@@ -218,6 +233,20 @@ def collect_planned(
             stacklevel=2,
         )
     return store
+
+
+def _of_others(model: nn.Module, plan: Plan, writer: RowWriter) -> bool:
+    """Whether rows that are there are of other tokens or labels, which a collator may make of the same columns."""
+    known, other = writer.some("hash", LOOKED_AT), False
+    if not known:
+        return False
+    with FixedWeights(model, plan.task, RowCatcher([])) as resting:
+        for position, was in known.items():
+            now, again = (int(resting.judge(plan.examples.batch([position]))["hash"]) for _ in range(2))
+            if now != again:  # drawn anew each time
+                return False
+            other |= now != was
+    return other
 
 
 @dataclass(frozen=True)

@@ -1,10 +1,11 @@
-"""Training and evaluation mode, module by module."""
+"""Training and evaluation mode, module by module, and mixed precision."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import torch
 from torch import nn
 
 
@@ -18,3 +19,12 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module, mode in modes:
             module.training = mode
+
+
+def autocasts(model: nn.Module) -> bool:
+    """Whether the forward pass computes in half precision, whatever the weights are: accelerate has wrapped it so.
+
+    That is how a Trainer does it with `bf16` or `fp16`, and it stays so when training is over.
+    """
+    kind = next(model.parameters()).device.type
+    return "_original_forward" in vars(model) or torch.is_autocast_enabled(kind)

@@ -7,17 +7,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hf_influence.errors import UnsupportedModel
+from hf_influence.errors import BadSetting, UnsupportedModel
 from hf_influence.gradients.batches import Examples, alone
 from hf_influence.gradients.capture import RowCatcher
 from hf_influence.gradients.fixed import FixedWeights
-from hf_influence.gradients.modes import evaluating
+from hf_influence.gradients.modes import autocasts, evaluating
 from hf_influence.gradients.objective import has_own_loss
 from hf_influence.task import IGNORED, CausalLM, LanguageModel, Task, unwrapped
 
 EXACT, ROUNDED, HALF = 1e-3, 1e-2, 1e-1
 """Of 1 + loss: how far two computations of a loss may differ in float32, in float32 with rounded products, and where
-some weights are narrower."""
+some weights or the products are narrower."""
 
 
 def try_out(model: nn.Module, task: Task, examples: Examples, several: bool = True) -> None:
@@ -33,6 +33,7 @@ def try_out(model: nn.Module, task: Task, examples: Examples, several: bool = Tr
 
     Raises:
         UnsupportedModel: They differ.
+        BadSetting: The collator pads and does not say where.
     """
     ends = list(dict.fromkeys(examples.ends()))
     tolerance = _tolerance(model)
@@ -46,9 +47,16 @@ def try_out(model: nn.Module, task: Task, examples: Examples, several: bool = Tr
                 found[position] = single, judged
                 _same(position, judged["loss"], resting.judge(batch)["loss"], tolerance, _PADDING, model)
         if several and len(found) == 2:
-            both = resting.judge(examples.batch(ends))
+            together = examples.batch(ends)
+            both = resting.judge(together)
             for row, position in enumerate(ends):
-                judged = found[position][1]
+                single, judged = found[position]
+                if _begins_alike(together, row, single):
+                    raise BadSetting(
+                        "the data_collator pads and gives no attention_mask, so padding counts as part of an example: "
+                        "its length and the hash that it is known by depend on the batch. Let it give a mask, 1 for "
+                        "tokens and 0 for padding, as DataCollatorWithPadding does."
+                    )
                 if judged["hash"] == both["hash"][row]:  # or it is drawn anew each time, as with random crops
                     _same(position, judged["loss"], both["loss"][row], tolerance, _PADDING, model)
     if has_own_loss(task):
@@ -71,6 +79,14 @@ _KIND = (
 )
 
 
+def _begins_alike(batch: dict[str, Any], row: int, single: dict[str, Any]) -> bool:
+    """Whether a row of a batch without a mask is an example, and more after it."""
+    ids, own = batch.get("input_ids"), single.get("input_ids")
+    if "attention_mask" in batch or not isinstance(ids, Tensor) or not isinstance(own, Tensor) or ids.ndim != 2:
+        return False
+    return ids.shape[1] > own.shape[1] and torch.equal(ids[row, : own.shape[1]], own[0])
+
+
 def _same(position: int, loss: Any, again: Any, tolerance: float, why: str, model: nn.Module) -> None:
     one, other = float(loss), float(again)
     if abs(one - other) > tolerance * (1 + abs(one)):
@@ -79,7 +95,7 @@ def _same(position: int, loss: Any, again: Any, tolerance: float, why: str, mode
 
 
 def _tolerance(model: nn.Module) -> float:
-    if any(weight.dtype not in (torch.float32, torch.float64) for weight in model.parameters()):
+    if autocasts(model) or any(w.dtype not in (torch.float32, torch.float64) for w in model.parameters()):
         return HALF
     return EXACT if torch.get_float32_matmul_precision() == "highest" else ROUNDED
 

@@ -15,7 +15,7 @@ from hf_influence.gradients.collect import Plan
 from hf_influence.gradients.compress import compressor_of
 from hf_influence.gradients.example_losses import losses_by
 from hf_influence.gradients.identity import adapter_identity
-from hf_influence.gradients.modes import evaluating
+from hf_influence.gradients.modes import autocasts, evaluating
 from hf_influence.gradients.objective import has_own_loss
 from hf_influence.gradients.own_loss import OwnTask
 from hf_influence.store import GradientStore, Rows
@@ -56,7 +56,7 @@ def verify(
         seed: Of their choice.
         tolerance: The largest ‖row − reference‖ / ‖reference‖ that is rounding. By default 1e-3 (float32 rows differ by
             1e-6 to 1e-4, as batches of other shapes already do in plain PyTorch; a row that is wrong differs by 1e-1 or
-            more), or 5e-2 where the model has parameters in half precision.
+            more), or 5e-2 where the model has parameters, or computes, in half precision.
         data_collator: The one of `collect`.
         remove_unused_columns: That of `collect`.
         task: That of `collect`; label smoothing is known from the store.
@@ -75,7 +75,7 @@ def verify(
     rows = store.rows(split, point)
     plan = _plan(store, model, dataset, rows, point, data_collator, remove_unused_columns, task)
     if tolerance is None:
-        half = any(weight.dtype in (torch.float16, torch.bfloat16) for weight in model.parameters())
+        half = autocasts(model) or any(w.dtype in (torch.float16, torch.bfloat16) for w in model.parameters())
         tolerance = TOLERANCE_HALF if half else TOLERANCE
     chosen = random.Random(seed).sample(range(len(rows)), min(k, len(rows)))
     stored = {name: _read(rows, name, chosen) for name in rows.blocks}

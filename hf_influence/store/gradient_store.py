@@ -190,7 +190,8 @@ class GradientStore:
             about: What the point is; by default what the store says of it, for a new one the weights of training.
             blocks: The rows themselves are to come, not their statistics alone.
             statistics: Those that rows which are there already must have.
-            overwrite: Delete what is there of another adapter state or dataset, instead of refusing.
+            overwrite: Delete what is there of another adapter state or dataset, instead of refusing; of another state
+                at point 0 also what is there of the training that led to it.
 
         Raises:
             StoreMismatch: The point or the split belongs to another adapter state or dataset, lacks a statistic, or
@@ -205,7 +206,9 @@ class GradientStore:
             adapter = stored
         elif stored not in (None, adapter):
             if overwrite:
-                shutil.rmtree(folder)
+                way = [*self.points("weights"), *self.points("checkpoint")] if point == 0 else []
+                for replaced in {point, *way}:
+                    self.drop(replaced)
             else:
                 raise StoreMismatch(
                     f"{folder} holds rows at other values of the adapter (stored hash {stored}, now {adapter}). "

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
@@ -94,7 +94,8 @@ class RowWriter:
         tensors = {"index": torch.tensor(list(index), dtype=torch.long)}
         blocks = self.header.blocks if self.manifest.blocks else ()
         tensors |= {f"rows.{name}": rows[name].to(getattr(torch, self.header.dtype)) for name in blocks}
-        tensors |= {f"stats.{name}": value for name, value in stats.items()}
+        # copies: what is a view of a batch would keep that, and a file of the worker that made it, open
+        tensors |= {f"stats.{name}": value.clone() for name, value in stats.items()}
         self._pending.append({key: value.detach().cpu() for key, value in tensors.items()})
         self._bytes += sum(value.nbytes for value in self._pending[-1].values())
         self.done.update(index)
@@ -127,17 +128,28 @@ class RowWriter:
         folders = sorted(self.folder.glob("rank-*"))
         return [RowWriter(folder, self.header, Manifest.read(folder)) for folder in folders]
 
-    def gather(self) -> None:
-        """Take over the rows of all other processes; an example that two of them saw counts once."""
+    def gather(self, copies: Callable[[int], Sequence[int]] = lambda code: ()) -> None:
+        """Take over the rows of all other processes; an example that two of them saw counts once.
+
+        Args:
+            copies: The positions of all examples with a content hash: where some are equal, each process gives its rows
+                to the first of them, and what comes second is the row of another.
+        """
         self.flush()
         for part in self.parts():
             for shard in part.manifest.shards:
                 tensors = load_file(part.folder / shard["file"])
-                new = [at for at, position in enumerate(tensors["index"].tolist()) if position not in self.done]
+                codes = tensors.get("stats.hash")
+                new: dict[int, int] = {}  # position -> place in the shard
+                for at, position in enumerate(tensors["index"].tolist()):
+                    may = [position, *(copies(int(codes[at])) if codes is not None else ())]
+                    free = next((own for own in may if own not in self.done and own not in new), None)
+                    if free is not None:
+                        new[free] = at
                 if new:
-                    every = len(new) == len(tensors["index"])
-                    self._write([tensors if every else {key: values[new] for key, values in tensors.items()}])
-                    self.done.update(tensors["index"][new].tolist())
+                    taken = {key: values[list(new.values())] for key, values in tensors.items()}
+                    self._write([{**taken, "index": torch.tensor(list(new), dtype=torch.long)}])
+                    self.done.update(new)
             shutil.rmtree(part.folder)
 
     def check_statistics(self, names: Collection[str]) -> None:
@@ -151,6 +163,15 @@ class RowWriter:
                 f"{self.folder} holds rows without the statistic {missing[0]!r}, which cannot be added to them. Pass "
                 "overwrite=True to collect them again, or collect into another folder or split."
             )
+
+    def some(self, statistic: str, k: int) -> dict[int, Any]:
+        """A statistic `[]` of at most k rows that are there, by position; of none without it."""
+        if not self.manifest.shards or self.lacks(statistic):
+            return {}
+        shard = open_shard(self.folder / self.manifest.shards[0]["file"])
+        index, values = shard.get_tensor("index").tolist(), shard.get_tensor(f"stats.{statistic}").tolist()
+        step = -(-len(index) // k)
+        return dict(zip(index[::step], values[::step], strict=True))
 
     def lacks(self, statistic: str) -> bool:
         """Whether there are rows without it, to which none with it can be added."""

@@ -91,6 +91,10 @@ class Positions:
             found.append(free)
         return found
 
+    def copies(self, code: int) -> Sequence[int]:
+        """The positions of the examples with this content hash; none where ids tell them apart."""
+        return () if self._named else self._table.get(code, ())
+
     def _unknown(self, place: int, key: Hashable) -> str:
         if self._named:
             return (

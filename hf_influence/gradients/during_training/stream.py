@@ -98,6 +98,10 @@ class Sightings:
         if self.ids is not None:
             self.ids[:] = sorted(numbers, key=numbers.__getitem__)
 
+    def copies(self, code: int) -> Sequence[int]:
+        """None: an example that was seen is one, however often it comes."""
+        return ()
+
     def find(
         self, codes: Sequence[int], taken: AbstractSet[int], names: Sequence[Any] | None = None
     ) -> list[int | None]:
