@@ -9,7 +9,7 @@ import pytest
 import torch
 from datasets import Dataset
 
-from hf_influence.errors import BadExample, BadSetting
+from hf_influence.errors import BadExample, BadSetting, StoreMismatch
 from hf_influence.evaluation import Runs, Table, retraining_gain
 from hf_influence.pretrained import load_classifier, load_language_model
 from hf_influence.scores import Scores
@@ -186,16 +186,21 @@ def test_a_store_that_was_filled_to_its_end_is_scored_again_without_training(sui
 
     monkeypatch.setattr(mislabel, "fill", fill)
 
-    def once(without="cg"):
+    def once(without="cg", methods=None, stores=tmp_path):
         args = series.parser("").parse_args([])
-        vars(args).update(stores=tmp_path, data=None, rows=2, without=[without], methods=None)
-        return mislabel.run(8, 0, "sst2", args, series.runs_of(args))
+        vars(args).update(stores=stores, data=None, rows=2, without=[without], methods=methods)
+        return mislabel.run(8, 0, "sst2", args, series.runs_of(args, *([] if methods else ["methods"])))
 
     with pytest.raises(KeyboardInterrupt):
         once()
-    stop.append(False)
+    stop.extend([False, False])
     assert once() == once(without="tda") == {"methods": {"ip": {"auc": 1.0}}, "seconds": {"training": 2.0}}
     assert trained == [tmp_path / "sst2-8-0"] * 2, "the half that was interrupted, and once to the end"
+    some = tmp_path / "some"
+    assert once(methods=["ip"], stores=some) == once(methods=["loss", "ip"], stores=some)
+    assert trained[2:] == [some / "sst2-8-0"], "once for any list of methods"
+    with pytest.raises(StoreMismatch, match="methods"):
+        once(methods=["ip"])
 
 
 def test_all_clean_rows_may_be_queries(suite, monkeypatch):

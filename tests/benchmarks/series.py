@@ -133,7 +133,9 @@ def filled(runs: Runs, stores: Path | None, fill: Callable[[Path], Any], **key: 
             shutil.rmtree(store, ignore_errors=True)  # of a run that was interrupted
             return fill(store)
 
-        settings = {option: value for option, value in runs.settings.items() if option != "without"}
+        settings = {option: value for option, value in runs.settings.items() if option not in ("without", "methods")}
+        if "methods" in runs.settings:
+            settings["methods"] = "some"  # of the same rows, whichever they are
         yield store, Runs(store, settings).do(key, begin)
 
 
