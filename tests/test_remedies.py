@@ -424,6 +424,10 @@ def test_one_split_is_pruned_or_separated_and_the_others_stay() -> None:
             remedy.apply(splits, scores, split="dev")
     with pytest.raises(BadSetting, match=r"has splits already.*Separate\(column='…'\)"):
         Separate(how="otsu").apply(splits, scores)
+    parts = Separate(how="otsu")
+    parts.apply(splits["train"], scores)
+    with pytest.raises(BadExample, match="has splits already"):
+        parts.report.replay(splits)
 
 
 def test_pruning_and_separating_take_one_set_of_scores_in_any_form(tmp_path: Path) -> None:

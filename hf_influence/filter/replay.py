@@ -46,6 +46,11 @@ def carried_out(decision: Decision, dataset: Any, by: By = None) -> Any:
 def replayed(decision: Decision, dataset: Any, split: str, by: By) -> Any:
     """See `Decision.replay`."""
     if isinstance(dataset, (DatasetDict, IterableDatasetDict)):
+        if decision.split_by is not None:
+            raise BadExample(
+                "the groups become the splits of a DatasetDict, and this dataset has splits already. Give one of them, "
+                f"dataset[{split!r}]."
+            )
         return type(dataset)({**dataset, split: replayed(decision, of_split(dataset, split), split, by)})
     if isinstance(dataset, Dataset):
         _check_same(decision, dataset)
