@@ -44,7 +44,7 @@ TEXTS: tuple[Parts, ...] = (
 OF_PROMPTS = "prompt_gain"
 """Beside these, for language models whose answers were also read after other prompts."""
 
-AT_REST = 4
+AT_REST = 8
 """How much more the regression at the end counts than its mean over training, whose rows carry dropout."""
 
 
@@ -80,17 +80,18 @@ class Auto(OverTraining, name="auto"):
     Over training the loss tells wrong examples before the model has learnt them by heart, clean queries tell them
     later, and the two err in different places. The final rows count as one more point of training.
 
-    For classification the queries say how far each is to be trusted: w = (f (AUC − ½))⁴, where the AUC is that at
-    which scores tell the queries from the same queries under wrong labels; by `kernel_ridge` each is left out of the
+    For classification the queries say how far each is to be trusted: w = (f (AUC − ½))⁴, where the AUC is that at which
+    scores tell the queries from the same queries under wrong labels; by `kernel_ridge` each is left out of the
     regression in turn, and one standard error comes off, which few queries make large; for losses it is that of the
-    margins. Where wrong labels of one class are told clearly worse than all, the AUC is theirs: a model that leans to
-    a class because wrong labels are of that class has low losses for these. Of two classes a wrong label turns the
-    sign of either. Of more, `GradientCapture` collects the queries under wrong labels as well (the split
-    "query-mislabelled"); without them they are taken to do so. `kernel_ridge` at the end weighs four times that
-    beside `kernel_ridge_mean`: the rows of training steps carry the dropout of their step, those at the end do not.
-    What stands at the end alone counts less where the model has learnt labels by heart: f = min(1, o / e) there and 1
-    elsewhere, o the share of negative scores among the examples and e the one to be expected by the queries, (1 − π)
-    e₊ + π e₋ under right and wrong labels. Where nothing is known all parts weigh the same.
+    margins at the end, of two classes and over training that of the queries' mean losses. Where wrong labels of one
+    class are told clearly worse than all, the AUC is theirs: a model that leans to a class because wrong labels are of
+    that class has low losses for these. Of two classes a wrong label turns the sign of either. Of more,
+    `GradientCapture` collects the queries under wrong labels as well (the split "query-mislabelled"); without them they
+    are taken to do so. `kernel_ridge` at the end weighs eight times that beside `kernel_ridge_mean`: the rows of
+    training steps carry the dropout of their step, those at the end do not. What stands at the end alone counts less
+    where the model has learnt labels by heart: f = min(1, o / e) there and 1 elsewhere, o the share of negative scores
+    among the examples and e the one to be expected by the queries, (1 − π) e₊ + π e₋ under right and wrong labels.
+    Where nothing is known all parts weigh the same.
 
     Where wrong labels are known the score is the log-odds that the label is right, as if right and wrong labels lay on
     two bell curves in the order of r, that are told apart with the larger AUC of both kinds:
@@ -245,7 +246,8 @@ class Auto(OverTraining, name="auto"):
         for name in scores:
             at_end = not issubclass(class_of(name), OverTraining)
             ridge = name.startswith("kernel_ridge")
-            weights[name] = found["kernel_ridge" if ridge else "margin"].trust(int(ridge), at_end, share)
+            witness = found["kernel_ridge"] if ridge else found.get(name, found["margin"])
+            weights[name] = witness.trust(int(ridge), at_end, share)
         if "kernel_ridge_mean" in weights and end(rows) == 0:
             weights["kernel_ridge"] *= AT_REST
         return weights, share, best.auc

@@ -138,6 +138,8 @@ def witnesses(
 ) -> tuple[dict[str, Witness], bool]:
     """What the queries say of scores by "kernel_ridge" and, where they have margins, by "margin".
 
+    Also by "loss_mean", of two classes, where there are points of training.
+
     Args:
         rows: All points.
         last: The one at the end.
@@ -166,6 +168,11 @@ def witnesses(
         examples = last.train.stats.get("margin", margins[:0])
         epochs = _margins(rows) if len(examples) else []
         found["margin"] = Witness(margins, wrong, examples, epochs, visits(epochs), given)
+        over = [
+            same.stats["margin"] for part in rows.parts if (same := same_queries(_queries(part), query)) is not None
+        ]
+        if other is None and len(over) > 1:
+            found["loss_mean"] = Witness(*_mean_losses(torch.stack(over)), examples[:0], given=given)
     return found, other is not None or two_classes(last.store.header.task)
 
 
@@ -242,6 +249,20 @@ def _wrong_labels(last: Selection, other: Rows | None) -> Tensor | None:
         return other.stats.get("label")
     labels = last.query.stats.get("label")
     return 1 - labels if labels is not None and two_classes(last.store.header.task) else None
+
+
+def _queries(part: Selection) -> Rows | None:
+    return part.query if "queries" in part.words() else None
+
+
+def _mean_losses(margins: Tensor) -> tuple[Tensor, Tensor]:
+    """Minus the mean loss over training, ln σ(±m), of queries of two classes under right and under wrong labels, `[q]`.
+
+    Args:
+        margins: At each point, `[c, q]`.
+    """
+    right, wrong = (torch.nn.functional.logsigmoid(sign * margins.double()).mean(0) for sign in (1, -1))
+    return right, wrong
 
 
 def _margins(rows: Selection) -> list[Epoch]:
