@@ -148,13 +148,13 @@ def test_what_would_give_a_wrong_figure_is_refused(act: Any, message: str) -> No
 def test_the_benchmark_tells_every_text_both_ways(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(Path(__file__).parent / "benchmarks")
     fairness = importlib.import_module("fairness")
-    rows = Dataset.from_dict({"sentence": [f"he is there {i}" for i in range(40)], "label": [i % 2 for i in range(40)]})
-    told = fairness.told(rows, "sst2", seed=0)
-    both = fairness.both(told, "sst2")
+    rows = Dataset.from_dict({"text": [f"he is there {i}" for i in range(40)], "label": [i % 2 for i in range(40)]})
+    told = fairness.told(rows, seed=0)
+    both = fairness.both(told)
     assert both.column_names == told.column_names
     assert both[:40] == told[:]
     assert both["label"][40:] == rows["label"][:]
-    for i, (one, other) in enumerate(zip(both["sentence"][:40], both["sentence"][40:], strict=True)):
+    for i, (one, other) in enumerate(zip(both["text"][:40], both["text"][40:], strict=True)):
         sexes = [
             next(k for k in (0, 1) if text.split()[1] in [pair[k] for pair in fairness.SPEAKERS])
             for text in (one, other)
