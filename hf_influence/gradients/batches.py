@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from hf_influence.dataset.contents import column_codes
 from hf_influence.errors import BadExample, BadSetting
 from hf_influence.gradients.packing import Packing
-from hf_influence.task import IGNORED, LABELS, CausalLM, Seq2SeqLM, Task, labels_of, unwrapped
+from hf_influence.task import IGNORED, LABELS, CausalLM, Classification, Seq2SeqLM, Task, labels_of, unwrapped
 
 SURVEYED = 1024
 TRIED = 32
@@ -114,6 +114,10 @@ class Examples:
                 )
             _unpacked(one)
         return self.pad([{name: one[name][0] for name in one if name not in PACKED} for one in alone])
+
+    def settled(self, task: Task) -> Task:
+        """The task; of a classifier with the kind of labels that the first example has, where its model is silent."""
+        return task.settled(labels_of(self.batch([0]))) if isinstance(task, Classification) else task
 
     def collated(self, positions: Sequence[int]) -> dict[str, Any]:
         """What the collator makes of some examples, be it a row each or not."""

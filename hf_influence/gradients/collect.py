@@ -26,7 +26,7 @@ from hf_influence.gradients.sweep import BatchSize, check_batch_size, sweep
 from hf_influence.gradients.taps import Modules, Tap, find_taps
 from hf_influence.gradients.trial import try_out
 from hf_influence.store import GradientStore, Header, PointAbout, RowWriter
-from hf_influence.task import Classification, Reduction, Task, labels_of, two_classes
+from hf_influence.task import Reduction, Task, two_classes
 
 LOOKED_AT = 4
 """Rows that are there, to see whether they are of the examples that are to be collected."""
@@ -282,8 +282,7 @@ class Plan:
         task = task_of(model, loss_reduction, task)
         taps = find_taps(model, modules, skip)
         examples = Examples(dataset, model, data_collator, id_column, remove_unused_columns)
-        if isinstance(task, Classification):
-            task = task.settled(labels_of(examples.batch([0])))
+        task = examples.settled(task)
         examples.check_order()
         return cls(task, examples, taps, header_of(model, taps, task, compress), compress)
 

@@ -23,7 +23,7 @@ from hf_influence.gradients.processes import first_process_first
 from hf_influence.plain import as_kept
 from hf_influence.points.point import Point, moving, set_values, trainable, trainable_values
 from hf_influence.store.files import read_json, write_json
-from hf_influence.task import Classification, Reduction, Task, labels_of
+from hf_influence.task import Reduction, Task
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,10 +126,8 @@ def continued_sgd(
         )
     if begin not in ("final", "previous"):
         raise BadSetting(f"continued_sgd(begin={begin!r}): choose 'final' or 'previous'.")
-    own = task_of(model, loss_reduction, task)
     examples = Examples(dataset, model, data_collator, None, remove_unused_columns)
-    if isinstance(own, Classification):  # as a model that was trained says itself, and one that was loaded does not
-        own = own.settled(labels_of(examples.batch([0])))
+    own = examples.settled(task_of(model, loss_reduction, task))
     settings = Settings(
         steps=steps,
         learning_rate=float(learning_rate),
