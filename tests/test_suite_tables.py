@@ -8,10 +8,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 from datasets import Dataset
+from models import of_characters
 
 from hf_influence.errors import BadExample, BadSetting, StoreMismatch
 from hf_influence.evaluation import Runs, Table, retraining_gain
-from hf_influence.pretrained import load_classifier, load_language_model
+from hf_influence.pretrained import MINILM, SMOLLM2, load_classifier, load_language_model
 from hf_influence.scores import Scores
 
 
@@ -201,6 +202,32 @@ def test_a_store_that_was_filled_to_its_end_is_scored_again_without_training(sui
     assert trained[2:] == [some / "sst2-8-0"], "once for any list of methods"
     with pytest.raises(StoreMismatch, match="methods"):
         once(methods=["ip"])
+
+
+def test_the_suites_train_the_model_that_is_named(suite, tmp_path):
+    folder = of_characters(tmp_path)
+    _, tokenizer = load_classifier(folder)
+    assert tokenizer("ab")["input_ids"] == [97, 98]
+    plain = {"input_ids": [[97, 98], [99]], "attention_mask": [[1, 1], [1]]}
+    for name, labels in (("glue", [0, 1]), ("prompts", plain["input_ids"])):
+        module = suite(name)
+        given = ["--model", str(folder), "--epochs", "1", "--batch-size", "2"]
+        args = module.options("").parse_args(given)
+        model = module.fine_tune(Dataset.from_dict(plain | {"labels": labels}), args, 0)
+        assert model.config.hidden_size == 16
+        assert model.active_peft_config.target_modules == {"q_proj", "v_proj"}
+        args.made = True
+        assert module.trained_how(args).startswith(f"{folder.name} + LoRA r=8")
+        series = suite("series")
+        assert series.runs_of(args).settings["model"] == str(folder)
+        assert "model" not in series.runs_of(module.options("").parse_args([])).settings
+
+
+@pytest.mark.parametrize(("load", "hub_name"), [(load_classifier, MINILM), (load_language_model, SMOLLM2)])
+def test_the_hub_names_of_the_packaged_models_lead_to_the_installed_weights(load, hub_name):
+    named, default = (load(model)[0].state_dict() for model in (hub_name, None))
+    assert named.keys() == default.keys()
+    assert all(weight.equal(default[name]) for name, weight in named.items())
 
 
 def test_all_clean_rows_may_be_queries(suite, monkeypatch):

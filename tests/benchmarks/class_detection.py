@@ -20,7 +20,7 @@ from typing import Any, get_args
 
 import prompts
 from datasets import DatasetDict
-from series import Given, add_without, best, each, every_method, finish, parser, runs_of
+from series import Given, add_model, add_without, best, each, every_method, finish, named, parser, runs_of
 
 from hf_influence import collect
 from hf_influence.attribution import methods
@@ -51,7 +51,7 @@ def figures(train: list[str], query: list[str], method: str, scores: Scores) -> 
 
 def run(name: str, seed: int, args: argparse.Namespace) -> dict[str, dict[str, dict[str, Any]]]:
     """Part of the text -> method -> figures."""
-    _, tokenizer = load_language_model()
+    _, tokenizer = load_language_model(args.model)
     if args.made:
         data = SETS[name](train=args.train, test=args.test, seed=seed)
     else:
@@ -88,6 +88,7 @@ def main() -> None:
     options.add_argument("--epochs", type=float, default=3)
     options.add_argument("--batch-size", type=int, default=8)
     options.add_argument("--learning-rate", type=float, default=2e-3)
+    add_model(options, prompts.MODEL)
     add_without(options)
     args = options.parse_args()
     args.made = args.data is None
@@ -95,7 +96,7 @@ def main() -> None:
     runs = runs_of(args, "sets", "seeds")
     each(runs, partial(run, args=args), set=args.sets, seed=args.seeds)
     title = (
-        f"SmolLM2-135M-Instruct + LoRA r=8, {args.train} training and {args.test} test prompts, "
+        f"{named(args.model, prompts.MODEL)} + LoRA r=8, {args.train} training and {args.test} test prompts, "
         f"{'generated' if args.made else 'given'} data, {args.epochs} epochs, "
         f"batch {args.batch_size}, learning rate {args.learning_rate}; mean over the queries, absolute influence, but "
         "for methods that take labels."

@@ -62,7 +62,7 @@ def training_again(all_losses: Tensor) -> dict[str, dict[str, Any]]:
 def run(name: str, seed: int, args: argparse.Namespace, runs: Runs) -> dict[str, dict[str, Any]]:
     """Method -> figures."""
     parts = Parts.of(name, args, seed)
-    _, tokenizer = load_classifier()
+    _, tokenizer = load_classifier(args.model)
     train, query = tokens(parts.train, tokenizer), tokens(parts.query, tokenizer)
     subsets = draw_subsets(len(train), args.subsets, seed=seed)
 

@@ -33,8 +33,8 @@ from random import Random
 from typing import Any
 
 from datasets import Dataset, concatenate_datasets
-from glue import TEXTS, clean_rows, fine_tune, options, texts, tokens, training_rows
-from series import PLAIN, Given, each, finish, runs_of, scored, whole_run, with_baselines
+from glue import MODEL, TEXTS, clean_rows, fine_tune, options, texts, tokens, training_rows
+from series import PLAIN, Given, each, finish, named, runs_of, scored, whole_run, with_baselines
 from torch import nn
 
 from hf_influence import collect, collect_target, fairness
@@ -112,7 +112,7 @@ def judged(model: nn.Module, held_out: Dataset, groups: list[str]) -> dict[str, 
 def run(name: str, seed: int, args: argparse.Namespace) -> dict[str, dict[str, dict[str, float]]]:
     """Share that is dropped -> training set -> figures."""
     train, query, held_out = parts(name, args, seed)
-    _, tokenizer = load_classifier()
+    _, tokenizer = load_classifier(args.model)
     as_tokens, test = tokens(train, tokenizer), tokens(held_out, tokenizer)
     wrong, groups = train["is_wrong"], list(held_out["group"])
     found: dict[str, dict[str, dict[str, float]]] = {str(drop): {} for drop in args.drops}
@@ -158,10 +158,10 @@ def main() -> None:
     runs = runs_of(args, "sets", "seeds")
     each(runs, partial(run, args=args), set=args.sets, seed=args.seeds)
     title = (
-        f"MiniLM + LoRA r={args.rank}, {args.rows} training rows told by women and men, {args.share:.0%} planted (by "
-        f"women, of class 1, labelled 0), {args.queries} clean queries and at most {args.held_out} held-out texts told "
-        f"both ways, {args.epochs} epochs, batch {args.batch_size}, learning rate {args.learning_rate}. Fair score and "
-        "parity: lower is fairer."
+        f"{named(args.model, MODEL)} + LoRA r={args.rank}, {args.rows} training rows told by women and men, "
+        f"{args.share:.0%} planted (by women, of class 1, labelled 0), {args.queries} clean queries and at most "
+        f"{args.held_out} held-out texts told both ways, {args.epochs} epochs, batch {args.batch_size}, "
+        f"learning rate {args.learning_rate}. Fair score and parity: lower is fairer."
     )
     table = Table(
         title=title,

@@ -67,7 +67,7 @@ def alarms(rules: Mapping[str, Rule], store: Path, given: Given, train: Dataset)
 def run(name: str, seed: int, args: argparse.Namespace) -> dict[str, dict[str, float]]:
     """What each rule drops."""
     parts = Parts.of(name, args, seed)
-    _, tokenizer = load_classifier()
+    _, tokenizer = load_classifier(args.model)
     train, query = tokens(parts.train, tokenizer), tokens(parts.query, tokenizer)
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         fine_tune(train, args, seed, GradientCapture(Path(folder), query, during="epochs"))

@@ -35,7 +35,7 @@ RULES: dict[str, Rule] = {
 
 def run(name: str, seed: int, args: argparse.Namespace, runs: Runs) -> dict[str, dict[str, float]]:
     """What each rule drops."""
-    _, tokenizer = load_language_model()
+    _, tokenizer = load_language_model(args.model)
     data = prompts.load(name, args, tokenizer, seed)
     train = corrupt_answers(data["train"], args.kinds, args.share, seed)
 

@@ -1,4 +1,4 @@
-"""What the benchmarks of MiniLM share: sets of texts with flipped labels, and how the classifier learns them."""
+"""What the benchmarks of classifiers share: sets of texts with flipped labels, and how the classifier learns them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from datasets import Dataset, Value, concatenate_datasets, get_dataset_split_names, load_dataset
 from peft import LoraConfig, get_peft_model
-from series import Given, add_sampling, arguments, parser
+from series import Given, add_model, add_sampling, arguments, named, parser
 from torch import nn
 from transformers import DataCollatorWithPadding, Trainer, TrainerCallback, set_seed
 
@@ -23,6 +23,7 @@ SETS = ("sst2", "mrpc", "qnli")
 TEXTS = ("text", "text_pair")
 KEPT = ("test", "validation", "validation_matched", "dev")
 """Splits that a set may keep for evaluation; the first with labels is taken."""
+MODEL = "MiniLM"
 MAX_TOKENS = 128
 WEIGHT = "weight"
 
@@ -124,17 +125,17 @@ def fine_tune(
     steps: int = -1,
     order: int = 0,
 ) -> nn.Module:
-    """MiniLM with LoRA on query and value, trained on tokens; weights count where the rows have them, and labels may be
-    vectors of class probabilities.
+    """The classifier with LoRA on queries and values, trained on tokens; weights count where the rows have them, and
+    labels may be vectors of class probabilities.
 
     The head, of as many classes as there are, and the adapter that it begins with depend on `seed` alone; `order` stirs
     the order of the rows and the dropout as well.
     """
     vectors = isinstance(rows[0]["labels"], list)
     classes = len(rows[0]["labels"]) if vectors else max(2, max(rows["labels"]) + 1)
-    model, tokenizer = load_classifier(num_labels=classes, seed=seed)
+    model, tokenizer = load_classifier(args.model, classes, seed)
     set_seed(seed)
-    lora = LoraConfig(r=args.rank, lora_alpha=2 * args.rank, target_modules=["query", "value"], task_type="SEQ_CLS")
+    lora = LoraConfig(r=args.rank, lora_alpha=2 * args.rank, task_type="SEQ_CLS")
     kind = WeightedTrainer if WEIGHT in rows.column_names else Trainer
     loss = {"compute_loss_func": soft_cross_entropy} if vectors else {}
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
@@ -160,6 +161,7 @@ def options(description: str | None, **defaults: Any) -> argparse.ArgumentParser
     """The options of a series on these sets, with other defaults where given."""
     made = parser(description)
     add_sets(made)
+    add_model(made, MODEL)
     made.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     made.add_argument("--rows", type=int, default=1500, help="to train on")
     made.add_argument("--queries", type=int, default=200, help="clean rows to compare with")
@@ -177,7 +179,7 @@ def options(description: str | None, **defaults: Any) -> argparse.ArgumentParser
 def trained_how(args: argparse.Namespace) -> str:
     """For the title of a table."""
     return (
-        f"MiniLM + LoRA r={args.rank}, {args.rows} training rows, {args.share:.0%} labels flipped, {args.queries} "
-        f"clean queries, {args.epochs} epochs, batch {args.batch_size} ({args.sampling}), learning rate "
+        f"{named(args.model, MODEL)} + LoRA r={args.rank}, {args.rows} training rows, {args.share:.0%} labels flipped, "
+        f"{args.queries} clean queries, {args.epochs} epochs, batch {args.batch_size} ({args.sampling}), learning rate "
         f"{args.learning_rate}."
     )

@@ -33,9 +33,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from glue import Parts, add_sets, fine_tune, tokens
+from glue import MODEL, Parts, add_sets, fine_tune, tokens
 from series import (
     SLOW,
+    add_model,
     add_stores,
     add_without,
     best,
@@ -43,6 +44,7 @@ from series import (
     every_method,
     filled,
     finish,
+    named,
     parser,
     runs_of,
     with_baselines,
@@ -80,7 +82,7 @@ class AdamState(TrainerCallback):
 
 def fill(store: Path, name: str, parts: Parts, seed: int, args: argparse.Namespace) -> dict[str, float]:
     """Fine-tune and collect what the methods need; what -> seconds."""
-    _, tokenizer = load_classifier()
+    _, tokenizer = load_classifier(args.model)
     train, query = tokens(parts.train, tokenizer), tokens(parts.query, tokenizer)
     capture = GradientCapture(store, query, during="epochs", features=True)
     model, training = timed(lambda: fine_tune(train, args, seed, capture, AdamState(store)))
@@ -139,6 +141,7 @@ def main() -> None:
     options.add_argument("--methods", nargs="+", help="these alone, from the rows of training (all)")
     add_stores(options)
     add_sets(options)
+    add_model(options, MODEL)
     options.add_argument("--ranks", nargs="+", type=int, default=[2, 8])
     options.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     options.add_argument("--rows", type=int, default=1500)
@@ -150,11 +153,12 @@ def main() -> None:
     args = options.parse_args()
     if args.methods:
         args.methods = with_baselines(args.methods, BASELINES)
-    runs = runs_of(args, "sets", "ranks", "seeds", *([] if args.methods else ["methods"]))
+    runs = runs_of(args, "sets", "ranks", "seeds")
     each(runs, partial(run, args=args, runs=runs), rank=args.ranks, seed=args.seeds, set=args.sets)
     title = (
-        f"MiniLM + LoRA, {args.rows} training rows, {args.share:.0%} labels flipped, {args.queries} clean queries, "
-        f"{args.epochs} epochs, batch {args.batch_size}, learning rate {args.learning_rate}."
+        f"{named(args.model, MODEL)} + LoRA, {args.rows} training rows, {args.share:.0%} labels flipped, "
+        f"{args.queries} clean queries, {args.epochs} epochs, batch {args.batch_size}, "
+        f"learning rate {args.learning_rate}."
     )
     title += "" if args.methods else f" {EXTRAS}"
     beside = ("length_rho", "duplicates_rho", "seconds")

@@ -24,8 +24,8 @@ from typing import Any, NamedTuple
 
 import torch
 from datasets import Dataset, Value
-from glue import fine_tune, load, tokens
-from series import add_sampling, each, finish, parser, runs_of
+from glue import MODEL, fine_tune, load, tokens
+from series import add_model, add_sampling, each, finish, named, parser, runs_of
 
 from hf_influence.attribution import attribute
 from hf_influence.callbacks import GradientCapture
@@ -123,7 +123,7 @@ def run(name: str, seed: int, args: argparse.Namespace) -> dict[str, dict[str, f
     kind = KINDS[name]
     rows = right_rows(kind, args.data, seed)
     train = turned(rows.select(range(kind.rows)), kind, seed)
-    _, tokenizer = load_classifier()
+    _, tokenizer = load_classifier(args.model)
     encoded = tokens(train, tokenizer)
     query = tokens(rows.select(range(kind.rows, len(rows))), tokenizer)
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
@@ -167,8 +167,10 @@ def tabulate(work: Callable[..., Any], methods: Sequence[str], title: str, args:
 def main() -> None:
     made = options(__doc__, list(KINDS), epochs=6, batch_size=16, learning_rate=5e-4)
     made.add_argument("--rank", type=int, default=8)
+    add_model(made, MODEL)
     args = made.parse_args()
-    title = f"MiniLM + LoRA r={args.rank}, 1000 rows and 300 clean queries of two classes or 700 and 200 of ten"
+    size = "1000 rows and 300 clean queries of two classes or 700 and 200 of ten"
+    title = f"{named(args.model, MODEL)} + LoRA r={args.rank}, {size}"
     tabulate(partial(run, args=args), METHODS, title, args)
 
 

@@ -22,6 +22,7 @@ import prompts
 from datasets import Dataset
 from glue import load
 from other_noise import aucs, made_of, options, tabulate
+from series import add_model, named
 
 from hf_influence.attribution import attribute
 from hf_influence.evaluation import corrupt_answers
@@ -86,8 +87,11 @@ def run(name: str, seed: int, args: argparse.Namespace) -> dict[str, dict[str, f
 
 
 def main() -> None:
-    args = options(__doc__, list(KINDS), epochs=3, batch_size=8, learning_rate=2e-3).parse_args()
-    title = "SmolLM2-135M-Instruct + LoRA r=8, 200 rows and 50 clean queries, 400 rows where answers name classes"
+    made = options(__doc__, list(KINDS), epochs=3, batch_size=8, learning_rate=2e-3)
+    add_model(made, prompts.MODEL)
+    args = made.parse_args()
+    model = named(args.model, prompts.MODEL)
+    title = f"{model} + LoRA r=8, 200 rows and 50 clean queries, 400 rows where answers name classes"
     tabulate(partial(run, args=args), METHODS, title, args)
 
 

@@ -1,4 +1,4 @@
-"""What the benchmarks of SmolLM2 share: sets of prompts and answers, and how the language model learns them."""
+"""What the benchmarks of language models share: sets of prompts and answers, and how the language model learns them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 
 from datasets import Dataset, DatasetDict
 from peft import LoraConfig, get_peft_model
-from series import Given, add_sampling, arguments, parser
+from series import Given, add_model, add_sampling, arguments, named, parser
 from torch import nn
 from transformers import DataCollatorForSeq2Seq, Trainer, TrainerCallback, set_seed
 
@@ -26,6 +26,7 @@ MADE: dict[str, Callable[..., DatasetDict]] = {
 }
 """Sets that can be made where there is no folder."""
 SETS = (*MADE, "instructions")
+MODEL = "SmolLM2-135M-Instruct"
 ASKED = ("instruction", "input")
 ANSWERS = ("answer", "completion", "response", "output")
 KEPT = ("test", "validation", "dev")
@@ -83,10 +84,13 @@ def given(train: Dataset, query: Dataset, seed: int) -> Given:
 def fine_tune(
     rows: Dataset, args: argparse.Namespace, seed: int, *callbacks: TrainerCallback, steps: int = -1
 ) -> nn.Module:
-    """SmolLM2 with LoRA on q_proj and v_proj, trained on tokens; the adapter that it begins with depends on `seed`."""
-    model, tokenizer = load_language_model()
+    """The language model with LoRA on queries and values, trained on tokens.
+
+    The adapter that it begins with depends on `seed` alone.
+    """
+    model, tokenizer = load_language_model(args.model)
     set_seed(seed)
-    lora = LoraConfig(r=8, lora_alpha=16, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+    lora = LoraConfig(r=8, lora_alpha=16, task_type="CAUSAL_LM")
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         trainer = Trainer(
             get_peft_model(model, lora),
@@ -101,7 +105,7 @@ def fine_tune(
 
 def learn(train: Dataset, query: Dataset | None, args: argparse.Namespace, seed: int, store: Path) -> nn.Module:
     """The model that has learnt the answers; `store` gets their gradients, epoch by epoch and at the end."""
-    _, tokenizer = load_language_model()
+    _, tokenizer = load_language_model(args.model)
     rows, clean = (None if part is None else tokenize(part, tokenizer, gradient="answer") for part in (train, query))
     return fine_tune(rows, args, seed, GradientCapture(store, clean, during="epochs"))
 
@@ -111,6 +115,7 @@ def options(description: str | None) -> argparse.ArgumentParser:
     made = parser(description)
     made.add_argument("--data", type=Path, help="folder of sets; without, those that can be made are")
     made.add_argument("--sets", nargs="+", help="folders there, or sets that can be made; all known ones by default")
+    add_model(made, MODEL)
     made.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     made.add_argument("--rows", type=int, default=200, help="to train on")
     made.add_argument("--queries", type=int, default=50, help="clean rows to compare with")
@@ -133,7 +138,7 @@ def parsed(made: argparse.ArgumentParser) -> argparse.Namespace:
 def trained_how(args: argparse.Namespace) -> str:
     """For the title of a table."""
     return (
-        f"SmolLM2-135M-Instruct + LoRA r=8, {args.rows} training rows, {args.queries} clean queries, "
+        f"{named(args.model, MODEL)} + LoRA r=8, {args.rows} training rows, {args.queries} clean queries, "
         f"{'generated' if args.made else 'given'} data, {args.epochs} epochs, batch {args.batch_size} "
         f"({args.sampling}), learning rate {args.learning_rate}."
     )

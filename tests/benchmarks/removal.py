@@ -43,7 +43,7 @@ from hf_influence.pretrained import load_classifier
 def run(name: str, seed: int, args: argparse.Namespace, runs: Runs) -> dict[str, Any]:
     """Method -> the points of its curve."""
     parts = Parts.of(name, args, seed)
-    _, tokenizer = load_classifier()
+    _, tokenizer = load_classifier(args.model)
     train, query, held_out = (tokens(rows, tokenizer) for rows in parts)
 
     def retrain(rows: Dataset) -> float:

@@ -78,7 +78,7 @@ def wrong_left(rows: Dataset) -> float:
 def run(name: str, seed: int, args: argparse.Namespace, runs: Runs) -> dict[str, dict[str, float]]:
     """Way of curating -> accuracy and wrong labels left."""
     parts = Parts.of(name, args, seed)
-    _, tokenizer = load_classifier()
+    _, tokenizer = load_classifier(args.model)
     held_out = tokens(parts.held_out, tokenizer)
 
     def judged(way: str, model: nn.Module, rows: Dataset) -> dict[str, float]:

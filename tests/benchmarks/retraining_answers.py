@@ -61,7 +61,7 @@ def curated(train: Dataset, store: Path, given: Given, args: argparse.Namespace)
 
 def run(name: str, seed: int, args: argparse.Namespace, runs: Runs) -> dict[str, dict[str, float]]:
     """Way of curating -> what the model has learnt, and the wrong answers left."""
-    _, tokenizer = load_language_model()
+    _, tokenizer = load_language_model(args.model)
     more = argparse.Namespace(**{**vars(args), "rows": args.rows + args.held_out})
     data = prompts.load(name, more, tokenizer, seed)
     train = corrupt_answers(data["train"].select(range(args.rows)), args.kinds, args.share, seed)

@@ -46,7 +46,7 @@ Figures = dict[str, dict[str, dict[str, float]]]
 def run(name: str, seed: int, args: argparse.Namespace) -> Figures:
     """What is left of the accuracy after each way of curating."""
     parts = Parts.of(name, args, seed)
-    _, tokenizer = load_classifier()
+    _, tokenizer = load_classifier(args.model)
     attack = robustness(args.epsilon, args.steps, direction=args.direction)
     held_out, wrong = tokens(parts.held_out, tokenizer), parts.train["is_wrong"]
     trim = DatasetFilter(drop=args.drop)

@@ -55,7 +55,7 @@ def figures(train: Dataset, query: Dataset, method: str, scores: Scores) -> dict
 
 def run(name: str, seed: int, args: argparse.Namespace) -> dict[str, dict[str, Any]]:
     """Method -> figures."""
-    _, tokenizer = load_language_model()
+    _, tokenizer = load_language_model(args.model)
     data = prompts.load(name, args, tokenizer, seed)
     model = prompts.fine_tune(tokenize(data["train"], tokenizer), args, seed)
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:

@@ -49,6 +49,16 @@ def parser(description: str | None) -> argparse.ArgumentParser:
     return made
 
 
+def add_model(made: argparse.ArgumentParser, default: str) -> None:
+    """The option to train another model."""
+    made.add_argument("--model", help=f"folder or hub name (default: {default}); LoRA is where PEFT puts it by default")
+
+
+def named(model: str | None, default: str) -> str:
+    """For the title of a table."""
+    return Path(model).name if model else default
+
+
 def add_sampling(made: argparse.ArgumentParser) -> None:
     """The option of which examples make a batch."""
     about = "rows of like lengths in a batch need half of the time that random ones do"
@@ -67,8 +77,9 @@ def add_stores(made: argparse.ArgumentParser) -> None:
 
 
 def runs_of(args: argparse.Namespace, *over: str) -> Runs:
-    """The runs of these options; `over` names those that the series goes over."""
-    return Runs(args.results, {name: value for name, value in vars(args).items() if name not in (*LEAVE, *over)})
+    """The runs of these options, as far as they are given; `over` names those that the series goes over."""
+    given = {name: value for name, value in vars(args).items() if value is not None}
+    return Runs(args.results, {name: value for name, value in given.items() if name not in (*LEAVE, *over)})
 
 
 def each(runs: Runs, work: Callable[..., Any], **over: Sequence[Any]) -> None:

@@ -52,7 +52,7 @@ def figures(train: Dataset, method: str, scores: Scores) -> dict[str, Any]:
 
 def run(name: str, kinds: tuple[str, ...], seed: int, args: argparse.Namespace, runs: Runs) -> dict[str, Any]:
     """Plant, fine-tune, capture and rank: `methods` with what each finds, or `left out` with the reason."""
-    _, tokenizer = load_language_model()
+    _, tokenizer = load_language_model(args.model)
     data = prompts.load(name, args, tokenizer, seed)
     try:
         train = corrupt_answers(data["train"], kinds, args.share, seed)
