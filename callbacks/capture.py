@@ -35,11 +35,12 @@ from hf_influence.callbacks.schedule import During, Schedule, endless
 from hf_influence.dataset.contents import column_codes
 from hf_influence.errors import BadSetting
 from hf_influence.gradients.batches import forward_arguments
-from hf_influence.gradients.collect import Plan, check_collectable, check_folder, collect_planned
+from hf_influence.gradients.collect import collect_planned
 from hf_influence.gradients.compress import Compressor
 from hf_influence.gradients.during_training.stream import StreamPlan, is_stream
 from hf_influence.gradients.mislabelled import SPLIT, mislabelled
 from hf_influence.gradients.own_loss import OwnTask
+from hf_influence.gradients.plan import Plan, check_collectable, check_folder
 from hf_influence.gradients.processes import first_process_first, rank
 from hf_influence.gradients.sweep import BatchSize
 from hf_influence.gradients.taps import Modules

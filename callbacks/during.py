@@ -16,10 +16,10 @@ from transformers import Trainer, TrainerControl, TrainerState
 
 from hf_influence.callbacks.schedule import Schedule, endless
 from hf_influence.errors import BadExample, BadSetting
-from hf_influence.gradients.collect import Plan
 from hf_influence.gradients.during_training.positions import Positions
 from hf_influence.gradients.during_training.stream import Sightings, StreamPlan
 from hf_influence.gradients.during_training.training import Caught, TrainingWatch
+from hf_influence.gradients.plan import Plan
 from hf_influence.gradients.processes import first_process_first, rank, wait_for_all
 from hf_influence.store import GradientStore, RowWriter
 from hf_influence.task import CausalLM

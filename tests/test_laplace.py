@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from hf_influence import attribute, collect_at
 from hf_influence.errors import BadExample, BadSetting, MissingRows, StoreMismatch, UnsupportedModel
-from hf_influence.gradients.collect import Plan
 from hf_influence.gradients.fixed import FixedWeights
+from hf_influence.gradients.plan import Plan
 from hf_influence.points import Point, laplace, parameter_dropout, present
 from hf_influence.points.laplace import Laplace, MomentCatcher, Posterior
 from hf_influence.points.point import trainable, trainable_values

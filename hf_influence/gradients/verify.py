@@ -11,13 +11,13 @@ from torch import Tensor, nn
 
 from hf_influence.errors import StoreError, StoreMismatch
 from hf_influence.gradients.batches import Collator, alone, forward_arguments
-from hf_influence.gradients.collect import Plan
 from hf_influence.gradients.compress import compressor_of
 from hf_influence.gradients.example_losses import losses_by
 from hf_influence.gradients.identity import adapter_identity
 from hf_influence.gradients.modes import autocasts, evaluating
 from hf_influence.gradients.objective import has_own_loss
 from hf_influence.gradients.own_loss import OwnTask
+from hf_influence.gradients.plan import Plan
 from hf_influence.store import GradientStore, Rows
 from hf_influence.task import IGNORED, CausalLM, LanguageModel
 

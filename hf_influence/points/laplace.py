@@ -13,10 +13,10 @@ from torch import Tensor, nn
 
 from hf_influence.errors import BadExample, BadSetting, UnsupportedModel
 from hf_influence.gradients.batches import Collator
-from hf_influence.gradients.collect import Plan
 from hf_influence.gradients.fixed import FixedWeights
 from hf_influence.gradients.identity import adapter_identity
 from hf_influence.gradients.own_loss import OwnTask
+from hf_influence.gradients.plan import Plan
 from hf_influence.gradients.second_order.factors import FactorCatcher
 from hf_influence.gradients.sweep import BatchSize, check_batch_size, sweep
 from hf_influence.gradients.taps import Tap

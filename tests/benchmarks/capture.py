@@ -45,9 +45,9 @@ from torch import Tensor, nn
 from hf_influence.evaluation.benchmarks import math_problems, sentence_transformations, tokenize
 from hf_influence.gradients.batches import Examples, padding_with
 from hf_influence.gradients.capture import RowCatcher
-from hf_influence.gradients.collect import header_of
 from hf_influence.gradients.compress import Compressor, dropout
 from hf_influence.gradients.fixed import FixedWeights
+from hf_influence.gradients.plan import header_of
 from hf_influence.gradients.taps import find_taps
 from hf_influence.pretrained import load_classifier, load_language_model
 from hf_influence.store import GradientStore

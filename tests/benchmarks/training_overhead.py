@@ -51,7 +51,7 @@ from hf_influence.callbacks.during import DuringTraining
 from hf_influence.callbacks.schedule import Schedule
 from hf_influence.gradients import dropout
 from hf_influence.gradients.batches import padding_with
-from hf_influence.gradients.collect import Plan
+from hf_influence.gradients.plan import Plan
 from hf_influence.store import GradientStore
 
 LIMITS = {"whole": 1.03, "dropout": 1.01}

@@ -12,9 +12,9 @@ from torch import nn
 from torch.utils.data import IterableDataset
 
 from hf_influence.errors import BadExample, BadSetting
-from hf_influence.gradients.collect import header_of
 from hf_influence.gradients.compress import Compressor
 from hf_influence.gradients.own_loss import OwnTask, task_of
+from hf_influence.gradients.plan import header_of
 from hf_influence.gradients.taps import Modules, Tap, find_taps
 from hf_influence.store import GradientStore, Header
 from hf_influence.task import Classification, Reduction, Task

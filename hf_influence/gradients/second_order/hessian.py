@@ -19,11 +19,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from hf_influence.errors import BadSetting, StoreMismatch, UnsupportedModel
 from hf_influence.gradients.capture import RowCatcher
-from hf_influence.gradients.collect import Plan
 from hf_influence.gradients.fixed import FixedWeights
 from hf_influence.gradients.lora import padding_columns
 from hf_influence.gradients.modes import evaluating
 from hf_influence.gradients.objective import own_losses
+from hf_influence.gradients.plan import Plan
 from hf_influence.gradients.sweep import BatchSize, check_batch_size, sweep
 from hf_influence.store import GradientStore, Header
 

@@ -8,9 +8,9 @@ from torch import nn
 
 from hf_influence.errors import StoreMismatch
 from hf_influence.gradients.batches import Collator
-from hf_influence.gradients.collect import Plan
 from hf_influence.gradients.identity import adapter_identity
 from hf_influence.gradients.own_loss import OwnTask
+from hf_influence.gradients.plan import Plan
 from hf_influence.store import GradientStore
 
 

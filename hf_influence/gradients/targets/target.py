@@ -13,11 +13,11 @@ from torch import Tensor, nn
 
 from hf_influence.errors import BadExample, BadSetting, StoreMismatch
 from hf_influence.gradients.batches import Collator, Examples
-from hf_influence.gradients.collect import Plan
 from hf_influence.gradients.compress import compressor_of
 from hf_influence.gradients.identity import adapter_identity
 from hf_influence.gradients.modes import evaluating
 from hf_influence.gradients.own_loss import OwnTask
+from hf_influence.gradients.plan import Plan
 from hf_influence.gradients.processes import first_process_first, rank
 from hf_influence.gradients.sweep import BatchSize, check_batch_size, sweep
 from hf_influence.store import GradientStore
