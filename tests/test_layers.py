@@ -20,7 +20,6 @@ ORDER = (
     {"points"},
     {"attribution"},
     {"filter", "evaluation"},
-    {"report"},
     {"callbacks"},
     {"pretrained", "demo", "cli"},
 )
@@ -64,8 +63,6 @@ def test_heavy_neighbours_stay_in_their_place(module: str) -> None:
             assert module == "gradients.lora" or own in ENDS, f"{module} imports {name}"
         if root in ("transformers", "trl") and what.startswith(("Trainer", "Training", "trainer", "SFT")):
             assert own in {"callbacks", *ENDS}, f"{module} imports {name}"
-        if root == "jinja2":
-            assert own == "report", f"{module} imports {name}"
 
 
 def test_nothing_is_called_utils() -> None:
