@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from hf_influence.attribution.witnesses import OfDirections, Witness
 from hf_influence.callbacks import GradientCapture
 from hf_influence.errors import BadExample, BadSetting
 from hf_influence.evaluation import mislabel_detection
+from hf_influence.filter import DatasetFilter
 from hf_influence.store import GradientStore
 
 N = 40
@@ -159,3 +161,88 @@ def test_directions_tell_from_where_the_model_has_settled() -> None:
     alone = OfDirections(queries, -queries, end, epochs[:2], 2.0).share()
     assert alone is not None
     assert alone.share == pytest.approx(0.12, abs=0.03), "but at the end it has"
+
+
+def one_class_unheard(path: Path, *, of_it: bool = True, missing: Sequence[int] = (4,), training: bool = False) -> Any:
+    """A store of a softmax regression that has learnt five classes, a fifth of the labels wrong, and of its queries.
+
+    Args:
+        of_it: With the examples of the class 4; otherwise with those of the others alone.
+        missing: Classes without queries.
+        training: With two earlier points, from training steps.
+
+    Returns:
+        The store, and the labels as they are and as they should be.
+    """
+    draw, c, n, q = torch.Generator().manual_seed(0), 5, 400, 100
+    centres = 1.5 * torch.randn(c, 8, generator=draw, dtype=torch.float64)
+
+    def drawn(n: int) -> tuple[Tensor, Tensor]:
+        right = torch.randint(c, (n,), generator=draw)
+        return centres[right] + torch.randn(n, 8, generator=draw, dtype=torch.float64), right
+
+    def turned(labels: Tensor) -> Tensor:
+        return (labels + torch.randint(1, c, labels.shape, generator=draw)) % c
+
+    (x, right), (v, heard) = drawn(n), drawn(4 * q)
+    labels = torch.where(torch.rand(n, generator=draw) < 0.2, turned(right), right)
+    kept = ~torch.isin(heard, torch.tensor(missing))
+    v, heard = v[kept][:q], heard[kept][:q]
+    wrong = turned(heard)
+    weights = torch.zeros(c, 8, dtype=torch.float64, requires_grad=True)
+    among = torch.ones(n, dtype=torch.bool) if of_it else labels != 4
+
+    def kept_at(point: int, mislabelled: bool) -> GradientStore:
+        def rows(x: Tensor, labels: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+            logits = (x @ weights.detach().T).log_softmax(1)
+            residual = logits.exp() - torch.nn.functional.one_hot(labels, c)
+            steps = {"step": torch.arange(len(x))} if point else {}
+            stats = {"loss": -logits.gather(1, labels[:, None])[:, 0], "label": labels, **steps}
+            return {"w": (residual[:, :, None] * x[:, None]).flatten(1)}, stats
+
+        (train, stats), (query, query_stats), (other, other_stats) = (
+            rows(x[among], labels[among]),
+            rows(v, heard),
+            rows(v, wrong),
+        )
+        more = {"mislabelled": other, "mislabelled_stats": other_stats} if mislabelled else {}
+        task = {**CLASSES, "num_labels": c}
+        return make_store(path, train, query, stats=stats, query_stats=query_stats, point=point, task=task, **more)
+
+    optimizer = torch.optim.SGD([weights], lr=0.05)
+    for step in range(1, 201):
+        optimizer.zero_grad()
+        torch.nn.functional.cross_entropy(x @ weights.T, labels).backward()
+        optimizer.step()
+        if training and step in (50, 100):
+            kept_at(step // 50, mislabelled=False)
+    return kept_at(0, mislabelled=True), labels[among], right[among]
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_right_labels_of_a_class_without_queries_are_kept(tmp_path: Path, training: bool) -> None:
+    def of_class_4(store: GradientStore, labels: Tensor, right: Tensor) -> tuple[float, float]:
+        """The shares of right and of wrong labels of that class that are dropped."""
+        report = DatasetFilter().decide(Dataset.from_dict({"x": [0] * len(labels)}), attribute(store))
+        gone = torch.tensor([action == "drop" for action in report.actions])
+        of_it = labels == 4
+        kinds = (of_it & (labels == right), of_it & (labels != right))
+        return float(gone[kinds[0]].double().mean()), float(gone[kinds[1]].double().mean())
+
+    with pytest.warns(UserWarning, match=r"none or hardly any of the 100 queries are of the classes \[4\]"):
+        dropped = of_class_4(*one_class_unheard(tmp_path / "unheard", training=training))
+    assert dropped[0] < 0.05, "by agreement with queries of other classes most of them would go"
+    assert dropped[1] > 0.5
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert of_class_4(*one_class_unheard(tmp_path / "heard", missing=(), training=training))[0] < 0.05
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_a_class_without_queries_does_not_count_in_the_share_that_they_find(tmp_path: Path, training: bool) -> None:
+    with pytest.warns(UserWarning, match="none or hardly any"):
+        whole = attribute(one_class_unheard(tmp_path / "whole", training=training)[0])
+    rest = attribute(one_class_unheard(tmp_path / "rest", of_it=False, training=training)[0])
+    assert "kernel_ridge_mean" in whole.report["parts"] or not training
+    assert whole.report["estimated_share_wrong"] == rest.report["estimated_share_wrong"] > 0
+    assert whole.report["log_odds"] == rest.report["log_odds"]

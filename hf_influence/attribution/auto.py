@@ -11,13 +11,13 @@ from torch import Tensor
 
 from hf_influence.attribution.finite import check_finite
 from hf_influence.attribution.given import fingerprint, one_for_each
-from hf_influence.attribution.kernel_ridge import KernelRidgeMean
+from hf_influence.attribution.kernel_ridge import KernelRidge, KernelRidgeMean
 from hf_influence.attribution.method import Method, class_of, make_method
 from hf_influence.attribution.over_points import OverPoints, OverTraining
 from hf_influence.attribution.selection import Selection
 from hf_influence.attribution.share_wrong import Epoch
 from hf_influence.attribution.trust import log_odds, normal_scores
-from hf_influence.attribution.witnesses import check_queries, have_wrong_labels, of_prompts, witnesses
+from hf_influence.attribution.witnesses import check_queries, have_wrong_labels, of_prompts, spoken_of, witnesses
 from hf_influence.dataset.groups import group_of
 from hf_influence.errors import BadSetting, MissingRows
 from hf_influence.scores import LOG_ODDS, mean_ranks
@@ -87,7 +87,9 @@ class Auto(OverTraining, name="auto"):
     class are told clearly worse than all, the AUC is theirs: a model that leans to a class because wrong labels are of
     that class has low losses for these. Of two classes a wrong label turns the sign of either. Of more,
     `GradientCapture` collects the queries under wrong labels as well (the split "query-mislabelled"); without them they
-    are taken to do so. `kernel_ridge` at the end weighs eight times that beside `kernel_ridge_mean`: the rows of
+    are taken to do so. Of a class that has less than a quarter of the queries that its share of the examples would give
+    it, the two of them rank no example: what raises one class lowers the others, so to queries of these all its labels
+    look wrong. `kernel_ridge` at the end weighs eight times that beside `kernel_ridge_mean`: the rows of
     training steps carry the dropout of their step, those at the end do not. What stands at the end alone counts less
     where the model has learnt labels by heart: f = min(1, o / e) there and 1 elsewhere, o the share of negative scores
     among the examples and e the one to be expected by the queries, (1 − π) e₊ + π e₋ under right and wrong labels.
@@ -165,14 +167,19 @@ class Auto(OverTraining, name="auto"):
         scores: dict[str, Tensor] = {}  # each [n_p]
         ranks: dict[str, Tensor] = {}  # each [n], NaN for what a part does not score
         epochs: Sequence[Epoch] = ()
-        for name, settings in self.resolved(rows).items():
+        parts = self.resolved(rows)
+        last = self._asked(rows, parts)
+        spoken = torch.ones(len(rows.ids), dtype=torch.bool) if last is None else spoken_of(rows, last)  # [n]
+        for name, settings in parts.items():
             method, own = self._looked_at(rows, name, settings)
             places = torch.searchsorted(rows.positions, own.positions)
             ranks[name] = torch.full((len(rows.ids),), torch.nan, dtype=torch.float64)
             scores[name] = _finite(name, method.score(own).double().mean(1), own)
-            epochs = method.epochs if isinstance(method, KernelRidgeMean) else epochs
+            if isinstance(method, KernelRidge):
+                scores[name], places = scores[name][spoken[places]], places[spoken[places]]
+                epochs = method.epochs(spoken) if isinstance(method, KernelRidgeMean) else epochs
             ranks[name][places] = ranks_within(scores[name], [groups[at] for at in places.tolist()])
-        weights, share, auc = self._trust(rows, scores, epochs)
+        weights, share, auc = self._trust(rows, last, scores, epochs)
         total = sum(weights.values())
         self.report["parts"] = {name: round(weight / total, 4) for name, weight in weights.items()}
         self.report["estimated_share_wrong"] = None if share is None else round(share, 4)
@@ -191,6 +198,15 @@ class Auto(OverTraining, name="auto"):
             return normal_scores(ranking).to(rows.train.dtype)[:, None]
         self.report[LOG_ODDS] = {"auc": round(auc, 4)}
         return log_odds(ranking, auc, self.share_wrong or share).to(rows.train.dtype)[:, None]
+
+    def _asked(self, rows: Selection, parts: Parts) -> Selection | None:
+        """The end, where it has queries that say how far the parts are to be trusted."""
+        last = rows.at(end(rows))
+        witness = "kernel_ridge" if has_classes(rows) else OF_PROMPTS
+        if self.parts is not None or witness not in parts or "queries" not in last.words() or len(last.query) < 2:
+            return None
+        check_queries(rows, last)
+        return last
 
     def _refuse_share(self) -> None:
         """Where it would go unheard."""
@@ -215,7 +231,7 @@ class Auto(OverTraining, name="auto"):
         return method, method.select(rows, None)
 
     def _trust(
-        self, rows: Selection, scores: Mapping[str, Tensor], epochs: Sequence[Epoch]
+        self, rows: Selection, last: Selection | None, scores: Mapping[str, Tensor], epochs: Sequence[Epoch]
     ) -> tuple[dict[str, float], float | None, float]:
         """The weight of each part, the share of wrong labels, and the AUC at which they are told from right ones.
 
@@ -224,12 +240,9 @@ class Auto(OverTraining, name="auto"):
         plain = dict.fromkeys(scores, 1.0)
         if OF_PROMPTS in scores and self.parts is None:
             plain[OF_PROMPTS] = max(1.0, len(scores) - 1.0)
-        last = rows.at(end(rows))
-        asks = "kernel_ridge" if has_classes(rows) else OF_PROMPTS
-        if self.parts is not None or asks not in scores or "queries" not in last.words() or len(last.query) < 2:
+        if last is None:
             return plain, None, 0.5
-        check_queries(last)
-        if asks == OF_PROMPTS:
+        if not has_classes(rows):
             witness = of_prompts(rows, last, scores[OF_PROMPTS])
             if witness is None:
                 return plain, None, 0.5

@@ -150,14 +150,22 @@ class KernelRidgeMean(OverTraining, KernelRidge, name="kernel_ridge_mean"):
     """Points by how far the examples agree with the queries; otherwise their mean."""
 
     @cached_property
-    def epochs(self) -> list[Epoch]:
-        """What `score` saw at the points of training: of the examples, and of the queries with each left out."""
+    def _seen(self) -> list[tuple[Tensor, Epoch]]:
+        """At each point of training: the places of its examples among all, in the order of the epoch."""
         return []
+
+    def epochs(self, among: Tensor) -> list[Epoch]:
+        """What `score` saw at the points of training: of some examples, and of the queries with each left out.
+
+        Args:
+            among: Whether it is of each example, `[n]`.
+        """
+        return [epoch._replace(examples=epoch.examples[among[places]]) for places, epoch in self._seen]
 
     def score(self, rows: Selection) -> Tensor:
         """Scores `[n, 1]`; MissingRows if a point has no queries."""
         scores = []  # each [b]
-        self.epochs.clear()
+        self._seen.clear()
         earlier: Rows | None = None
         visits = 0.0
         for part in rows.parts:
@@ -168,7 +176,8 @@ class KernelRidgeMean(OverTraining, KernelRidge, name="kernel_ridge_mean"):
             same = same_queries(earlier, query)
             before = None if same is None else fitted.turned(same)
             steps = part.train.stats.get("step")
-            self.epochs.append(Epoch.of(scores[-1], steps, fitted.left_out, before, visits))
+            places = rows.places(part) if steps is None else rows.places(part)[steps.argsort(stable=True)]
+            self._seen.append((places, Epoch.of(scores[-1], steps, fitted.left_out, before, visits)))
             earlier = query
             visits += rows.share_in(part)
         weights = [weight_of(score) if self.weighted else 1.0 for score in scores]

@@ -31,6 +31,9 @@ from hf_influence.gradients.other_prompts import STATISTIC
 from hf_influence.store import Rows
 from hf_influence.task import two_classes
 
+HEARD = 0.25
+"""Of the queries that a class should have by its share of the examples; with fewer, its labels look wrong to others."""
+
 FAR_APART = 0.25
 """Share of the queries that would have to be of other classes, beyond what chance does."""
 
@@ -143,7 +146,7 @@ def witnesses(
     Args:
         rows: All points.
         last: The one at the end.
-        ridge: The scores of the examples by kernel ridge regression at the end, `[n]`.
+        ridge: The scores of the examples that queries speak of, by kernel ridge regression at the end, `[m]`.
         epochs: The same over training.
 
     Returns:
@@ -154,20 +157,20 @@ def witnesses(
     fitted = KernelRidge().fit(query)
     turned = -fitted.left_out if other is None else fitted.turned(other)
 
-    def visits(epochs: Sequence[Epoch]) -> float | None:
-        """How often they have seen each example, `None` where the last of them is the end."""
-        return None if last.points[0] and epochs else sum(len(one.examples) for one in epochs) / max(1, len(rows.ids))
+    def visits(epochs: Sequence[Epoch], n: int) -> float | None:
+        """How often they have seen each of `n` examples, `None` where the last of them is the end."""
+        return None if last.points[0] and epochs else sum(len(one.examples) for one in epochs) / max(1, n)
 
     given = _wrong_labels(last, other)
     found: dict[str, Witness] = {
-        "kernel_ridge": OfDirections(fitted.left_out, turned, ridge, epochs, visits(epochs), given)
+        "kernel_ridge": OfDirections(fitted.left_out, turned, ridge, epochs, visits(epochs, len(ridge)), given)
     }
     if "margin" in query.stats:
         margins = statistic(query, "margin", "auto")
         wrong = -margins if other is None else other.stats["margin"]
         examples = last.train.stats.get("margin", margins[:0])
         epochs = _margins(rows) if len(examples) else []
-        found["margin"] = Witness(margins, wrong, examples, epochs, visits(epochs), given)
+        found["margin"] = Witness(margins, wrong, examples, epochs, visits(epochs, len(rows.ids)), given)
         over = [
             same.stats["margin"] for part in rows.parts if (same := same_queries(_queries(part), query)) is not None
         ]
@@ -176,16 +179,52 @@ def witnesses(
     return found, other is not None or two_classes(last.store.header.task)
 
 
-def check_queries(last: Selection) -> None:
+def spoken_of(rows: Selection, last: Selection) -> Tensor:
+    """Whether there are queries enough of the class of each example for agreement with them to mean anything, `[n]`.
+
+    What raises one class lowers the others. So all labels of a class that has no queries, or far fewer than its share
+    of the examples, look wrong to the queries of the others.
+    """
+    if (found := _by_class(rows, last)) is None:
+        return torch.ones(len(rows.ids), dtype=torch.bool)
+    labels, ours, theirs = found
+    few = theirs < HEARD * len(last.query) * ours / ours.sum()
+    unheard = few[labels]
+    if unheard.any():
+        named = (few & (ours > 0)).nonzero().flatten().tolist()
+        warnings.warn(
+            f"none or hardly any of the {len(last.query)} queries are of the classes {named}. Whether labels are of "
+            f"these, gradients of queries cannot say, so {int(unheard.sum())} examples are ranked by their losses "
+            "alone. Draw the queries at random from data like those of training, or take more.",
+            stacklevel=5,
+        )
+    return ~unheard
+
+
+def _by_class(rows: Selection, last: Selection) -> tuple[Tensor, Tensor, Tensor] | None:
+    """The class of each example `[n]`, and how many examples and queries each class has, `[c]`, if they are of any."""
+    queries = last.query.stats.get("label")
+    labels = torch.zeros(len(rows.ids), dtype=torch.long)
+    for part in rows.parts:
+        own = part.train.stats.get("label", torch.zeros(0, 0))
+        if queries is None or own.ndim != 1:
+            return None
+        labels[rows.places(part)] = own.long()
+    if queries is None or not len(labels):
+        return None
+    classes = int(torch.cat((labels, queries.long())).max()) + 1
+    ours, theirs = (torch.bincount(one.long(), minlength=classes).double() for one in (labels, queries))
+    return labels, ours, theirs
+
+
+def check_queries(rows: Selection, last: Selection) -> None:
     """Refuse queries that cannot bear witness, and warn of those that do so poorly.
 
     Raises:
         BadSetting: All are of one class, and the examples of several: whatever is of another looks wrong.
     """
-    train, query = last.train.stats, last.query.stats
-    if "label" in train and "label" in query and train["label"].ndim == 1:
-        counts = [torch.bincount(one["label"].long()).double() for one in (train, query)]
-        ours, theirs = (torch.nn.functional.pad(one, (0, max(map(len, counts)) - len(one))) for one in counts)
+    if (found := _by_class(rows, last)) is not None:
+        _, ours, theirs = found
         if int((theirs > 0).sum()) == 1 < int((ours > 0).sum()):
             raise BadSetting(
                 f"all {len(last.query)} queries are of the class {int(theirs.argmax())}, and the examples of "
@@ -200,6 +239,7 @@ def check_queries(last: Selection) -> None:
                 "look wrong. Draw the queries at random from data like those of training.",
                 stacklevel=5,
             )
+    train, query = last.train.stats, last.query.stats
     if "hash" in train and "hash" in query:
         seen = int(torch.isin(query["hash"], train["hash"]).sum())
         if seen > MOST_SEEN * len(last.query):
