@@ -16,6 +16,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from transformers.trainer_utils import SaveStrategy
 
 from hf_influence.callbacks.checks import (
+    check_apart,
     check_believed,
     check_kind,
     check_label_kinds,
@@ -23,6 +24,7 @@ from hf_influence.callbacks.checks import (
     check_places,
     check_queries,
     check_resumed,
+    check_same_queries,
     check_stream,
     check_trainer,
     naming,
@@ -274,6 +276,7 @@ class GradientCapture(TrainerCallback):
     ) -> None:
         plan = self._plans["train"]
         check_trainer(trainer, args, plan.task, own_task=self.settings["task"] is not None)
+        check_apart(model, plan.taps)
         check_packing(trainer, self._train)
         warn_of_rates(trainer)
         if state.global_step > 0 and not endless(state):
@@ -285,6 +288,7 @@ class GradientCapture(TrainerCallback):
                     store.drop(point)  # checked above: they are to be replaced
         during = DuringTraining(trainer, plan, store, schedule, self.id_column)
         if state.global_step > 0:
+            check_same_queries(store, self._plans)
             self._finish_point(during.resume(state), model, args)
             during.warn_of_missing(state)
         during.start()

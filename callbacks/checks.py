@@ -5,16 +5,21 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from datasets import ClassLabel, Dataset, Value
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from transformers import Trainer, TrainerState, TrainingArguments
 
 from hf_influence.callbacks.weighted import WeightedTrainer, soft_cross_entropy
-from hf_influence.errors import BadExample, BadSetting, InfluenceError
+from hf_influence.errors import BadExample, BadSetting, InfluenceError, MissingRows, StoreMismatch
 from hf_influence.filter.actions import Written
+from hf_influence.gradients.plan import Plan
 from hf_influence.gradients.processes import world
+from hf_influence.gradients.taps import Tap
+from hf_influence.store import GradientStore
 from hf_influence.task import LABELS, Classification, Task, unwrapped
 
 logger = logging.getLogger(__name__)
@@ -79,6 +84,54 @@ def check_trainer(trainer: Trainer, args: TrainingArguments, task: Task, own_tas
             'own_loss(torch.nn.functional.cross_entropy, reduction="none") if it is plain. Or capture at the end alone '
             "(during=None)."
         )
+    if foreign and not own_task:
+        logger.warning(
+            "%s has a compute_loss of its own. Rows are of the examples' own loss, measured at the logits: what it "
+            "adds there is refused, and a penalty on anything else (hidden states, weights) would make them wrong. If "
+            "there is one, capture at the end alone (during=None)",
+            owner.__name__,
+        )
+
+
+def check_apart(model: nn.Module, taps: Sequence[Tap]) -> None:
+    """Refuse a model whose examples are mixed in training, though not at rest.
+
+    Raises:
+        BadSetting: Batch normalisation comes after a layer that rows are taken of.
+    """
+    tapped = {tap.module for tap in taps}
+    after = False
+    for name, module in model.named_modules():
+        after |= module in tapped
+        if after and isinstance(module, _BatchNorm):
+            raise BadSetting(
+                f"{name} normalises by the batch in training, so the loss of each example depends on the others and no "
+                "row would be that of its own loss. Capture at the end alone (during=None), where it is at rest."
+            )
+
+
+def check_same_queries(store: GradientStore, plans: Mapping[str, Any]) -> None:
+    """Refuse to resume with other queries than the points before have.
+
+    Args:
+        store: With the points of the run that is resumed.
+        plans: Split -> how its rows are to be collected; those without examples by position are not looked at.
+
+    Raises:
+        StoreMismatch: Rows at some points would be of other queries than at others.
+    """
+    for split, plan in plans.items():
+        if split == "train" or not isinstance(plan, Plan):
+            continue
+        for point in filter(None, store.points("weights")):
+            with suppress(MissingRows):  # where they were not collected to their end, they will be anew
+                if store.rows(split, point).dataset == plan.examples.survey()[0]:
+                    continue
+                raise StoreMismatch(
+                    f"{store.path} holds at point {point} rows of other examples of {split!r} than are given now, and "
+                    "what compares points needs the same at all of them. Resume with the queries of the run before, or "
+                    "capture into another folder."
+                )
 
 
 def _one_direction(task: Classification) -> bool:
@@ -86,10 +139,21 @@ def _one_direction(task: Classification) -> bool:
     return task.classes == 1 or task.problem == "single_label_classification"
 
 
+def chooses_rates(group: Mapping[str, Any]) -> bool:
+    """Whether the optimizer makes its own learning rates for a group of parameters, as Adafactor does by default."""
+    return bool(group.get("relative_step"))
+
+
 def warn_of_rates(trainer: Trainer) -> None:
     """Say that the learning rate that is kept with a row is not that of all weights, if it is not."""
     groups = [group for group in trainer.optimizer.param_groups if group["params"]]
     rates = {float(group.get("initial_lr", group["lr"])) for group in groups}
+    if chooses_rates(groups[0]):
+        logger.warning(
+            "the optimizer chooses its learning rates itself (relative_step=True), so rows keep none, and what weighs "
+            "by them (tracin, tda and their like) will refuse the rows"
+        )
+        return
     if len(rates) > 1:
         logger.warning(
             "the optimizer has parameter groups with the learning rates %s, and rows keep that of the first, %g: what "

@@ -7,15 +7,17 @@ import math
 import reprlib
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import Trainer, TrainerControl, TrainerState
 
+from hf_influence.callbacks.checks import chooses_rates
 from hf_influence.callbacks.schedule import Schedule, endless
-from hf_influence.errors import BadExample, BadSetting
+from hf_influence.errors import BadExample, BadSetting, StoreMismatch
+from hf_influence.gradients.batches import forward_arguments
 from hf_influence.gradients.during_training.positions import Positions
 from hf_influence.gradients.during_training.stream import Sightings, StreamPlan
 from hf_influence.gradients.during_training.training import Caught, TrainingWatch
@@ -25,6 +27,9 @@ from hf_influence.store import GradientStore, RowWriter
 from hf_influence.task import CausalLM
 
 logger = logging.getLogger(__name__)
+
+ALL = sys.maxsize
+"""Of the rows of a shard."""
 
 
 class DuringTraining:
@@ -53,6 +58,7 @@ class DuringTraining:
             self.positions = Positions(plan.examples, isinstance(plan.task, CausalLM))
         if self.positions.duplicates:
             logger.warning("%d training examples are equal to earlier ones", self.positions.duplicates)
+        self._arguments = frozenset(forward_arguments(trainer.model))
         self.rows = self.lost = 0
         self.seconds = 0.0
         self.epoch = 0
@@ -83,6 +89,8 @@ class DuringTraining:
         point = self.schedule.point(self.epoch, step)
         if point is None:
             return self._plain_step(model, inputs, *args, **kwargs)
+        if isinstance(self.positions, Sightings) and names is None:
+            self.positions.check_inputs(inputs, self._arguments)
         self.open(point)
         started = time.perf_counter()
         device = self.trainer.args.device
@@ -115,12 +123,10 @@ class DuringTraining:
         if len(at) < len(found):
             rows = {name: values[at] for name, values in rows.items()}
             stats = {name: values[at] for name, values in stats.items()}
-        rate = float(self.trainer.optimizer.param_groups[0]["lr"])
-        stats |= {
-            "step": torch.full((len(at),), step),
-            "epoch": torch.full((len(at),), self.epoch),
-            "learning_rate": torch.full((len(at),), rate, dtype=torch.float64),
-        }
+        stats |= {"step": torch.full((len(at),), step), "epoch": torch.full((len(at),), self.epoch)}
+        group = self.trainer.optimizer.param_groups[0]
+        if not chooses_rates(group):
+            stats["learning_rate"] = torch.full((len(at),), float(group["lr"]), dtype=torch.float64)
         self._writer.append([position for row in at if (position := found[row]) is not None], rows, stats)
         self.rows += len(at)
 
@@ -196,6 +202,7 @@ class DuringTraining:
             A point that ends at this very step: the earlier run may have died before it was complete.
         """
         captured = self._captured()
+        self._check_numbering(captured)
         with first_process_first():
             if rank() == 0:
                 for point in captured:
@@ -245,6 +252,24 @@ class DuringTraining:
     def _captured(self) -> list[int]:
         """The points of this run that have rows."""
         return [point for point in self.store.points("weights") if point and "train" in self.store.splits(point)]
+
+    def _check_numbering(self, captured: Sequence[int]) -> None:
+        """Refuse points that an earlier run has numbered by steps where this one does by epochs, or the reverse.
+
+        Raises:
+            StoreMismatch: Rows of two epochs would meet in one point.
+        """
+        kind = self.schedule.during.removesuffix("s")
+        for point in captured:
+            writer = self._writer_of(point)
+            for part in (writer, *writer.parts()):
+                odd = [number for number in part.some(kind, ALL).values() if number != point]
+                if odd:
+                    raise StoreMismatch(
+                        f"{self.store.path} holds rows of {kind} {odd[0]} at point {point}: the run that is resumed "
+                        f"has captured with another setting than during={self.schedule.during!r}, and its points would "
+                        "be mixed up with those of this run. Resume with its setting, or capture into another folder."
+                    )
 
     def _forget_after(self, point: int, step: int) -> None:
         """Leave of a point what was captured up to a step; nothing, if that is nothing."""

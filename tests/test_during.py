@@ -11,7 +11,7 @@ from typing import Any
 import models
 import pytest
 import torch
-from models import labelled, llama, lora, padding, tiny
+from models import bert, labelled, llama, lora, padding, tiny
 from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
 from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
@@ -21,6 +21,7 @@ from transformers import (
     DataCollatorWithFlattening,
     Trainer,
 )
+from transformers.optimization import Adafactor, AdafactorSchedule
 from watched import (
     EXAMPLES,
     QUERIES,
@@ -37,8 +38,9 @@ from watched import (
     weights_and_logs,
 )
 
+from hf_influence import attribute
 from hf_influence.callbacks import GradientCapture
-from hf_influence.errors import StoreError, UnsupportedModel
+from hf_influence.errors import BadSetting, MissingRows, StoreError, UnsupportedModel
 from hf_influence.gradients import dropout, gaussian, logra, sparse_jl, verify
 from hf_influence.gradients.modes import autocasts
 from hf_influence.gradients.verify import TOLERANCE
@@ -312,3 +314,53 @@ def test_what_was_captured_is_logged_beside_the_losses(tmp_path: Path, strategy:
     captured = [log for log in run.state.log_history if "capture/rows" in log]
     assert [log["capture/rows"] for log in captured] == [10, 20]
     assert [log for log in logs[1] if "loss" in log] == [log for log in logs[0] if "loss" in log]
+
+
+def test_batch_normalisation_after_a_captured_layer_is_refused(tmp_path: Path) -> None:
+    """In training the loss of an example then depends on the others of its batch; at rest it does not."""
+
+    def normalised() -> nn.Module:
+        base = bert(num_labels=3)
+        base.classifier = nn.Sequential(nn.BatchNorm1d(models.WIDTH), nn.Linear(models.WIDTH, 3))
+        return lora(base, ["query"], dtype=torch.float32)
+
+    data = labelled(lambda i: i % 3, 8)
+    with pytest.raises(BadSetting, match=r"classifier.0 normalises by the batch in training.*during=None"):
+        train(normalised(), tmp_path, GradientCapture(tmp_path / "during", during="epochs"), data=data)
+    train(normalised(), tmp_path, GradientCapture(tmp_path / "end"), data=data)
+    assert len(GradientStore.open(tmp_path / "end").rows()) == 8
+
+
+def test_an_optimizer_that_chooses_its_own_rates_leaves_none(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    class OwnRates(Trainer):
+        def create_optimizer(self, *args: Any) -> Any:
+            self.optimizer = Adafactor(self.model.parameters(), lr=None, relative_step=True, warmup_init=True)
+            return self.optimizer
+
+        def create_scheduler(self, *args: Any, **kwargs: Any) -> Any:
+            self.lr_scheduler = AdafactorSchedule(self.optimizer)
+            return self.lr_scheduler
+
+    capture = GradientCapture(tmp_path / "rows", EXAMPLES[:3], during="epochs", at_end=False)
+    train(tiny(torch.float32), tmp_path, capture, kind=OwnRates)
+    assert "chooses its learning rates itself" in caplog.text
+    assert "learning_rate" not in GradientStore.open(capture.path).rows("train", 1).stats
+    with pytest.raises(MissingRows, match="learning rate"):
+        attribute(capture.path, "self_tracin")
+    assert bool(attribute(capture.path, "self_tracin", weighted=False).values.any())
+
+
+def test_a_compute_loss_of_ones_own_is_told_of_what_rows_leave_out(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Penalised(Trainer):
+        def compute_loss(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+            out = model(**inputs, output_hidden_states=True)
+            return out.loss + out.hidden_states[-1].square().mean()
+
+    capture = GradientCapture(tmp_path / "rows", during="epochs", at_end=False)
+    train(tiny(torch.float32), tmp_path, capture, kind=Penalised)
+    assert "Penalised has a compute_loss of its own" in caplog.text
+    caplog.clear()
+    train(tiny(torch.float32), tmp_path, GradientCapture(tmp_path / "plain", during="epochs", at_end=False))
+    assert "compute_loss" not in caplog.text

@@ -13,8 +13,12 @@ from datasets import Dataset
 from models import autograd_row, lora
 from sklearn.datasets import load_digits
 from transformers import (
+    Gemma3Config,
+    Gemma3ForConditionalGeneration,
+    Gemma3TextConfig,
     ResNetConfig,
     ResNetForImageClassification,
+    SiglipVisionConfig,
     Trainer,
     TrainingArguments,
     ViTConfig,
@@ -24,6 +28,7 @@ from transformers import (
 
 from hf_influence import GradientStore, attribute
 from hf_influence.callbacks import GradientCapture
+from hf_influence.errors import BadSetting
 from hf_influence.evaluation import mislabel_detection
 
 TRAIN, QUERY = 300, 100
@@ -96,3 +101,67 @@ def test_wrong_labels_of_digits_are_found(tmp_path: Path, name: str) -> None:
         torch.testing.assert_close(rows.block(block)[:4], want, rtol=1e-3, atol=1e-5)
     found = {method: mislabel_detection(attribute(store, method), wrong).auc for method in METHODS}
     assert all(auc > least for auc, least in zip(found.values(), METHODS.values(), strict=True)), found
+
+
+def image_and_text() -> Any:
+    """A causal language model that sees an image as four tokens."""
+    small = {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2}
+    text = Gemma3TextConfig(
+        **small, vocab_size=60, num_hidden_layers=2, num_key_value_heads=1, head_dim=8, query_pre_attn_scalar=8
+    )
+    vision = SiglipVisionConfig(**small, num_hidden_layers=1, image_size=16, patch_size=4)
+    tokens = {"image_token_index": 59, "image_token_id": 59, "boi_token_index": 57, "eoi_token_index": 58}
+    base = Gemma3ForConditionalGeneration(
+        Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=4, **tokens)
+    )
+    torch.nn.init.normal_(base.model.multi_modal_projector.mm_input_projection_weight, std=0.5)
+    return lora(base, r".*language_model.*(q_proj|v_proj)", dtype=torch.float32, lora_dropout=0.0)
+
+
+def test_other_images_under_the_same_text_need_ids(tmp_path: Path) -> None:
+    """Which row is whose is told by tokens and labels, and questions and answers repeat."""
+    torch.manual_seed(0)
+    model, ids = image_and_text(), [57, 59, 59, 59, 59, 58, 5, 6, 7, 8]
+    rows = [
+        {
+            "input_ids": ids,
+            "attention_mask": [1] * 10,
+            "token_type_ids": [0] + [1] * 4 + [0] * 5,
+            "labels": [-100] * 8 + ids[8:],
+            "pixel_values": (torch.randn(3, 16, 16) * 3).tolist(),
+            "number": i,
+        }
+        for i in range(4)
+    ]
+
+    def collate(examples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        return {name: torch.tensor([row[name] for row in examples]) for name in examples[0]}
+
+    def run(data: Any, name: str, **capture: Any) -> GradientStore:
+        args = TrainingArguments(
+            str(tmp_path),
+            use_cpu=True,
+            report_to=[],
+            disable_tqdm=True,
+            max_steps=2,
+            learning_rate=0.0,
+            remove_unused_columns=False,
+            per_device_train_batch_size=2,
+        )
+        rows = GradientCapture(tmp_path / name, during="epochs", **capture)
+        Trainer(model, args, data_collator=collate, train_dataset=data, callbacks=[rows]).train()
+        return GradientStore.open(rows.path)
+
+    data, plain = Dataset.from_list(rows), Dataset.from_list(rows).remove_columns("number")
+    with pytest.raises(BadSetting, match=r"examples 0 and 1 have the same tokens and labels and differ in 'pixel_val"):
+        run(plain, "mixed")
+    stream = data.remove_columns("number").to_iterable_dataset()
+    with pytest.raises(BadSetting, match=r"of a stream are told apart by their tokens.*'pixel_values'"):
+        run(stream, "stream", at_end=False)
+    same = Dataset.from_list([rows[0]] * 4).remove_columns("number")
+    assert len(run(same, "same").rows("train", 1)) == 4
+    store = run(data, "named", id_column="number")
+    for block in store.blocks:
+        during, at_end = (store.rows("train", point) for point in (1, 0))
+        assert during.ids == at_end.ids
+        assert torch.allclose(during.block(block), at_end.block(block), atol=1e-5), "each image has its own row"

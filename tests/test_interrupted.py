@@ -16,6 +16,7 @@ from watched import EXAMPLES, QUERIES, Recording, Stumbling, assert_exact, train
 
 from hf_influence import DatasetFilter, attribute
 from hf_influence.callbacks import CurateEachEpoch, GradientCapture, WeightedTrainer
+from hf_influence.errors import StoreMismatch
 from hf_influence.store import GradientStore
 
 
@@ -225,3 +226,26 @@ def test_a_weight_of_0_leaves_an_example_out(tmp_path: Path) -> None:
     rows = GradientStore.open(capture.path).rows("train", 2)
     assert held(capture.path, 2) == [i for i in range(10) if i % 5]
     assert_exact(run, rows, EXAMPLES, 2, missing=2)
+
+
+def test_a_run_that_was_captured_by_steps_does_not_go_on_by_epochs(tmp_path: Path) -> None:
+    options: dict[str, Any] = {"save_strategy": "epoch", "num_train_epochs": 3}
+    kinds: list[dict[str, Any]] = [{"during": "steps", "every": 2}, {"during": "epochs"}]
+    for before, after in (kinds, kinds[::-1]):
+        path = tmp_path / before["during"]
+        train(tiny(torch.float32), path, GradientCapture(path / "rows", at_end=False, **before), **options)
+        held_before = {point: held(path / "rows", point) for point in GradientStore.open(path / "rows").points()}
+        other = GradientCapture(path / "rows", at_end=False, **after)
+        with pytest.raises(StoreMismatch, match=rf"another setting than during='{after['during']}'"):
+            train(tiny(torch.float32), path, other, resume=str(path / "checkpoint-8"), **options)
+        assert held_before == {point: held(path / "rows", point) for point in held_before}, "nothing is lost"
+
+
+def test_a_run_that_goes_on_with_other_queries_is_refused(tmp_path: Path) -> None:
+    options: dict[str, Any] = {"save_strategy": "steps", "save_steps": 2, "num_train_epochs": 3}
+    path = tmp_path / "rows"
+    train(tiny(torch.float32), tmp_path, GradientCapture(path, QUERIES, during="epochs"), **options)
+    for resume in ("checkpoint-6", "checkpoint-8"):
+        again = GradientCapture(path, EXAMPLES[:3], during="epochs")
+        with pytest.raises(StoreMismatch, match=r"other examples of 'query'|another dataset"):
+            train(tiny(torch.float32), tmp_path, again, resume=str(tmp_path / resume), **options)

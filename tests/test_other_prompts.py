@@ -248,3 +248,16 @@ def test_the_capture_does_so_and_auto_takes_the_answers_for_classes(tmp_path: Pa
     other = GradientCapture(tmp_path / "others", DATA * 3, during="epochs")
     trainer(tiny(torch.float32), tmp_path, other, train=train).train()
     assert set(attribute(other.path).report["parts"]) == {"loss_mean", "vote_mean", "prompt_gain"}
+
+
+def test_an_example_without_a_prompt_is_named_before_training_wherever_it_stands(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys.modules["hf_influence.gradients.other_prompts"], "POOL", 3)
+    rows = [dict(row) for row in DATA]
+    rows[1]["labels"] = list(rows[1]["input_ids"])
+    capture = GradientCapture(tmp_path / "rows", other_prompts=2)
+    run = trainer(tiny(torch.float32), tmp_path, capture, train=Dataset.from_list(rows))
+    with pytest.raises(BadExample, match=r"labels of example 1 begin"):
+        run.train()
+    assert run.state.global_step == 0

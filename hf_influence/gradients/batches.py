@@ -60,8 +60,9 @@ class Examples:
         self.ids = self._ids_of(dataset, id_column, first)
         self.id_column = id_column
         self._whole = dataset
+        self.arguments = frozenset(forward_arguments(model))
         if remove_unused_columns:
-            taken = [name for name in first if name in forward_arguments(model) or name in LABELS]
+            taken = [name for name in first if name in self.arguments or name in LABELS]
             if not taken:
                 raise BadExample(
                     f"none of the columns {list(first)} is an argument of {type(model).__name__}.forward. Tokenise "

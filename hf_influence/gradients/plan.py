@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from hf_influence.errors import StoreMismatch
+from hf_influence.gradients.answers import parts_of
 from hf_influence.gradients.batches import Collator, Examples
 from hf_influence.gradients.compress import Compressor, compressor_of
 from hf_influence.gradients.identity import model_identity
@@ -129,6 +130,7 @@ def check_collectable(
     try_out(model, plan.task, plan.examples, several=batch_size != 1)
     if other_prompts:
         OtherPrompts(model, plan.task, plan.examples, other_prompts, todo=[0])
+        parts_of(plan.task, plan.examples, plan.examples.arguments, range(len(plan.examples)))
     check_folder(path, plan.header, overwrite=overwrite, resumed=resumed)
     return plan
 

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Container, Hashable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from hf_influence.errors import BadExample, BadSetting
+from hf_influence.gradients.answers import OF_TEXT
 from hf_influence.gradients.batches import Examples
-from hf_influence.gradients.during_training.training import Batch
+from hf_influence.gradients.during_training.training import MAIN_INPUTS, Batch
 
 AT_ONCE = 32
 
@@ -33,7 +37,8 @@ class Positions:
         duplicates: Number of examples that are equal to an earlier one; not known where ids tell them apart.
 
     Raises:
-        BadSetting: The collator makes more or fewer examples than it gets.
+        BadSetting: The collator makes more or fewer examples than it gets, or examples of equal contents are not the
+            same to the model, as two images are under one question and answer.
     """
 
     def __init__(self, examples: Examples, per_token: bool):
@@ -59,6 +64,9 @@ class Positions:
             for position, code in zip(at, codes, strict=True):
                 self._table.setdefault(code, []).append(position)
         self.duplicates = sum(len(positions) - 1 for positions in self._table.values())
+        if self.duplicates and (unread := unread_inputs(examples.collated([0]), examples.arguments)):
+            for positions in self._table.values():
+                _check_equal(examples, positions, unread)
 
     def find(
         self, codes: Sequence[int], taken: AbstractSet[int], names: Sequence[Any] | None = None
@@ -110,3 +118,32 @@ class Positions:
             "remove_unused_columns=False), pass train_dataset=… with the examples as the model "
             "sees them, unpacked, or capture at the end alone (during=None)."
         )
+
+
+def unread_inputs(batch: Mapping[str, Any], arguments: Container[str]) -> list[str]:
+    """What the model is given of the examples of a batch beside the contents by which they are told apart."""
+    main = next((name for name in MAIN_INPUTS if name in batch), None)
+    return [name for name in batch if name in arguments and name != main and name not in OF_TEXT]
+
+
+def _check_equal(examples: Examples, positions: Sequence[int], names: Sequence[str]) -> None:
+    """Refuse examples of equal contents that differ in other inputs."""
+    if len(positions) == 1:
+        return
+    first = examples.collated(positions[:1])
+    for position in positions[1:]:
+        other = examples.collated([position])
+        differ = [name for name in names if not _equal(first.get(name), other.get(name))]
+        if differ:
+            raise BadSetting(
+                f"the examples {positions[0]} and {position} have the same tokens and labels and differ in "
+                f"{differ[0]!r}. Rows find their way home by tokens and labels, so theirs would be mixed up. Keep a "
+                "column of ids in the batch (id_column=…, remove_unused_columns=False), or capture at the end alone "
+                "(during=None)."
+            )
+
+
+def _equal(one: Any, other: Any) -> bool:
+    if isinstance(one, Tensor) and isinstance(other, Tensor):
+        return torch.equal(one, other)
+    return bool(one == other)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Container, Hashable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +13,7 @@ from torch.utils.data import IterableDataset
 
 from hf_influence.errors import BadExample, BadSetting
 from hf_influence.gradients.compress import Compressor
+from hf_influence.gradients.during_training.positions import unread_inputs
 from hf_influence.gradients.own_loss import OwnTask, task_of
 from hf_influence.gradients.plan import header_of
 from hf_influence.gradients.taps import Modules, Tap, find_taps
@@ -101,6 +102,23 @@ class Sightings:
     def copies(self, code: int) -> Sequence[int]:
         """None: an example that was seen is one, however often it comes."""
         return ()
+
+    def check_inputs(self, inputs: Mapping[str, Any], arguments: Container[str]) -> None:
+        """Refuse a batch without ids whose examples may differ in what they are not told apart by.
+
+        Args:
+            inputs: Of the model.
+            arguments: What its forward method takes.
+
+        Raises:
+            BadSetting: Names it.
+        """
+        if unread := unread_inputs(inputs, arguments):
+            raise BadSetting(
+                "the examples of a stream are told apart by their tokens and labels, and the model is given "
+                f"{unread[0]!r} as well, in which equal ones may differ. Keep a column of ids in the batch "
+                "(id_column=…, remove_unused_columns=False), or pass train_dataset=… with the same examples, map-style."
+            )
 
     def find(
         self, codes: Sequence[int], taken: AbstractSet[int], names: Sequence[Any] | None = None
