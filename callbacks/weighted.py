@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from random import Random
@@ -118,8 +119,9 @@ class WeightedTrainer(Trainer):
         )
 
     def _column(self) -> Tensor:
-        """The weight of each row, `[n]`."""
-        return torch.as_tensor(self.train_dataset.with_format(None)[self.weight_column][:])
+        """The weight of each row, `[n]`; NaN where there is none."""
+        column = self.train_dataset.with_format(None)[self.weight_column][:]
+        return torch.tensor([math.nan if weight is None else weight for weight in column])
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         """The weighted loss in training, the plain one in evaluation and where weights say how often a row comes."""
@@ -196,7 +198,7 @@ def soft_cross_entropy(outputs: Any, labels: Tensor, num_items_in_batch: Tensor 
     Labels that are numbers of classes, of an evaluation set say, give the plain loss.
     """
     logits = _logits(outputs)
-    target = labels.to(logits) if labels.ndim == 2 else labels
+    target = labels.to(logits) if _vectors(labels) else labels.reshape(-1)
     count = _examples(num_items_in_batch, labels)
     return F.cross_entropy(logits, target, reduction="sum") / (len(labels) if count is None else count)
 
@@ -209,15 +211,20 @@ def _logits(outputs: Any) -> Tensor:
 
 def _examples(num_items_in_batch: Tensor | int | None, labels: Tensor) -> Tensor | int | None:
     """How many examples there are, where the Trainer counts every entry of their labels."""
-    if num_items_in_batch is None or labels.ndim != 2:
+    if num_items_in_batch is None or not _vectors(labels):
         return num_items_in_batch
     return num_items_in_batch // labels.shape[1]
+
+
+def _vectors(labels: Tensor) -> bool:
+    """Whether they are vectors with an entry for each class, and not numbers of classes, `[b]` or `[b, 1]`."""
+    return labels.ndim == 2 and labels.shape[1] > 1
 
 
 def _of_classes(task: Any, logits: Tensor, labels: Tensor) -> Tensor:
     """Loss of each example, `[b]`."""
     assert isinstance(task, Classification)
-    if labels.ndim == 2 and task.classes > 1 and task.problem in (None, "single_label_classification"):
+    if _vectors(labels) and task.classes > 1 and task.problem in (None, "single_label_classification"):
         several = ((labels == 0) | (labels == 1)).all(1) & (labels.sum(1) != 1)
         if bool(several.any()):
             raise BadExample(

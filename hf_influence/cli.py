@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import csv
+import glob
 import json
+import re
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
@@ -24,6 +27,9 @@ _KINDS: dict[str, tuple[type, str]] = {
     "query_split": (str, "text"),
 }
 """Settings that no method checks, as they say what is scored."""
+
+_QUOTED = re.compile(r'"([^"]|"")*"')
+"""A cell in quotation marks, those within it doubled."""
 
 
 @app.command()
@@ -160,7 +166,9 @@ def demo(
     model: Annotated[str | None, typer.Option(help="Folder or hub name of a causal language model.")] = None,
     size: Annotated[int, typer.Option(min=20, help="Number of training prompts.")] = 64,
     seed: Annotated[int, typer.Option(help="Of data, wrong answers and training.")] = 0,
-    output: Annotated[Path, typer.Option(help="Folder for stores and results.json; replaced.")] = Path("runs/demo"),
+    output: Annotated[
+        Path, typer.Option(help="Folder for stores and results.json; an earlier demo is replaced.")
+    ] = Path("runs/demo"),
 ) -> None:
     """Fine-tune SmolLM2 on prompts with wrong answers; find them, drop them, retrain, and see what it brings."""
     from hf_influence.demo import Demo
@@ -236,8 +244,7 @@ def _load(data: str, split: str) -> Any:
         if path.is_dir():
             loaded = load_from_disk(data)
         elif kind:
-            tabs = {"sep": "\t"} if suffix == ".tsv" else {}
-            loaded = load_dataset(kind, data_files=data, split="train", **tabs)
+            loaded = load_dataset(kind, data_files=glob.escape(data), split="train", **_as_written(path, kind))
         else:
             part = "[" in split or "+" in split  # beside which there are no others
             loaded = load_dataset(data, split=split if part else None)
@@ -252,6 +259,32 @@ def _load(data: str, split: str) -> Any:
     elif split not in ("train", str(loaded.split)):
         raise BadExample(f"{data} is one dataset without splits, so it has no {split!r}. Leave --split out.")
     return loaded
+
+
+def _as_written(path: Path, kind: str) -> dict[str, Any]:
+    """How to read a file of text cells so that each stays what it is, also where it says "None" or "NA"."""
+    if kind != "csv":
+        return {}
+    read: dict[str, Any] = {"keep_default_na": False, "na_values": [""]}
+    if path.suffix.lower() == ".tsv":
+        read |= {"sep": "\t", "quoting": csv.QUOTE_NONE if _plain_quotes(path) else csv.QUOTE_MINIMAL}
+    return read
+
+
+def _plain_quotes(path: Path) -> bool:
+    """Whether the quotation marks of a TSV file are characters like any other, as in the files of GLUE.
+
+    They are where a cell begins with one and is no quoted cell, such as `"Never,` or `"No" he said`, and no line has
+    more or fewer tabs than the others: then no cell needs quotes.
+    """
+    widths, stray = set(), False
+    with path.open(encoding="utf-8") as file:
+        for line in file:
+            cells = line.rstrip("\n").split("\t")
+            if cells != [""]:  # an empty line is no row
+                widths.add(len(cells))
+                stray |= any(cell.startswith('"') and not _QUOTED.fullmatch(cell) for cell in cells)
+    return stray and len(widths) == 1 and widths != {1}
 
 
 def markdown_table() -> str:

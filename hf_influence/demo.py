@@ -32,10 +32,12 @@ from transformers.utils import logging as transformers_logging
 
 from hf_influence.attribution import attribute, lacking, methods
 from hf_influence.callbacks import GradientCapture
+from hf_influence.errors import BadSetting
 from hf_influence.evaluation import class_detection, corrupt_answers, mislabel_detection
 from hf_influence.evaluation.benchmarks import sentence_transformations, tokenize
 from hf_influence.evaluation.benchmarks.tokenization import Part
 from hf_influence.filter import DatasetFilter
+from hf_influence.filter.wording import printable
 from hf_influence.gradients import collect, losses
 from hf_influence.pretrained import SMOLLM2, load_language_model
 from hf_influence.scores import Scores
@@ -45,6 +47,9 @@ ITERATIVE = ("cg", "lissa", "self_cg", "self_lissa")
 
 WITHIN = "auto, groups=task"
 """The default for data of several tasks: without it what goes is, rather, the task that is the hardest."""
+
+RESULTS = "results.json"
+"""All figures; by it the folder of a demo is known."""
 
 Rows = dict[str, dict[str, float]]
 """The rows of a table by their names, each with its columns."""
@@ -61,7 +66,7 @@ class Demo:
     seed: int = 0
     """Of the data, the wrong answers, the adapter and the order of training."""
     output: Path = Path("runs/demo")
-    """Folder for the stores and `results.json`; replaced."""
+    """Folder for the stores and `results.json`; one of an earlier demo is replaced."""
     held_out: int = 100
     """Clean prompts to judge the models by."""
     wrong: float = 0.2
@@ -72,12 +77,16 @@ class Demo:
     learning_rate: float = 5e-3
 
     def run(self, console: Console) -> dict[str, Any]:
-        """Fine-tune, attribute, curate, retrain; print three tables, write `results.json` and return its content."""
+        """Fine-tune, attribute, curate, retrain; print three tables, write `results.json` and return its content.
+
+        Raises:
+            BadSetting: The folder holds something else than an earlier demo.
+        """
+        self._make_room()
         disable_progress_bar()  # of the datasets library, which shows one for every small step
         transformers_logging.set_verbosity_error()
         transformers_logging.disable_progress_bar()  # of loading weights; that of the training stays
         warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
-        shutil.rmtree(self.output, ignore_errors=True)
         self.seconds: dict[str, float] = {}  # stage -> how long it took
 
         with self._stage(console, f"data and model: {self.model or SMOLLM2}"):
@@ -120,9 +129,22 @@ class Demo:
             "held_out": outcome,
             "seconds": self.seconds,
         }
-        (self.output / "results.json").write_text(json.dumps(results, indent=1))
-        console.print(f"{sum(self.seconds.values()):.0f} s; all figures are in {self.output / 'results.json'}")
+        (self.output / RESULTS).write_text(json.dumps(results, indent=1))
+        console.print(f"{sum(self.seconds.values()):.0f} s; all figures are in {self.output / RESULTS}")
         return results
+
+    def _make_room(self) -> None:
+        """Delete an earlier demo, and leave a mark by which this one is known should it be interrupted."""
+        held = {path.name: path for path in self.output.iterdir()} if self.output.exists() else {}
+        if held and (RESULTS not in held or not held.keys() <= {RESULTS, "store", "text", "trainer"}):
+            raise BadSetting(
+                f"the folder {self.output} holds {printable(', '.join(sorted(held)))}, which is no earlier demo, and "
+                "would be deleted. Name a new or an empty folder: --output FOLDER."
+            )
+        for path in held.values():
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        self.output.mkdir(parents=True, exist_ok=True)
+        (self.output / RESULTS).write_text("{}")
 
     @property
     def _steps(self) -> int:

@@ -110,6 +110,46 @@ def test_names_of_files_may_be_in_capitals(place: Path, tmp_path: Path) -> None:
     assert len(load_from_disk(tmp_path / "out")) == N - 1
 
 
+def test_the_file_that_is_named_is_read_and_no_other(place: Path, tmp_path: Path) -> None:
+    """Also where its name looks like a pattern."""
+    for name in ("rows[1]", "rows1", "rows?"):
+        Dataset.from_dict({"text": [f"{name} {i}" for i in range(N)]}).to_parquet(tmp_path / f"{name}.parquet")
+    for name in ("rows[1]", "rows?"):
+        words = ["filter", str(tmp_path / f"{name}.parquet"), str(place / "s.st"), "--drop", "3"]
+        done = CliRunner().invoke(cli.app, [*words, "--output", str(tmp_path / name)])
+        assert done.exit_code == 0, done.output
+        assert load_from_disk(tmp_path / name)["text"][0].startswith(name)
+
+
+def cells(file: Path, text: str) -> dict[str, list[Any]]:
+    file.write_text(text, encoding="utf-8")
+    return dict(cli._load(str(file), "train").to_dict())
+
+
+@pytest.mark.parametrize(("suffix", "between"), [("csv", ","), ("tsv", "\t")])
+def test_answers_that_look_like_nothing_stay(tmp_path: Path, suffix: str, between: str) -> None:
+    answers = ["None", "NA", "null", "nan", "N/A", "yes"]
+    rows = [["answer", "share"], *([answer, "0.5"] for answer in answers), ["", ""]]
+    text = "".join(between.join(row) + "\n" for row in rows)
+    assert cells(tmp_path / f"a.{suffix}", text) == {"answer": [*answers, None], "share": [0.5] * 6 + [None]}
+
+
+@pytest.mark.parametrize(
+    ("lines", "texts"),
+    [
+        (['"never closed', "next", 'said" he', "last"], None),
+        (['"No" he said', '"all of it"'], None),
+        (['"he said ""no"""', 'he said "no"', '"a\tb"', '"two\nlines"'], ['he said "no"'] * 2 + ["a\tb", "two\nlines"]),
+        (['"a, b"', ""], ["a, b", None]),
+    ],
+)
+def test_quotation_marks_of_a_tsv_file_are_characters_where_they_quote_no_cell(
+    tmp_path: Path, lines: list[str], texts: list[str] | None
+) -> None:
+    text = "text\tlabel\n" + "".join(f"{line}\t{i}\n" for i, line in enumerate(lines)) + "\n"
+    assert cells(tmp_path / "a.tsv", text) == {"text": texts or lines, "label": list(range(len(lines)))}
+
+
 def test_by_default_what_is_doubtful_goes(place: Path, tmp_path: Path) -> None:
     given = ["filter", str(place / "disk"), str(place / "odds.st"), "--output", str(tmp_path / "out")]
     done = CliRunner().invoke(cli.app, given)

@@ -1,5 +1,6 @@
 """Planted mistakes: of the kind that was asked for, as many, always wrong, and known."""
 
+import math
 import re
 from collections import Counter
 from random import Random
@@ -214,6 +215,7 @@ def test_class_labels_keep_their_names_and_may_flip_to_a_class_that_does_not_occ
         ({"labels": [0, 1]}, {}, "no 'label'.*column="),
         ({"label": [0, 1], "is_wrong": [True, False]}, {}, "flipped before"),
         ({"label": [0, None]}, {}, "row 1 has no label"),
+        ({"label": [0.0, 1.0, math.nan]}, {}, r"row 2 has no label \(label=nan\)"),
         ({"label": [1, 1]}, {"share": 0.5}, "all 2 labels are 1"),
         ({"label": [[0, 1], [1]]}, {}, r"column 'label' holds \[0, 1\], .* a single label"),
     ],

@@ -14,6 +14,7 @@ from transformers.utils import logging
 
 from hf_influence.attribution import lacking
 from hf_influence.demo import Demo
+from hf_influence.errors import BadSetting
 
 
 @pytest.fixture(autouse=True)
@@ -46,3 +47,21 @@ def test_the_demo_finds_drops_retrains_and_says_what_it_measured(model: Path, tm
     assert held_out["all data"]["wrong"] == 4
     assert held_out["the truly clean data"]["wrong"] == 0
     assert held_out["all data"]["gain"] == 0
+
+
+def test_no_folder_is_deleted_but_that_of_an_earlier_demo(tmp_path: Path) -> None:
+    """Such as `--output .`, or a folder with a store of one's own."""
+    for name, mine in (("work", "thesis.txt"), ("runs", "store"), ("both", "results.json")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / mine).write_text("mine")
+    (tmp_path / "both" / "thesis.txt").write_text("mine")
+    before = sorted(tmp_path.rglob("*"))
+    for name in ("work", "runs", "both"):
+        with pytest.raises(BadSetting, match=r"which is no earlier demo.* Name a new or an empty folder"):
+            Demo(output=tmp_path / name).run(Console(quiet=True))
+    assert sorted(tmp_path.rglob("*")) == before
+    demo = Demo(output=tmp_path / "demo")
+    for _ in range(2):  # new, and interrupted
+        demo._make_room()
+        assert [path.name for path in demo.output.iterdir()] == ["results.json"]
+        (demo.output / "store").mkdir()

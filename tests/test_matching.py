@@ -63,7 +63,7 @@ def test_the_dataset_that_was_scored_is_known_again_in_any_form(scores: Scores, 
         "nothing that was scored": Dataset.from_dict({"raw": ROWS["text"][:], "text": ROWS["text"][:]}).rename_column(
             "raw", "other"
         ),
-        "no column in common": Dataset.from_dict({"raw": ROWS["text"][:]}).add_column("source", ["one"] * 8),
+        "labels of another name": Dataset.from_dict({"raw": ROWS["text"][:], "label": ROWS["labels"][:]}),
         "other labels": Relabel(suspects=TRIM, how="flip", label="labels").apply(ROWS, scores),
     }
     for form, dataset in forms.items():
@@ -94,6 +94,25 @@ def test_another_order_is_refused_and_other_values_are_told(scores: Scores, tmp_
     labels = ROWS.select_columns(["labels"])
     with pytest.warns(UserWarning, match="'labels'"):  # turned labels, or another order: who knows
         TRIM.apply(labels.select(range(7, -1, -1)), scores)
+
+
+def test_where_nothing_tells_the_order_it_is_said(scores: Scores) -> None:
+    """Such as raw rows, of which the tokens were scored: in another order they would be filtered by chance."""
+    raw = Dataset.from_dict({"raw": ROWS["text"][:]}).add_column("source", ["one"] * 8)
+    with pytest.warns(UserWarning, match=r"told apart by \['input_ids', .*with \['raw', 'source'\].*id_column=…"):
+        assert TRIM.apply(raw, scores)["raw"][:] == TRIM.apply(ROWS, scores)["text"][:]
+    labelled = raw.add_column("label", ROWS["labels"][:])
+    with pytest.warns(UserWarning, match="the column 'labels' does not hold what was scored"):
+        TRIM.apply(labelled.select(range(7, -1, -1)), scores)
+    tasks = Dataset.from_dict({"labels": [i % 12 for i in range(24)]})
+    known = Scores(torch.zeros(24, 1), range(24), "ip", contents=column_codes(tasks))
+    with pytest.raises(BadSetting, match="another order"):
+        TRIM.apply(tasks.rename_column("labels", "label").shuffle(0), known)
+    with pytest.warns(UserWarning, match=r"told apart by \['labels'\]"):
+        TRIM.apply(Dataset.from_dict({"label": [str(i) for i in range(24)]}), known)
+    one = Dataset.from_dict({"labels": [0] * 24})
+    with pytest.warns(UserWarning, match="told apart by no column"):
+        TRIM.apply(one, Scores(torch.zeros(24, 1), range(24), "ip", contents=column_codes(one)))
 
 
 def test_scores_of_other_origin_know_the_dataset_as_well(scores: Scores) -> None:

@@ -46,9 +46,12 @@ def test_soft_labels_follow_the_formula():
 
 
 def test_soft_labels_of_a_model_that_is_sure_are_finite():
-    """Of φ = (1 − 2δ, δ, δ) and label 1 the limit for small δ is (1/4, 0, 0), as δ / ln δ vanishes."""
+    """Of φ = (1 − 2δ, δ, δ) and label 1 the limit for small δ is (1/4, 0, 0), as δ / ln δ vanishes.
+
+    Of (1 − δ, δ, 0) it is (1/2, 0, 0).
+    """
     soft = Relabel(suspects=DatasetFilter(drop=1), how="soft")
-    for phi, first in ((torch.tensor([20.0, 0.0, 0.0]).softmax(0), 0.25), (torch.tensor([1.0, 0.0, 0.0]), 0.0)):
+    for phi, first in ((torch.tensor([20.0, 0.0, 0.0]).softmax(0), 0.25), (torch.tensor([1.0, 0.0, 0.0]), 0.5)):
         assert phi[0] == 1, "in float32"
         new = soft.apply(rows([0, 1]), scores_of([1.0, -1.0]), phi.expand(2, 3))["label"][:]
         assert new[1] == pytest.approx([first, 0, 0], abs=1e-6)
@@ -246,6 +249,14 @@ def test_of_two_names_the_other_is_given(tmp_path):
     assert again.undo(new).to_dict() == data.to_dict()
 
 
+def test_the_label_may_be_the_only_column():
+    data = rows([0, 1, 1]).select_columns(["label"])
+    flip = Relabel(how="flip", suspects=DatasetFilter(drop=1))
+    new = flip.apply(data, scores_of([0.2, 0.1, -0.75]))
+    assert new.to_dict() == {"label": [0, 1, 0]}
+    assert flip.report.undo(new).to_dict() == data.to_dict()
+
+
 @pytest.mark.parametrize("remedy", [DatasetFilter(drop=1, columns=True), Reweight(), Relabel(how="posterior")])
 def test_a_split_of_a_dataset_dict_is_changed_and_taken_back_and_the_others_stay(remedy):
     splits = DatasetDict(train=rows([0, 1, 1]), test=rows([0, 1, 0]))
@@ -305,7 +316,9 @@ def test_features_and_order_of_columns_stay():
         ("soft", rows([0, 1]), [[2.0, -1.0], [0.5, 0.5]], BadSetting, "softmax"),
         ("soft", rows([0, 1]), [[math.nan] * 2, [0.5, 0.5]], BadSetting, "NaN"),
         ("predicted", rows([0, 1]), [[math.nan, 1.0], [0.5, 0.5]], BadSetting, "NaN"),
-        ("predicted", rows([True, False]), [[0.1, 0.1, 0.8]] * 2, BadSetting, "true and false"),
+        ("predicted", rows([True, False]), [[0.1, 0.1, 0.8]] * 2, BadSetting, "the classes false, true, and"),
+        ("predicted", rows([0, 1]).cast_column("label", ClassLabel(2)), [[0.1, 0.1, 0.8]] * 2, BadSetting, "0, 1, and"),
+        ("flip", rows(["yes", "no"], input_ids=[[1], [2]]), None, BadExample, "tokens beside it .* the old names"),
         ("flip", rows([0.5, 1.0]), None, BadExample, "no class number"),
         ("flip", rows([None, "yes"]), None, BadExample, "None, which is no class number"),
         ("flip", rows(["yes", "yes"]), None, BadExample, "two names"),
@@ -328,8 +341,8 @@ def test_weights_grow_with_the_scores_and_have_mean_one(how):
     assert (weight >= 0).all()
     assert (np.diff(weight[np.argsort(values)]) >= 0).all()
     assert weight[2] == weight[3]
-    for value in (1.0, 0.1):  # the mean of the latter is another in its last digit
-        same = Scores(torch.full((3, 1), value, dtype=torch.float64), [0, 1, 2], "ip")
+    for value in ([1.0] * 3, [0.1] * 3, [0.3, 0.1 + 0.2, 0.3]):  # the latter two are not equal in the last digit
+        same = Scores(torch.tensor(value, dtype=torch.float64)[:, None], [0, 1, 2], "ip")
         equal = Reweight(how=how, temperature=0.2).apply(rows([0] * 3), same)["weight"][:]
         assert equal == pytest.approx([1, 1, 1])
 
@@ -399,6 +412,9 @@ def test_sources_of_different_informativeness_are_separated() -> None:
     one = Scores(torch.randn(300, 1, generator=generator), list(range(300)), "self_ip")
     with pytest.raises(BadSetting, match="fewer than 2 groups"):
         Separate().apply(data, one)
+    equal = Scores(torch.tensor([0.3, 0.1 + 0.2] * 150, dtype=torch.float64)[:, None], list(range(300)), "self_ip")
+    with pytest.raises(BadSetting, match="fewer than 2 groups"):
+        Separate().apply(data, equal)
     with pytest.raises(BadSetting, match="a method without"):
         Separate().apply(data, Scores(torch.zeros(300, 1), list(range(300)), "ip", query_ids=[0]))
     for bad in ({"groups": 1}, {"groups": 3, "how": "otsu"}, {"how": "guess"}):

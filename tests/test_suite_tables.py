@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 from datasets import Dataset
 from models import of_characters
+from stores import make_store
 
 from hf_influence.errors import BadExample, BadSetting, StoreMismatch
 from hf_influence.evaluation import Runs, Table, retraining_gain
@@ -115,6 +117,40 @@ def test_a_share_of_the_gap_is_told_only_where_there_is_one(suite):
     assert "no shares of it" in retraining.gap(one_seed)
 
 
+@pytest.mark.parametrize("ways", [["clean"], ["doubtful", "drop il"], ["relabel loss"]])
+def test_ways_that_make_no_table_are_refused_before_the_first_training(suite, monkeypatch, capsys, ways):
+    retraining = suite("retraining")
+    monkeypatch.setattr(retraining, "each", lambda *_, **__: pytest.fail("trained"))
+    monkeypatch.setattr(sys, "argv", ["retraining.py", "--methods", "ip", "loss", "--ways", *ways])
+    with pytest.raises(SystemExit):
+        retraining.main()
+    assert "name ways beside clean, of 'doubtful', 'posterior', 'relabel ip'" in capsys.readouterr().err
+
+
+def test_what_is_clean_is_trained_on_whatever_the_ways(suite, monkeypatch):
+    retraining = suite("retraining")
+    rows = Dataset.from_dict({"text": ["a", "b"], "label": [0, 1], "right_label": [0, 1]})
+    monkeypatch.setattr(retraining.Parts, "of", lambda *_: retraining.Parts(rows, rows, rows))
+    monkeypatch.setattr(retraining, "fine_tune", lambda *_, **__: None)
+    monkeypatch.setattr(retraining, "losses", lambda *_: {"correct": torch.ones(2)})
+    named = ("clean", "doubtful", "drop ip")
+    monkeypatch.setattr(retraining, "curated", lambda *_: ((way, rows) for way in named))
+    for ways, found in ((None, named), (["drop ip"], ("clean", "drop ip"))):
+        args = SimpleNamespace(model=None, ways=ways, epochs=1, rows=2, batch_size=2)
+        assert tuple(retraining.run("toy", 0, args, Runs())) == ("noisy", *found)
+
+
+def test_each_remedy_is_for_any_number_of_classes(suite, tmp_path):
+    labels, phi = torch.tensor([0, 1, 2, 0]), torch.tensor([[0.5, 0.2, 0.3]] * 4)
+    store = make_store(tmp_path, {"a": torch.ones(4, 2)}, stats={"label": labels, "probabilities": phi})
+    train = Dataset.from_dict({"text": list("abcd"), "label": labels.tolist()})
+    scores = Scores(torch.tensor([[-9.0], [-8.0], [1.0], [2.0]]), list(range(4)), "ip")
+    found = suite("robustness").cured(train, scores, store.path, 0.5)
+    assert found["trim"]["text"][:] == ["c", "d"]
+    assert found["relabel"]["label"][:] == [2, 0, 2, 0]
+    assert sum(found["reweight"]["weight"]) == pytest.approx(4)
+
+
 @pytest.mark.parametrize(
     ("row", "task"),
     [
@@ -148,6 +184,19 @@ def test_what_is_no_prompt_and_answer_is_refused(suite, tmp_path):
     args = SimpleNamespace(data=tmp_path, rows=1, queries=1, max_tokens=20)
     with pytest.raises(BadExample, match=r"mine/train has the columns \['prompt', 'label'\]"):
         suite("prompts").load("mine", args, None, 0)
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": "2+2=", "text": "<user>2+2=<assistant>4"},
+        {"prompt": "2+2=", "answer": None},
+        {"prompt": "2+2=", "answer": None, "text": None},
+    ],
+)
+def test_an_answer_that_cannot_be_read_off_is_refused(suite, row):
+    with pytest.raises(BadExample, match=r"does not begin with its prompt '2\+2='"):
+        suite("prompts")._example(row)
 
 
 def test_labelled_texts_may_be_one_or_two_and_come_from_the_first_split_that_has_labels(suite, tmp_path):
@@ -249,6 +298,23 @@ def test_all_clean_rows_may_be_queries(suite, monkeypatch):
     args.queries = 5
     with pytest.raises(BadSetting, match="leave no held-out row"):
         glue.Parts.of("sst2", args, 0)
+
+
+def test_the_model_has_as_many_classes_as_the_set_also_where_the_last_was_dropped(suite, tmp_path, monkeypatch):
+    glue, folder = suite("glue"), of_characters(tmp_path)
+    rows = Dataset.from_dict({"text": list("abcdef"), "label": [0, 1, 2] * 2})
+    monkeypatch.setattr(glue, "load", lambda *_: rows)
+    args = glue.options("", epochs=1, batch_size=2).parse_args(["--model", str(folder)])
+    args.rows, args.queries, args.held_out, args.share = 6, 3, 3, 0.0
+    train = glue.Parts.of("toy", args, 0).train
+    _, tokenizer = load_classifier(folder)
+    left = glue.tokens(train.filter(lambda row: row["label"] < 2), tokenizer)
+    assert glue.fine_tune(left, args, 0).config.num_labels == 3
+
+
+def test_what_is_made_of_scores_that_are_no_log_odds_is_left_out(suite):
+    train = Dataset.from_dict({"text": ["a", "b"], "is_wrong": [True, False]})
+    assert suite("other_noise").made_of(Scores(torch.tensor([[0.5], [1.0]]), [0, 1], "auto"), train) == {}
 
 
 def test_other_noise_is_of_the_kind_that_it_says(suite, monkeypatch):

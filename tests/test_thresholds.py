@@ -51,6 +51,7 @@ def test_mixture_finds_the_lower_group_and_leaves_a_single_one_alone(seed):
 @pytest.mark.parametrize("threshold", [otsu, mixture])
 def test_equal_scores_all_stay(threshold):
     assert not threshold(torch.ones(6, 2)).any()
+    assert not threshold(torch.tensor([0.3, 0.1 + 0.2] * 20, dtype=torch.float64)[:, None]).any(), "but for rounding"
 
 
 def test_discoveries_are_right_and_mistakes_as_rare_as_asked():

@@ -109,6 +109,17 @@ def test_labels_may_be_vectors_of_probabilities(tmp_path: Path) -> None:
     torch.testing.assert_close(soft, hard, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("kind", [WeightedTrainer, Trainer])
+def test_numbers_of_classes_may_stand_in_lists(tmp_path: Path, kind: type[Trainer]) -> None:
+    own: dict[str, Any] = {"compute_loss_func": soft_cross_entropy} if kind is Trainer else {}
+    listed = [{**row, "labels": [row["labels"]]} for row in CLASSES]
+    one, other = (
+        trained(kind, classifier(), Dataset.from_list(rows).add_column("weight", [1.0] * 8), tmp_path, **own)
+        for rows in (CLASSES, listed)
+    )
+    torch.testing.assert_close(one, other, rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("by", ["loss", "sampling"])
 def test_examples_of_several_classes_need_a_model_that_knows(tmp_path: Path, by: Any) -> None:
     several = [[[1.0, 1.0], [0.0, 0.0], [1.0, 0.0]][i % 3] for i in range(8)]
@@ -242,6 +253,8 @@ def test_bad_weights_are_refused(tmp_path: Path) -> None:
         trained(WeightedTrainer, classifier(), rows, tmp_path)
     with pytest.raises(BadExample, match="at least 0"):
         trained(WeightedTrainer, classifier(), rows.add_column("weight", [-1.0] * 8), tmp_path)
+    with pytest.raises(BadExample, match=r"at least 0.* nan"):
+        trained(WeightedTrainer, classifier(), rows.add_column("weight", [None, *[1.0] * 7]), tmp_path)
     with pytest.raises(BadSetting, match="compute_loss_func"):
         trained(WeightedTrainer, classifier(), rows, tmp_path, compute_loss_func=print)
     smooth = TrainingArguments(str(tmp_path), label_smoothing_factor=0.1, use_cpu=True, report_to=[])

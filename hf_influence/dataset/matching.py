@@ -14,6 +14,7 @@ from torch import Tensor
 from hf_influence.dataset.contents import column_codes
 from hf_influence.errors import BadExample, BadSetting
 from hf_influence.scores import Scores
+from hf_influence.task import LABELS
 
 MANY = 10
 """Distinct values of a column of which no other is likely to hold each as often."""
@@ -114,9 +115,12 @@ def positions(dataset: Dataset, scores: Scores) -> Tensor:
 def _check_contents(dataset: Dataset, scored: dict[str, list[Any]]) -> None:
     """Whether it looks like the dataset that was scored, by the columns with the most distinct values that both have.
 
+    Warns where they have none such.
+
     Raises:
         BadSetting: Its rows are in another order.
     """
+    dataset = _labelled_as(scored, dataset)
     shared = {name: codes[0] for name, codes in scored.items() if name in dataset.column_names and codes[0] > 1}
     telling = [name for name, distinct in shared.items() if distinct > max(shared.values()) / 2]
     now = column_codes(dataset, telling)
@@ -127,12 +131,30 @@ def _check_contents(dataset: Dataset, scored: dict[str, list[Any]]) -> None:
             "since, and its rows are known by their places. Filter it in the order in which it was scored, or score it "
             "with id_column=…, a column that names the examples wherever they are."
         )
+    if scored and not telling and len(dataset) > 1:
+        by = [name for name, codes in scored.items() if codes[0] > 1] or "no column"
+        warnings.warn(
+            f"what was scored is told apart by {by}, of which the dataset with {dataset.column_names} has nothing to "
+            "compare, so whether it was shuffled since is not known. If it is in the order in which it was scored, all "
+            "is well. To be sure filter the dataset that was scored, such as the tokenised one, or score it with "
+            "id_column=…, a column that names the examples wherever they are.",
+            stacklevel=5,
+        )
     if telling and all(now[name] != scored[name] for name in telling):
         warnings.warn(
             f"the column {telling[0]!r} does not hold what was scored, so the scores may be of other rows. Filter the "
             "dataset that was scored; if it is, and its values were changed on purpose, all is well.",
             stacklevel=5,
         )
+
+
+def _labelled_as(scored: dict[str, list[Any]], dataset: Dataset) -> Dataset:
+    """The dataset with its labels under the name that they had when they were scored, if these are the same labels."""
+    then, now = (next((name for name in LABELS if name in names), None) for names in (scored, dataset.column_names))
+    if then is None or now is None or then in dataset.column_names:
+        return dataset
+    renamed = dataset.with_format(None).rename_column(now, then)
+    return renamed if column_codes(renamed, [then])[then][2] == scored[then][2] else dataset
 
 
 def ids_of(dataset: Dataset, id_column: str | None) -> Sequence[Any]:

@@ -6,6 +6,7 @@ from random import Random
 
 from datasets import ClassLabel, Dataset, Value
 
+from hf_influence.dataset.groups import group_of
 from hf_influence.errors import BadExample
 from hf_influence.evaluation.labels import check_single
 from hf_influence.evaluation.shares import share_of
@@ -44,7 +45,8 @@ def flipped_labels(dataset: Dataset, share: float = 0.2, seed: int = 0, column: 
     check_single(right, f"column {column!r}")
     feature = dataset.features[column]
     classes = list(range(feature.num_classes)) if isinstance(feature, ClassLabel) else list(dict.fromkeys(right))
-    if (row := next((i for i, label in enumerate(right) if label is None or label not in classes), None)) is not None:
+    missing = (i for i, label in enumerate(right) if group_of(label) is None or label not in classes)
+    if (row := next(missing, None)) is not None:
         raise BadExample(
             f"row {row} has no label ({column}={right[row]!r}), so none can be wrong. Leave such rows out."
         )

@@ -61,7 +61,8 @@ class Relabel:
     """Says which rows are suspicious: those that it would drop. Without it, for "posterior" alone, every row is."""
     how: str = "predicted"
     label: str = "label"
-    """The column of class numbers; for "flip" it may name the classes, as the answers of a language model do."""
+    """The column of class numbers; for "flip" it may name the classes, as the answers of a language model do, where
+    they are not tokenised yet."""
     changed: tuple[int, ...] = field(default=(), init=False, repr=False, compare=False)
     """Rows that the last `apply` relabelled, worst first."""
 
@@ -85,7 +86,7 @@ class Relabel:
                 dataset order. By default those of the store, if that is what `scores` is.
 
         Raises:
-            BadExample: No column of class numbers, or of two names.
+            BadExample: No column of class numbers, or of two names, or of names beside tokens that were made of them.
             BadSetting: Probabilities that are missing or do not fit, a store of other labels, or "posterior" by scores
                 that are no log-odds.
             StoreError: A path that is none of a store.
@@ -157,10 +158,11 @@ class Relabel:
         as_given: Callable[[int], Any] = bool if feature == Value("bool") else names.__getitem__ if names else int
         old = list(map(as_given, labels))
         if kind == feature:
-            if as_given is bool and max(new, default=0) > 1:
+            classes = ["false", "true"] if as_given is bool else getattr(feature, "names", [])
+            if classes and max(new, default=0) >= len(classes):
                 raise BadSetting(
-                    f"the column {self.label!r} is of true and false, and the probabilities are of more classes. Pass "
-                    "one column for false and one for true."
+                    f"the column {self.label!r} is of the classes {printable(', '.join(classes))}, and the "
+                    "probabilities are of more. Pass one column for each, in this order."
                 )
             new = list(map(as_given, new))
         actions = ["keep"] * len(labels)
@@ -204,6 +206,12 @@ class Relabel:
             labels = by.labels(scores)
         names = sorted({label for label in labels if isinstance(label, str)})
         if self.how == "flip" and len(names) == 2 and all(isinstance(label, str) for label in labels):
+            if "input_ids" in dataset.column_names:
+                raise BadExample(
+                    f"the column {self.label!r} holds names, and the tokens beside it (input_ids) would still be those "
+                    "of the old names, so training would go on as before. Relabel the rows without tokens, "
+                    "dataset.remove_columns([…]), and tokenise what comes of it."
+                )
             return [names.index(label) for label in labels], names
         odd = [label for label in labels if not isinstance(label, int) or label < 0]
         if odd:
@@ -284,6 +292,8 @@ class Relabel:
     @staticmethod
     def _soft(phi: Tensor, label: int) -> list[float]:
         tiny = torch.finfo(torch.float64).tiny
+        phi = phi.clone()
+        phi[label].clamp_(min=tiny)  # φ_m = 0 beside φ_k = 1 would be 0 / 0
         others = (phi * (1 - torch.eye(len(phi), dtype=phi.dtype))).sum(1)  # 1 − φ, without rounding to 0
         log = torch.where(phi > 0.5, torch.log1p(-others), phi.clamp(min=tiny).log())
         rest = torch.log1p(-phi[label]) if phi[label] < 0.5 else others[label].clamp(min=tiny).log()

@@ -112,8 +112,8 @@ def undone(decision: Decision, curated: Any, rest: Any, split: str) -> Any:
 def with_column(dataset: Dataset, name: str, values: list[Any], feature: Any) -> Dataset:
     """A column added, or replaced in its place; the format of the dataset stays."""
     plain, order = dataset.with_format(None), dataset.column_names
-    if name in order:
-        plain = plain.remove_columns(name)
+    if name in order:  # it goes at the end, as there may be no other, and a dataset without columns has no rows
+        plain = plain.rename_column(name, "_".join([*order, "before"]))
     else:
         order = [*order, name]
     return _formatted_like(dataset, plain.add_column(name, values, feature=feature).select_columns(order))

@@ -15,12 +15,10 @@ from hf_influence.filter.decision import Decision
 from hf_influence.filter.rankings import Given, rankings_of, wrong_of
 from hf_influence.filter.replay import carried_out, of_split
 from hf_influence.filter.streams import By
+from hf_influence.filter.thresholds import all_equal
 from hf_influence.scores import mean_ranks
 
 HOW = ("softmax", "clipped", "ranks", "posterior")
-
-EQUAL = 1e-12
-"""Spread of scores that are the same but for rounding, over the largest."""
 
 
 @dataclass(kw_only=True)
@@ -106,13 +104,11 @@ class Reweight:
         )
 
     def _weights(self, mean: Tensor) -> Tensor:
-        spread = mean.std(correction=0)
-        equal = not spread > EQUAL * mean.abs().max()
-        z = torch.zeros_like(mean) if equal else (mean - mean.mean()) / spread
+        z = torch.zeros_like(mean) if all_equal(mean) else (mean - mean.mean()) / mean.std(correction=0)
         if self.how == "softmax":
             weight = torch.softmax(z / self.temperature, 0)
         elif self.how == "clipped":
             weight = (1 + z / (3 * self.temperature)).clamp(0, 2)
         else:
-            weight = (mean_ranks(mean) / len(mean)) ** (1 / self.temperature)
+            weight = (mean_ranks(z) / len(z)) ** (1 / self.temperature)
         return weight / weight.mean()

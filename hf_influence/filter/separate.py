@@ -18,7 +18,7 @@ from hf_influence.filter.prune import check_without_queries
 from hf_influence.filter.rankings import Given, one_ranking_of
 from hf_influence.filter.replay import carried_out, of_split
 from hf_influence.filter.report import group_sizes
-from hf_influence.filter.thresholds import THRESHOLDS, check_scale
+from hf_influence.filter.thresholds import THRESHOLDS, all_equal, check_scale
 from hf_influence.filter.wording import quoted
 
 HOW = ("mixture", "otsu")
@@ -143,7 +143,7 @@ def components(values: Tensor, k: int) -> Tensor:
         k: At least 2.
     """
     mean = values.double().mean(1)
-    if len(mean) < 2 * k or mean.min() == mean.max():
+    if len(mean) < 2 * k or all_equal(mean):
         return torch.zeros(len(mean), dtype=torch.long)
     scaled = ((mean - mean.mean()) / mean.std()).numpy()[:, None]
     one, several = (GaussianMixture(c, n_init=5, random_state=0).fit(scaled) for c in (1, k))

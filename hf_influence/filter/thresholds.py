@@ -31,6 +31,11 @@ ROUNDING = 1e-12
 """Of a mean, in which equal ones may differ."""
 
 
+def all_equal(mean: Tensor) -> bool:
+    """Whether mean scores `[n]` are the same but for rounding."""
+    return not len(mean) or bool(mean.max() - mean.min() <= ROUNDING * mean.abs().max())
+
+
 def otsu(values: Tensor) -> Tensor:
     """The cut between two groups of rows that makes the means of the groups differ most.
 
@@ -41,7 +46,7 @@ def otsu(values: Tensor) -> Tensor:
     Source: Otsu 1979; for influence, Kong et al., ICLR 2022, and GEX, section 5.2.
     """
     mean = values.double().mean(1)
-    if len(mean) < 2 or mean.min() == mean.max():
+    if all_equal(mean):
         return torch.zeros(len(mean), dtype=torch.bool)
     ordered = mean.sort().values
     n, total = len(mean), ordered.sum()
@@ -62,7 +67,7 @@ def mixture(values: Tensor) -> Tensor:
     Source: Arazo et al., Unsupervised Label Noise Modeling, ICML 2019, there for losses.
     """
     mean = values.double().mean(1)
-    if len(mean) < 4 or mean.min() == mean.max():
+    if len(mean) < 4 or all_equal(mean):
         return torch.zeros(len(mean), dtype=torch.bool)
     scaled = ((mean - mean.mean()) / mean.std()).numpy()[:, None]
     one, two = (GaussianMixture(k, n_init=5, random_state=0).fit(scaled) for k in (1, 2))

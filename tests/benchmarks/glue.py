@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from datasets import Dataset, Value, concatenate_datasets, get_dataset_split_names, load_dataset
+from datasets import ClassLabel, Dataset, Value, concatenate_datasets, get_dataset_split_names, load_dataset
 from peft import LoraConfig, get_peft_model
 from series import Given, add_model, add_sampling, arguments, named, parser
 from torch import nn
@@ -63,9 +63,9 @@ def texts(rows: Dataset) -> list[str]:
 
 def tokens(rows: Dataset, tokenizer: Any) -> Dataset:
     """Tokens and labels, and the weights where the rows have them."""
-    encoded = tokenizer(*_columns(rows), truncation=True, max_length=MAX_TOKENS)
-    weights = {WEIGHT: list(rows[WEIGHT])} if WEIGHT in rows.column_names else {}
-    return Dataset.from_dict({**encoded, "labels": list(rows["label"]), **weights})
+    made = Dataset.from_dict(dict(tokenizer(*_columns(rows), truncation=True, max_length=MAX_TOKENS)))
+    made = made.add_column("labels", list(rows["label"]), feature=rows.features["label"])
+    return made.add_column(WEIGHT, list(rows[WEIGHT])) if WEIGHT in rows.column_names else made
 
 
 def training_rows(name: str, args: argparse.Namespace, seed: int) -> Dataset:
@@ -97,7 +97,8 @@ def clean_rows(name: str, args: argparse.Namespace, seed: int) -> Dataset:
 class Parts(NamedTuple):
     """Random parts of a set that share no row: training rows with flipped labels, clean queries, clean held-out rows.
 
-    They are other ones for each seed.
+    They are other ones for each seed. The type of their labels says how many classes there are, also where curated rows
+    lack the last.
     """
 
     train: Dataset
@@ -108,6 +109,8 @@ class Parts(NamedTuple):
     def of(cls, name: str, args: argparse.Namespace, seed: int) -> Parts:
         rows = training_rows(name, args, seed).select(range(args.rows))
         clean = clean_rows(name, args, seed)
+        kind = ClassLabel(1 + max(max(part["label"]) for part in (rows, clean)))
+        rows, clean = rows.cast_column("label", kind), clean.cast_column("label", kind)
         held_out = clean.select(list(range(args.queries, len(clean))))  # as above
         query = clean.select(range(args.queries))
         return cls(flipped_labels(rows, args.share, seed), query, held_out)
@@ -131,9 +134,9 @@ def fine_tune(
     The head, of as many classes as there are, and the adapter that it begins with depend on `seed` alone; `order` stirs
     the order of the rows and the dropout as well.
     """
-    vectors = isinstance(rows[0]["labels"], list)
-    classes = len(rows[0]["labels"]) if vectors else max(2, max(rows["labels"]) + 1)
-    model, tokenizer = load_classifier(args.model, classes, seed)
+    vectors, feature = isinstance(rows[0]["labels"], list), rows.features["labels"]
+    classes = len(rows[0]["labels"]) if vectors else getattr(feature, "num_classes", 1 + max(rows["labels"]))
+    model, tokenizer = load_classifier(args.model, max(2, classes), seed)
     set_seed(seed)
     lora = LoraConfig(r=args.rank, lora_alpha=2 * args.rank, task_type="SEQ_CLS")
     kind = WeightedTrainer if WEIGHT in rows.column_names else Trainer

@@ -33,7 +33,7 @@ from hf_influence.evaluation import Run, Table, mislabel_detection
 from hf_influence.evaluation.benchmarks import sentence_transformations
 from hf_influence.filter import DatasetFilter
 from hf_influence.pretrained import load_classifier
-from hf_influence.scores import Scores
+from hf_influence.scores import LOG_ODDS, Scores
 
 METHODS = ("auto", "kernel_ridge", "kernel_ridge_mean", "loss_mean", "loss", "datainf", "self_ip")
 BESIDE = ("share wrong", "found", "dropped", "right dropped", "wrong left")
@@ -99,7 +99,9 @@ def turned(rows: Dataset, kind: Kind, seed: int) -> Dataset:
 
 
 def made_of(scores: Scores, train: Dataset) -> dict[str, float]:
-    """What `auto` and the filter make of it."""
+    """What `auto` and the filter make of it; nothing where its scores are no log-odds, which the filter refuses."""
+    if LOG_ODDS not in scores.report:
+        return {}
     wrong = torch.tensor(train["is_wrong"])
     gone = torch.tensor([action == "drop" for action in DatasetFilter().decide(train, scores).actions])
     values: Sequence[Any] = (

@@ -27,7 +27,6 @@ from series import add_model, named
 from hf_influence.attribution import attribute
 from hf_influence.evaluation import corrupt_answers
 from hf_influence.evaluation.benchmarks import sentence_transformations
-from hf_influence.scores import LOG_ODDS
 
 METHODS = ("auto", "prompt_gain", "loss_mean", "loss", "vote_mean", "vote", "kernel_ridge", "datainf", "self_ip")
 WITHOUT_QUERIES = ("auto", "prompt_gain", "loss_mean", "loss", "self_ip")
@@ -80,8 +79,7 @@ def run(name: str, seed: int, args: argparse.Namespace) -> dict[str, dict[str, f
         prompts.learn(train, query if kind.queries else None, args, seed, Path(folder))
         chosen = METHODS if kind.queries else WITHOUT_QUERIES
         scores = {method: attribute(folder, method) for method in chosen}
-    made = made_of(scores["auto"], train) if LOG_ODDS in scores["auto"].report else {}
-    found = {"made of it": made} | aucs(scores, train)
+    found = {"made of it": made_of(scores["auto"], train)} | aucs(scores, train)
     print(f"{name}, seed {seed}: {found}", flush=True)
     return found
 

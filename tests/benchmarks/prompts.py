@@ -71,7 +71,14 @@ def _example(row: dict[str, str]) -> dict[str, str]:
     task = next((row[name] for name in ("task", "source") if name in row), "")
     prompt = row["prompt"] if "prompt" in row else "".join(f"{row[name]}\n" for name in ASKED if row.get(name))
     answer = next((row[name] for name in ANSWERS if name in row), None)
-    answer = row["text"].removeprefix(prompt) if answer is None else answer
+    if answer is None:
+        text = row.get("text") or ""
+        if not text.startswith(prompt):
+            raise BadExample(
+                f"a row has no answer, and its text {text[:40]!r} does not begin with its prompt {prompt[:40]!r}, so "
+                f"none can be read off it. Give one of {', '.join(ANSWERS)}, or `text` that begins with the prompt."
+            )
+        answer = text.removeprefix(prompt)
     return {"prompt": prompt, "answer": answer, "task": task, "text": prompt + answer}
 
 

@@ -22,14 +22,14 @@ noise. `wrong left` are wrong labels in the rows trained on, of class probabilit
 `posterior`, `doubtful` and `reweight auto` go by what is found alone; where the queries tell nothing, there is no
 `posterior`. Otherwise the share to drop is known here; with data of your own it is not.
 
-Every training is kept in `--results` as soon as it is finished. `--ways` leaves ways out that take too long; a run that
-is finished is not taken up again for others.
+Every training is kept in `--results` as soon as it is finished. `--ways` leaves ways out that take too long, but for
+`clean`, with which they are compared; a run that is finished is not taken up again for others.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -66,6 +66,12 @@ def curated(train: Dataset, store: Path, given: Given, args: argparse.Namespace)
         yield f"drop {method}", trim.apply(train, own)
 
 
+def ways_of(methods: Sequence[str]) -> list[str]:
+    """The names of all ways but clean, of which some may not be there."""
+    first = methods[0]
+    return ["doubtful", "posterior", f"relabel {first}", f"reweight {first}", *(f"drop {each}" for each in methods)]
+
+
 def wrong_left(rows: Dataset) -> float:
     """The share of wrong labels; of labels that are class probabilities, what they leave to the wrong class."""
     believed = [
@@ -90,7 +96,7 @@ def run(name: str, seed: int, args: argparse.Namespace, runs: Runs) -> dict[str,
         capture = GradientCapture(store, tokens(parts.query, tokenizer), during="epochs")
         model = fine_tune(tokens(parts.train, tokenizer), args, seed, capture)
         ways = curated(parts.train, store, parts.given(seed), args)
-        asked = ((way, rows) for way, rows in ways if args.ways is None or way in args.ways)
+        asked = ((way, rows) for way, rows in ways if args.ways is None or way in (TOP, *args.ways))
         return BOTTOM, judged(BOTTOM, model, parts.train), asked
 
     def again(way: str, rows: Dataset) -> dict[str, float]:
@@ -124,6 +130,9 @@ def main() -> None:
     made.add_argument("--ways", nargs="+", help="of curating, by the names above, to train on; all without")
     args = made.parse_args()
     args.methods = with_baselines(args.methods, BASELINES)
+    known = ways_of(args.methods)
+    if args.ways is not None and (not set(args.ways) & set(known) or set(args.ways) - {TOP, *known}):
+        made.error(f"--ways {' '.join(map(repr, args.ways))}: name ways beside {TOP}, of {', '.join(map(repr, known))}")
     runs = runs_of(args, "sets", "seeds")
     each(runs, partial(run, args=args, runs=runs), set=args.sets, seed=args.seeds)
     gains = {

@@ -10,7 +10,7 @@ Each method ranks the training rows by that target. Then the model is trained ag
 for as many steps, with one of the papers' three remedies:
 
     trim       without the lowest scores, the share `--drop` of the rows
-    relabel    with the other label for these rows
+    relabel    with the other label for these rows, or the likeliest other one of several
     reweight   with all rows, the softmax of their standardised scores as weights (`WeightedTrainer`)
 
 and judged on other clean held-out rows by its accuracy under the same attack, made anew for each model, and without
@@ -38,9 +38,23 @@ from hf_influence.evaluation import Run, Table, accuracy_under_attack, mislabel_
 from hf_influence.filter import DatasetFilter, Relabel, Reweight
 from hf_influence.gradients import losses
 from hf_influence.pretrained import load_classifier
+from hf_influence.scores import Scores
+
+REMEDIES = ("trim", "relabel", "reweight")
 
 Figures = dict[str, dict[str, dict[str, float]]]
 """Remedy -> training set -> figures."""
+
+
+def cured(train: Dataset, scores: Scores, store: Path, drop: float) -> dict[str, Dataset]:
+    """What each remedy makes of the training rows."""
+    trim = DatasetFilter(drop=drop)
+    cures = (
+        trim.apply(train, scores),
+        Relabel(suspects=trim, how="predicted").apply(train, scores, store),
+        Reweight(column=WEIGHT).apply(train, scores),
+    )
+    return dict(zip(REMEDIES, cures, strict=True))
 
 
 def run(name: str, seed: int, args: argparse.Namespace) -> Figures:
@@ -49,13 +63,7 @@ def run(name: str, seed: int, args: argparse.Namespace) -> Figures:
     _, tokenizer = load_classifier(args.model)
     attack = robustness(args.epsilon, args.steps, direction=args.direction)
     held_out, wrong = tokens(parts.held_out, tokenizer), parts.train["is_wrong"]
-    trim = DatasetFilter(drop=args.drop)
-    remedies = {
-        "trim": trim,
-        "relabel": Relabel(suspects=trim, how="flip"),
-        "reweight": Reweight(column=WEIGHT),
-    }
-    found: Figures = {remedy: {} for remedy in remedies}
+    found: Figures = {remedy: {} for remedy in REMEDIES}
 
     def judge(remedy: str, row: str, model: nn.Module, **more: float) -> None:
         accuracy = float(losses(model, held_out)["correct"].double().mean())
@@ -75,16 +83,20 @@ def run(name: str, seed: int, args: argparse.Namespace) -> Figures:
         collect_target(model, tokens(parts.query, tokenizer), folder, target=attack, split="query")
         given = parts.given(seed)
         scores = {method: scored(Path(folder), method, given) for method in args.methods}
-    for remedy in remedies:
+        curated = [
+            (remedy, method, rows)
+            for method, own in scores.items()
+            for remedy, rows in cured(parts.train, own, Path(folder), args.drop).items()
+        ]
+    for remedy in REMEDIES:
         found[remedy]["noisy"] = found["trim"]["noisy"]
     if any(wrong):
         judge("trim", "clean", again(parts.train.select([i for i, flag in enumerate(wrong) if not flag])))
         right = parts.train.remove_columns("label").rename_column("right_label", "label")
         judge("relabel", "clean", again(right))
-    for remedy, cure in remedies.items():
-        for method, own in scores.items():
-            more = {"auc": mislabel_detection(own, wrong).auc} if any(wrong) else {}
-            judge(remedy, method, again(cure.apply(parts.train, own)), **more)
+    for remedy, method, rows in curated:
+        more = {"auc": mislabel_detection(scores[method], wrong).auc} if any(wrong) else {}
+        judge(remedy, method, again(rows), **more)
     return found
 
 
