@@ -15,7 +15,9 @@ from models import Example, labelled, lora, padding, prompts
 from torch import nn
 
 from hf_influence.errors import BadExample, BadSetting, UnsupportedModel
-from hf_influence.gradients import per_sample_gradients
+from hf_influence.gradients import collect, per_sample_gradients
+from hf_influence.gradients.plan import Plan
+from hf_influence.gradients.trial import Trial, try_out
 
 SIZES = {"vocab_size": 48, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
 SIZES |= {"pad_token_id": 1, "max_position_embeddings": 64}
@@ -84,11 +86,21 @@ def fnet() -> Any:
     return made("FNetConfig", "FNetForSequenceClassification", ["dense"], options=options)
 
 
+def fresh_fnet() -> Any:
+    """Whose head says nothing yet: all losses are alike."""
+    model = fnet()
+    nn.init.normal_(model.get_base_model().classifier.weight, std=0.01)
+    return model
+
+
 REFUSED = {
     "soft cross-entropy": Odd(deberta, several, r"by the model itself .* by its logits and labels .*another loss"),
     "labels that are not shifted": Odd(bart_decoder, texts, r"by the model itself .*task=own_loss"),
     "the last position is read": Odd(xlnet, classes, "reads padding", {"data_collator": padding("left", 3)}),
     "no attention mask": Odd(fnet, classes, r"in a padded batch .*batch_size=1"),
+    "a fresh head": Odd(
+        fresh_fnet, classes, r"gradient of example \d .* in a padded batch by .* of its length.*padding"
+    ),
 }
 
 
@@ -233,3 +245,73 @@ class Drawn:
 def test_examples_that_are_drawn_anew_each_time_are_no_other_loss(tmp_path: Path) -> None:
     model = lora(models.bert(num_labels=3), ["query"], dtype=torch.float32)
     assert len(models.stored(model, Drawn(), tmp_path)) == 5
+
+
+def translated() -> Any:
+    return made("BartConfig", "BartForConditionalGeneration", ["q_proj"], options=TRANSLATORS)
+
+
+class Answers:
+    """Pads the labels of a decoder with `fill`; with `drawn`, some of the first are others each time."""
+
+    def __init__(self, fill: int, drawn: bool = False):
+        self.fill, self.drawn = fill, drawn
+        self.generator = torch.Generator().manual_seed(0)
+
+    def __call__(self, features: list[Example]) -> dict[str, torch.Tensor]:
+        batch = padding()([{name: row[name] for name in ("input_ids", "attention_mask")} for row in features])
+        rows = [torch.tensor(row["labels"]) for row in features]
+        labels = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=self.fill)
+        if self.drawn:
+            labels[:, 0] = torch.randint(4, 48, (len(rows),), generator=self.generator)
+        return {**batch, "labels": labels}
+
+
+def test_labels_padded_with_a_token_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(BadSetting, match=r"\d labelled tokens alone and \d+ beside another.*other than -100.*Seq2Seq"):
+        models.stored(translated(), pairs(), tmp_path / "a", data_collator=Answers(1))
+    for number, right in enumerate((Answers(-100), Answers(1, drawn=True))):
+        rows = models.stored(translated(), pairs(), tmp_path / str(number), data_collator=right)
+        assert len(rows) == 5
+
+
+def test_examples_of_which_the_model_is_right_to_the_last_bit_are_not_refused(tmp_path: Path) -> None:
+    options = {**SIZES, "num_key_value_heads": 1, "num_labels": 1}
+    model = made("LlamaConfig", "LlamaForSequenceClassification", ["q_proj", "v_proj"], options=options)
+    data = [{**row, "labels": 0.0} for row in texts()]
+    for row in data:
+        row["labels"] = model(**{name: torch.tensor([value]) for name, value in row.items()}).logits.item()
+    alone, beside = (models.stored(model, data, tmp_path / str(b), batch_size=b) for b in (1, 5))
+    a, b = (torch.cat([rows.block(name) for name in rows.blocks], 1) for rows in (alone, beside))
+    assert ((a - b).norm(dim=1) > 0.1 * b.norm(dim=1)).any()  # rounding, of errors that are no more than that
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_the_trial_leaves_all_as_it_was(dtype: torch.dtype) -> None:
+    model = models.tiny(dtype).train()
+    model(**padding()(models.prompts())).loss.backward()
+    before, drawn = models.state_of(model), torch.get_rng_state()
+    plan = Plan.of(model, models.prompts(), None, "mean", None, "lora", (), None, True)
+    try_out(model, plan.task, plan.examples, plan.taps)
+    models.assert_same_state(before, models.state_of(model))
+    assert torch.equal(torch.get_rng_state(), drawn)
+
+
+def test_statistics_alone_need_no_layers_that_keep_examples_apart(tmp_path: Path) -> None:
+    model = made("OPTConfig", "OPTForCausalLM", ["fc1"], options={**SIZES, "word_embed_proj_dim": 16, "ffn_dim": 24})
+    assert len(collect(model, texts(), tmp_path, rows=False).rows("train")) == 5
+
+
+def test_two_examples_that_do_not_fit_into_memory_are_tried_one_by_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    look = Trial.look
+
+    def small(self: Trial, batch: dict[str, Any]) -> Any:
+        if len(batch["input_ids"]) > 1:
+            raise RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return look(self, batch)
+
+    monkeypatch.setattr(Trial, "look", small)
+    assert len(models.stored(mine(), texts(), tmp_path)) == 5
+    assert "out of memory with 2 examples" in caplog.text

@@ -42,6 +42,8 @@ class RowCatcher:
         rows_in_batch: Examples of the batch, to check by; `None` if not known.
         packing: Of a batch whose rows are not its examples.
         recomputed: The model uses gradient checkpointing, so what is noted of an input is not to be kept, either.
+        float16: Some of the passes compute in it.
+        scale: What the gradient of each example was multiplied by, `[b]`; the rows are without.
     """
 
     def __init__(self, taps: Sequence[Tap], compress: Compressor | None = None):
@@ -49,6 +51,9 @@ class RowCatcher:
         self.rows_in_batch: int | None = None
         self.packing: Packing | None = None
         self.recomputed = False
+        self.float16 = False
+        self.scale: Tensor | None = None
+        self._overflowed: Tensor | None = None
         self._rows: dict[str, Tensor] = {}
         self._noted: list[tuple[Tap, Tensor, Tensor]] = []
         self._later: list[tuple[str, tuple[Tensor, Tensor, Entries]]] = []
@@ -109,10 +114,18 @@ class RowCatcher:
         self._rows.clear()
         self._noted.clear()
         self._later.clear()
+        self._overflowed = None
+
+    def overflow(self) -> Tensor | None:
+        """Whether the scale was too large for an example of the batch, `[b]`; `None` if there is none."""
+        self._go_through()
+        return self._overflowed
 
     def _watch(self, module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
         if not torch.is_grad_enabled():
             return
+        kind = output.device.type
+        self.float16 |= torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) == torch.float16
         if not output.requires_grad:
             output.requires_grad_()
         output.register_hook(self.watch(module, inputs[0], at_once=self.recomputed))
@@ -169,7 +182,14 @@ class RowCatcher:
 
     def _paired(self, tap: Tap, seen: Tensor, arrived: Tensor) -> None:
         self._check_apart(tap, arrived)
+        if self.scale is not None:
+            arrived = self._unscaled(arrived, self.scale.to(arrived.device))
         self._add(tap, *((seen, arrived) if tap.rule.input_left else (arrived, seen)))
+
+    def _unscaled(self, arrived: Tensor, scale: Tensor) -> Tensor:
+        lost = ~arrived.isfinite().flatten(1).all(1) & (scale > 1)
+        self._overflowed = lost if self._overflowed is None else self._overflowed | lost.to(self._overflowed.device)
+        return _exact(arrived) / scale[:, None, None]
 
     def _add(self, tap: Tap, left: Tensor, right: Tensor) -> None:
         left, right = _exact(left), _exact(right)

@@ -122,7 +122,7 @@ def collect(
             "of the answers, and there are none here: it is for classifiers with one label an example, and for prompts "
             "whose answers are few and repeated, with the loss of their own. Leave it out."
         )
-    try_out(model, plan.task, plan.examples, several=batch_size != 1)
+    try_out(model, plan.task, plan.examples, plan.taps if rows else [], several=batch_size != 1)
     store = collect_planned(
         model,
         plan,

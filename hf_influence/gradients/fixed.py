@@ -19,6 +19,9 @@ from hf_influence.gradients.lora import fused_lora
 from hf_influence.gradients.modes import evaluating
 from hf_influence.task import IGNORED, CausalLM, LanguageModel, Outcome, Task, unwrapped
 
+LARGEST = 2.0**6
+"""The size of an example's gradient at the logits where float16 takes it on, far from both of its ends."""
+
 
 class Seen(NamedTuple):
     """The logits of a batch and what is known about it; labels and mask are those of the batch, padded on the right."""
@@ -48,6 +51,7 @@ class FixedWeights:
         self.head = HeadInput(model, task) if features else None
         self.first_token = FirstToken(model)
         self.device = next(model.parameters()).device
+        catcher.float16 = _computes_in_float16(model)
         self._arguments = set(forward_arguments(model))
         self._stack = ExitStack()
 
@@ -89,22 +93,39 @@ class FixedWeights:
         return rows, {**stats, "grad_norm": _norm(list(rows.values()))}
 
     def backward(self, batch: dict[str, Any]) -> dict[str, Tensor]:
-        """Let the catcher see a batch go forward and backward; its statistics -> `[b]`."""
-        self.catcher.clear()
-        with torch.enable_grad():
-            logits, outcome, stats = self._judge(batch)
-            torch.autograd.backward(logits, outcome.logit_gradient)
-        return stats
+        """Let the catcher see a batch go forward and backward; its statistics -> `[b]`.
+
+        Float16 loses what is small, such as the gradient of a long answer or of one that the model is sure of. That of
+        each example is multiplied by a power of two first, which the catcher divides out again. The batch goes through
+        once more, with a sixteenth of it, for examples for which it was too much.
+        """
+        scale: Tensor | None = None
+        while True:
+            self.catcher.clear()
+            with torch.enable_grad():
+                seen = self.forward(batch)
+                outcome, stats = self.judged(seen)
+                gradient = outcome.logit_gradient
+                if self.catcher.float16:
+                    scale = _scale(gradient) if scale is None else scale
+                    gradient = gradient * scale.view(-1, *[1] * (gradient.ndim - 1))
+                self.catcher.scale = scale
+                if seen.logits.requires_grad:  # or no tapped module took part, and the catcher says so
+                    torch.autograd.backward(seen.logits, gradient.to(seen.logits.dtype))
+            if scale is None or (overflowed := self.catcher.overflow()) is None or not overflowed.any():
+                return stats
+            scale = torch.where(overflowed, (scale / 16).clamp(min=1), scale)
 
     def judge(self, batch: dict[str, Any]) -> dict[str, Tensor]:
         """The statistics alone, without a backward pass: loss, margin, correct, ... -> `[b]`."""
         with torch.no_grad():
-            return self._judge(batch)[2]
+            return self.judged(self.forward(batch))[1]
 
-    def _judge(self, batch: dict[str, Any]) -> tuple[Tensor, Outcome, dict[str, Tensor]]:
-        seen = self.forward(batch)
-        outcome = self.task.outcome(seen.logits, seen.targets)
-        main, mask = seen.main, seen.mask
+    def judged(self, seen: Seen) -> tuple[Outcome, dict[str, Tensor]]:
+        """What the task makes of the logits, and the statistics."""
+        logits, main, mask = seen.logits, seen.main, seen.mask
+        exact = torch.promote_types(logits.dtype, torch.float32) if self.catcher.float16 else logits.dtype
+        outcome = self.task.outcome(logits.to(exact), seen.targets)
         size = torch.full((len(main),), main[0].numel(), device=main.device)
         stats = {
             "loss": outcome.loss,
@@ -113,8 +134,8 @@ class FixedWeights:
             "hash": content_hash(main, mask, seen.labels, isinstance(self.task, CausalLM) and main.ndim == 2),
         }
         if self.head is not None:
-            stats["features"] = self.head.take(seen.logits, seen.targets)
-        return seen.logits, outcome, stats
+            stats["features"] = self.head.take(logits, seen.targets)
+        return outcome, stats
 
     def forward(self, batch: dict[str, Any]) -> Seen:
         """What the model makes of a collated batch; a language model's logits at labelled positions alone."""
@@ -145,6 +166,18 @@ class FixedWeights:
 def _norm(rows: list[Tensor]) -> Tensor:
     """Length of each example's whole row, `[b]`."""
     return torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(row, dim=1) for row in rows]), dim=0)
+
+
+def _computes_in_float16(model: nn.Module) -> bool:
+    """Whether some weights are in float16, or some quantised ones turn to it; under autocast, the catcher sees it."""
+    kinds = [weight.dtype for weight in model.parameters()]
+    return torch.float16 in [*kinds, *(getattr(module, "compute_dtype", None) for module in model.modules())]
+
+
+def _scale(gradient: Tensor) -> Tensor:
+    """The power of two, at least 1, that brings the largest entry of each `gradient[i]` up to `LARGEST`, `[b]`."""
+    room = (LARGEST / torch.linalg.vector_norm(gradient.flatten(1), torch.inf, dim=1)).clamp(1, 2.0**40).nan_to_num(1)
+    return room / (2 * room.frexp().mantissa)
 
 
 def _labelled_first(targets: Tensor) -> tuple[Tensor, Tensor]:

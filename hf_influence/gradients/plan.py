@@ -127,7 +127,7 @@ def check_collectable(
         model, dataset, data_collator, loss_reduction, compress, modules, skip, id_column, remove_unused_columns, task
     )
     plan.examples.batch(range(min(2, len(plan.examples))))
-    try_out(model, plan.task, plan.examples, several=batch_size != 1)
+    try_out(model, plan.task, plan.examples, plan.taps, several=batch_size != 1)
     if other_prompts:
         OtherPrompts(model, plan.task, plan.examples, other_prompts, todo=[0])
         parts_of(plan.task, plan.examples, plan.examples.arguments, range(len(plan.examples)))

@@ -193,6 +193,8 @@ class MomentCatcher(FactorCatcher):
 
     def _add(self, tap: Tap, left: Tensor, right: Tensor) -> None:
         if not (left.isfinite().all() and right.isfinite().all()):
+            if self._overflowed is not None and self._overflowed.any():
+                return  # the batch goes through once more
             raise BadExample(
                 f"the gradients of the dataset at {tap.parameter} are not finite, so there is no posterior to draw "
                 "from. collect(model, dataset, …) names the first example of which that is so; leave it out."
