@@ -239,7 +239,8 @@ class GradientCapture(TrainerCallback):
         """How the rows of a split are made; says now what would not work later."""
         resumed = state.global_step > 0
         if split != "train" or not is_stream(dataset):
-            options = {**options, "batch_size": self.batch_size}
+            collected = self.at_end or split != "train"  # or all its rows come out of the training steps
+            options = {**options, "batch_size": self.batch_size if collected else state.train_batch_size}
             with naming(split):
                 plan = check_collectable(model, dataset, self.path, split, resumed=resumed, **options)
             self._tell(plan, split)

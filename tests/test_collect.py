@@ -176,7 +176,7 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], dict[str, Any], type[Exception
     "norm": (layer_norm_too, {}, UnsupportedModel, NORM),
     "DoRA": (lambda: tiny(use_dora=True), {}, UnsupportedModel, "4 trainable.*lora_magnitude_vector.*skip="),
     "tied": (tied_head_alone, {"modules": "trainable"}, UnsupportedModel, r"embed_tokens.weight \(Embedding\)"),
-    "tokens in a row": (lambda: lora(opt(), ["fc1"]), {}, UnsupportedModel, "saw .* rows in a batch of 7 examples"),
+    "tokens in a row": (lambda: lora(opt(), ["fc1"]), {}, UnsupportedModel, "saw .* rows in a batch of 2 examples"),
     "skip": (tiny, {"skip": ["*magnitude*"]}, BadSetting, r"skip='\*magnitude\*' fits no trainable"),
     "skip all": (tiny, {"skip": ["*"]}, UnsupportedModel, "no trainable parameter left"),
     "modules": (tiny, {"modules": "all"}, BadSetting, "modules='all': choose 'lora'.*or 'trainable'"),

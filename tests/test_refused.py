@@ -292,22 +292,24 @@ def spare(*targets: str) -> Any:
     return lora(Spare(models.LlamaConfig(**models.ENCODER)), targets, dtype=torch.float32)
 
 
-WITHOUT_ROWS: dict[str, tuple[Any, str]] = {
-    "mixed": (adapted(["fc1"], models.opt), r"fc1\S* saw \d+ rows in a batch of 2 examples.*batch_size=1"),
-    "unused": (lambda: spare("spare", "q_proj"), r"no gradient reached 2 parameter.*spare.*skip="),
-    "all unused": (lambda: spare("spare"), r"no gradient reached 2 parameter.*spare.*skip="),
+MIXED, UNREACHED = r"fc1\S* saw \d+ rows in a batch of 2 examples.*batch_size=1", "no gradient reached 2 .*spare.*skip="
+WITHOUT_ROWS: dict[str, tuple[Any, Any, str]] = {
+    "mixed": (adapted(["fc1"], models.opt), EXAMPLES, MIXED),
+    "mixed, all as long": (adapted(["fc1"], models.opt), models.prompts(6, shortest=5, longest=5), MIXED),
+    "unused": (lambda: spare("spare", "q_proj"), EXAMPLES, UNREACHED),
+    "all unused": (lambda: spare("spare"), EXAMPLES, UNREACHED),
 }
 
 
 @pytest.mark.parametrize("during", ["epochs", None])
 @pytest.mark.parametrize("case", WITHOUT_ROWS)
 def test_layers_of_which_there_are_no_rows_are_refused_before_training(tmp_path: Path, case: str, during: Any) -> None:
-    make, message = WITHOUT_ROWS[case]
+    make, data, message = WITHOUT_ROWS[case]
     model = make()
     before, seen = models.state_of(model), []
     kind = type("Counting", (Recording,), {"training_step": lambda *_, **__: seen.append(None)})
     with pytest.raises(UnsupportedModel, match=message):
-        train(model, tmp_path, GradientCapture(tmp_path / "rows", during=during), kind=kind)
+        train(model, tmp_path, GradientCapture(tmp_path / "rows", during=during), data=data, kind=kind)
     assert not seen
     models.assert_same_state({**before, "modes": None}, {**models.state_of(model), "modes": None})
     assert not (tmp_path / "rows").exists()

@@ -74,8 +74,9 @@ def try_out(model: nn.Module, task: Task, examples: Examples, taps: Sequence[Tap
         UnsupportedModel: They differ, or no rows can be made.
         BadSetting: The collator pads and does not say where, or pads labels with something that counts.
     """
-    ends = list(dict.fromkeys(examples.ends()))
-    order, tolerance = range(len(examples)), _tolerance(model)
+    short, long = examples.ends()
+    ends = [position for position in dict.fromkeys((long, short, 1)) if position < len(examples)][:2]
+    as_they_come, tolerance = [0] * len(examples), _tolerance(model)
     found: dict[int, Look] = {}
     trial = Trial(model, task, RowCatcher(taps, logra(SIDE, SIDE)))
     with trial:
@@ -85,17 +86,17 @@ def try_out(model: nn.Module, task: Task, examples: Examples, taps: Sequence[Tap
             one = trial.look(single)
             return one, trial.look(batch) if _wider(batch, single) else one
 
-        for (position,), (one, padded) in sweep(by_itself, examples, ends, order, 1, trial.device, None):
+        for (position,), (one, padded) in sweep(by_itself, examples, ends, as_they_come, 1, trial.device, None):
             if int(one.stats["n_tokens"][0]):
                 found[position] = one
                 _alike(position, one, padded, 0, tolerance, model)
-        if several and len(found) == 2:
-            for positions, both in sweep(trial.look, examples, ends, order, 2, trial.device, None):
-                if len(positions) == 2:  # or memory does not hold both
-                    for row, position in enumerate(positions):
-                        _check_labels(trial, examples, position, found[position], both, row)
-                        if found[position].stats["hash"] == both.stats["hash"][row]:  # or it is drawn anew each time
-                            _alike(position, found[position], both, row, tolerance, model)
+        pair = ends if several else []
+        for positions, both in sweep(trial.look, examples, pair, as_they_come, 2, trial.device, None):
+            for row, position in enumerate(positions):
+                if len(positions) == 2 and position in found:  # or memory does not hold both
+                    _check_labels(trial, examples, position, found[position], both, row)
+                    if found[position].stats["hash"] == both.stats["hash"][row]:  # or it is drawn anew each time
+                        _alike(position, found[position], both, row, tolerance, model)
     if has_own_loss(task):
         return
     for position, look in found.items():
