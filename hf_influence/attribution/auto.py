@@ -17,7 +17,7 @@ from hf_influence.attribution.over_points import OverPoints, OverTraining
 from hf_influence.attribution.selection import Selection
 from hf_influence.attribution.share_wrong import Epoch
 from hf_influence.attribution.trust import log_odds, normal_scores
-from hf_influence.attribution.witnesses import check_queries, have_wrong_labels, of_prompts, spoken_of, witnesses
+from hf_influence.attribution.witnesses import have_wrong_labels, of_prompts, spoken_of, witnesses
 from hf_influence.dataset.groups import group_of
 from hf_influence.errors import BadSetting, MissingRows
 from hf_influence.scores import LOG_ODDS, mean_ranks
@@ -203,10 +203,8 @@ class Auto(OverTraining, name="auto"):
         """The end, where it has queries that say how far the parts are to be trusted."""
         last = rows.at(end(rows))
         witness = "kernel_ridge" if has_classes(rows) else OF_PROMPTS
-        if self.parts is not None or witness not in parts or "queries" not in last.words() or len(last.query) < 2:
-            return None
-        check_queries(rows, last)
-        return last
+        asked = self.parts is None and witness in parts and "queries" in last.words() and len(last.query) > 1
+        return last if asked else None
 
     def _refuse_share(self) -> None:
         """Where it would go unheard."""

@@ -150,8 +150,8 @@ class KernelRidgeMean(OverTraining, KernelRidge, name="kernel_ridge_mean"):
     """Points by how far the examples agree with the queries; otherwise their mean."""
 
     @cached_property
-    def _seen(self) -> list[tuple[Tensor, Epoch]]:
-        """At each point of training: the places of its examples among all, in the order of the epoch."""
+    def _seen(self) -> list[tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor | None, float]]:
+        """At each point of training: the places of its examples among all, and what an epoch is made of."""
         return []
 
     def epochs(self, among: Tensor) -> list[Epoch]:
@@ -160,7 +160,10 @@ class KernelRidgeMean(OverTraining, KernelRidge, name="kernel_ridge_mean"):
         Args:
             among: Whether it is of each example, `[n]`.
         """
-        return [epoch._replace(examples=epoch.examples[among[places]]) for places, epoch in self._seen]
+        return [
+            Epoch.of(scores[among[at]], None if steps is None else steps[among[at]], queries, before, visits)
+            for at, scores, steps, queries, before, visits in self._seen
+        ]
 
     def score(self, rows: Selection) -> Tensor:
         """Scores `[n, 1]`; MissingRows if a point has no queries."""
@@ -176,8 +179,7 @@ class KernelRidgeMean(OverTraining, KernelRidge, name="kernel_ridge_mean"):
             same = same_queries(earlier, query)
             before = None if same is None else fitted.turned(same)
             steps = part.train.stats.get("step")
-            places = rows.places(part) if steps is None else rows.places(part)[steps.argsort(stable=True)]
-            self._seen.append((places, Epoch.of(scores[-1], steps, fitted.left_out, before, visits)))
+            self._seen.append((rows.places(part), scores[-1], steps, fitted.left_out, before, visits))
             earlier = query
             visits += rows.share_in(part)
         weights = [weight_of(score) if self.weighted else 1.0 for score in scores]

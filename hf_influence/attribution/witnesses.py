@@ -183,11 +183,29 @@ def spoken_of(rows: Selection, last: Selection) -> Tensor:
     """Whether there are queries enough of the class of each example for agreement with them to mean anything, `[n]`.
 
     What raises one class lowers the others. So all labels of a class that has no queries, or far fewer than its share
-    of the examples, look wrong to the queries of the others.
+    of the examples, look wrong to the queries of the others. Warns of these, and of queries that bear witness poorly.
+
+    Raises:
+        BadSetting: All are of one class, and the examples of several: whatever is of another looks wrong.
     """
+    _check_unseen(last)
     if (found := _by_class(rows, last)) is None:
         return torch.ones(len(rows.ids), dtype=torch.bool)
     labels, ours, theirs = found
+    if int((theirs > 0).sum()) == 1 < int((ours > 0).sum()):
+        raise BadSetting(
+            f"all {len(last.query)} queries are of the class {int(theirs.argmax())}, and the examples of "
+            f"{int((ours > 0).sum())}, so right labels of the other classes would look wrong. Take queries of all "
+            "classes, drawn at random (clean.shuffle(seed=0).select(range(100))); or choose a method by name."
+        )
+    apart = float((ours / ours.sum() - theirs / theirs.sum()).abs().sum()) / 2
+    if apart - math.sqrt(len(ours) / len(last.query)) / 2 > FAR_APART:
+        warnings.warn(
+            "the classes of the queries are in other proportions than those of the examples (a share of "
+            f"{apart:.2f} is in other classes), so right labels of classes that are rare among the queries may "
+            "look wrong. Draw the queries at random from data like those of training.",
+            stacklevel=4,
+        )
     few = theirs < HEARD * len(last.query) * ours / ours.sum()
     unheard = few[labels]
     if unheard.any():
@@ -196,7 +214,7 @@ def spoken_of(rows: Selection, last: Selection) -> Tensor:
             f"none or hardly any of the {len(last.query)} queries are of the classes {named}. Whether labels are of "
             f"these, gradients of queries cannot say, so {int(unheard.sum())} examples are ranked by their losses "
             "alone. Draw the queries at random from data like those of training, or take more.",
-            stacklevel=5,
+            stacklevel=4,
         )
     return ~unheard
 
@@ -217,28 +235,8 @@ def _by_class(rows: Selection, last: Selection) -> tuple[Tensor, Tensor, Tensor]
     return labels, ours, theirs
 
 
-def check_queries(rows: Selection, last: Selection) -> None:
-    """Refuse queries that cannot bear witness, and warn of those that do so poorly.
-
-    Raises:
-        BadSetting: All are of one class, and the examples of several: whatever is of another looks wrong.
-    """
-    if (found := _by_class(rows, last)) is not None:
-        _, ours, theirs = found
-        if int((theirs > 0).sum()) == 1 < int((ours > 0).sum()):
-            raise BadSetting(
-                f"all {len(last.query)} queries are of the class {int(theirs.argmax())}, and the examples of "
-                f"{int((ours > 0).sum())}, so right labels of the other classes would look wrong. Take queries of all "
-                "classes, drawn at random (clean.shuffle(seed=0).select(range(100))); or choose a method by name."
-            )
-        apart = float((ours / ours.sum() - theirs / theirs.sum()).abs().sum()) / 2
-        if apart - math.sqrt(len(ours) / len(last.query)) / 2 > FAR_APART:
-            warnings.warn(
-                "the classes of the queries are in other proportions than those of the examples (a share of "
-                f"{apart:.2f} is in other classes), so right labels of classes that are rare among the queries may "
-                "look wrong. Draw the queries at random from data like those of training.",
-                stacklevel=5,
-            )
+def _check_unseen(last: Selection) -> None:
+    """Warn of queries that are training examples as well."""
     train, query = last.train.stats, last.query.stats
     if "hash" in train and "hash" in query:
         seen = int(torch.isin(query["hash"], train["hash"]).sum())

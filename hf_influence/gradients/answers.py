@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence, Set
 from typing import NamedTuple
 
 import torch
@@ -38,19 +38,18 @@ class Parts(NamedTuple):
         return {"input_ids": self.prompt + self.answer, "labels": [IGNORED] * len(self.prompt) + self.labels}
 
 
-def parts_of(task: Task, examples: Examples, arguments: Iterable[str], positions: Sequence[int]) -> list[Parts]:
+def parts_of(task: Task, examples: Examples, positions: Sequence[int]) -> list[Parts]:
     """The prompts and answers of some examples.
 
     Args:
         task: That of a language model.
         examples: The dataset.
-        arguments: What `forward_arguments(model)` gives.
         positions: Of the examples.
 
     Raises:
         BadExample: An example is more than text, or has no prompt, which takes two tokens before the first label.
     """
-    found = list(_parts(isinstance(task, CausalLM), examples, set(arguments) - OF_TEXT, positions))
+    found = list(_parts(isinstance(task, CausalLM), examples, examples.arguments - OF_TEXT, positions))
     if bare := [position for position, own in zip(positions, found, strict=True) if not own.prompt]:
         raise BadExample(
             f"the labels of example {bare[0]} begin with its first or second token, so it is not known what its prompt "
@@ -59,7 +58,7 @@ def parts_of(task: Task, examples: Examples, arguments: Iterable[str], positions
     return found
 
 
-def _parts(causal: bool, examples: Examples, refused: set[str], positions: Sequence[int]) -> Iterator[Parts]:
+def _parts(causal: bool, examples: Examples, refused: Set[str], positions: Sequence[int]) -> Iterator[Parts]:
     for start in range(0, len(positions), AT_ONCE):
         batch = examples.batch(positions[start : start + AT_ONCE])
         foreign = sorted(name for name in batch if name in refused)

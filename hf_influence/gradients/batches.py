@@ -35,6 +35,9 @@ class Examples:
         id_column: A column whose values name the examples; by default their positions do.
         remove_unused_columns: Keep all columns where the collator needs them.
 
+    Attributes:
+        arguments: What `forward_arguments(model)` gives.
+
     Raises:
         BadExample: An empty dataset, one without a length, or one without columns that the model takes.
     """

@@ -9,7 +9,7 @@ from torch import nn
 
 from hf_influence.errors import BadExample, BadSetting
 from hf_influence.gradients.answers import parts_of
-from hf_influence.gradients.batches import Collator, Examples, forward_arguments
+from hf_influence.gradients.batches import Collator, Examples
 from hf_influence.task import LABELS, CausalLM, Classification, LanguageModel, Task, task_of
 
 SPLIT = "{}-mislabelled"
@@ -58,7 +58,7 @@ def mislabelled(
     if len(dataset) == 0:
         return None
     if isinstance(task, LanguageModel):
-        rows = _misnamed(model, task, Examples(dataset, model, data_collator, None, remove_unused_columns))
+        rows = _misnamed(task, Examples(dataset, model, data_collator, None, remove_unused_columns))
         return None if rows is None else (rows, None)
     if not isinstance(task, Classification) or task.classes < 3:
         return None
@@ -71,10 +71,10 @@ def mislabelled(
     return Mislabelled(dataset, label, task.classes), data_collator
 
 
-def _misnamed(model: nn.Module, task: Task, examples: Examples, seed: int = 0) -> list[dict[str, list[int]]] | None:
+def _misnamed(task: Task, examples: Examples, seed: int = 0) -> list[dict[str, list[int]]] | None:
     """The examples with the answer of another class, drawn evenly from the others; `None` if answers name none."""
     try:
-        parts = parts_of(task, examples, forward_arguments(model), range(len(examples)))
+        parts = parts_of(task, examples, range(len(examples)))
     except (BadExample, BadSetting):
         return None
     given = [(tuple(own.answer), tuple(own.labels)) for own in parts]

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from hf_influence.errors import BadExample, BadSetting
 from hf_influence.gradients.answers import AT_ONCE, Parts, parts_of
-from hf_influence.gradients.batches import Examples, forward_arguments
+from hf_influence.gradients.batches import Examples
 from hf_influence.gradients.capture import RowCatcher
 from hf_influence.gradients.fixed import FixedWeights
 from hf_influence.gradients.sweep import BatchSize, sweep
@@ -36,8 +36,7 @@ class OtherPrompts:
     prompt with which the example would be longer than the longest of the dataset loses its first tokens.
 
     Args:
-        model: The language model.
-        task: Its task.
+        task: That of a language model.
         examples: The dataset.
         k: How many prompts for each; the same once more where there are not so many.
         todo: Positions of the examples that they are wanted for; by default all.
@@ -47,7 +46,7 @@ class OtherPrompts:
         BadExample: An example has no prompt or is more than text, or there is no other prompt.
     """
 
-    def __init__(self, model: nn.Module, task: Task, examples: Examples, k: int, todo: Sequence[int] | None = None):
+    def __init__(self, task: Task, examples: Examples, k: int, todo: Sequence[int] | None = None):
         if not isinstance(task, LanguageModel) or not isinstance(k, int) or k < 1:
             raise BadSetting(
                 f"other_prompts={k!r} for the task {task.name}: it is a number of prompts, at least 1, and examples "
@@ -55,7 +54,7 @@ class OtherPrompts:
             )
         self._examples, self._causal = examples, isinstance(task, CausalLM)
         self._longest = max(examples.survey()[1])
-        self._parts = partial(parts_of, task, examples, forward_arguments(model))
+        self._parts = partial(parts_of, task, examples)
         self._pool = self._parts(range(0, len(examples), -(-len(examples) // POOL)))
         self._others: dict[int, list[int]] = {}  # position -> places in the pool
         self.k, self.turn = k, 0
@@ -119,7 +118,7 @@ def other_prompt_losses(
         BadSetting, BadExample: See `OtherPrompts`; BadExample also where a loss is not finite.
     """
     try:
-        others = OtherPrompts(model, task, examples, DEFAULT if k is None else k)
+        others = OtherPrompts(task, examples, DEFAULT if k is None else k)
     except (BadSetting, BadExample):
         if k is None:
             return None

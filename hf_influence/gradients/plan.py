@@ -129,8 +129,8 @@ def check_collectable(
     plan.examples.batch(range(min(2, len(plan.examples))))
     try_out(model, plan.task, plan.examples, plan.taps, several=batch_size != 1)
     if other_prompts:
-        OtherPrompts(model, plan.task, plan.examples, other_prompts, todo=[0])
-        parts_of(plan.task, plan.examples, plan.examples.arguments, range(len(plan.examples)))
+        OtherPrompts(plan.task, plan.examples, other_prompts, todo=[0])
+        parts_of(plan.task, plan.examples, range(len(plan.examples)))
     check_folder(path, plan.header, overwrite=overwrite, resumed=resumed)
     return plan
 
