@@ -1,6 +1,7 @@
 """The whole path on a real language model: fine-tune, capture, attribute, curate, retrain, evaluate.
 
-Ten sentence transformations, a fifth of the training prompts with the answer of another example of the same task.
+Five of the ten sentence transformations, rules about words and about letters; a fifth of the training prompts carries
+the answer of another example of the same task.
 SmolLM2-135M-Instruct with LoRA learns them with the ordinary Trainer, while gradients are captured epoch by epoch and
 compared with those of clean queries; then every method says which training examples share a query's task and which
 carry a wrong answer, and the default curates. Everything that was measured is printed.
@@ -34,13 +35,16 @@ from hf_influence.attribution import attribute, lacking, methods
 from hf_influence.callbacks import GradientCapture
 from hf_influence.errors import BadSetting
 from hf_influence.evaluation import class_detection, corrupt_answers, mislabel_detection
-from hf_influence.evaluation.benchmarks import sentence_transformations, tokenize
+from hf_influence.evaluation.benchmarks import TRANSFORMATIONS, sentence_transformations, tokenize
 from hf_influence.evaluation.benchmarks.tokenization import Part
 from hf_influence.filter import DatasetFilter
 from hf_influence.filter.wording import printable
 from hf_influence.gradients import collect, losses
 from hf_influence.pretrained import SMOLLM2, load_language_model
 from hf_influence.scores import Scores
+
+TASKS = tuple(TRANSFORMATIONS)[1::2]
+"""So few that each has a dozen prompts to learn it from."""
 
 ITERATIVE = ("cg", "lissa", "self_cg", "self_lissa")
 """They come close to what `fisher` solves exactly; on few rows of many columns at up to a hundred times its cost."""
@@ -92,7 +96,7 @@ class Demo:
         with self._stage(console, f"data and model: {self.model or SMOLLM2}"):
             _, self.tokenizer = load_language_model(self.model)
             queries = self.size // 2
-            data = sentence_transformations(train=self.size, test=queries + self.held_out, seed=self.seed)
+            data = sentence_transformations(train=self.size, test=queries + self.held_out, seed=self.seed, tasks=TASKS)
             train = corrupt_answers(data["train"], ["swapped_within"], self.wrong, self.seed)
             query, held_out = data["test"].select(range(queries)), self._tokens(data["test"].skip(queries))
         with self._stage(console, f"fine-tuning on {len(train)} prompts, {sum(train['is_wrong'])} with a wrong answer"):

@@ -316,9 +316,11 @@ def _cross_entropy(logits: Tensor, labels: Tensor, weight: Tensor) -> tuple[Tens
         log_p_y = log_p.gather(1, y)
         best_other = log_p.scatter(1, y, -torch.inf).max(1, keepdim=True).values
         p = torch.exp(log_p, out=out[piece] if out.dtype == exact else None)
-        square = torch.linalg.vector_norm(p, dim=1, keepdim=True).square()
+        p_y = p.gather(1, y)
+        others = torch.linalg.vector_norm(p.scatter_(1, y, 0), dim=1, keepdim=True)
+        p.scatter_(1, y, p_y)
         margin = log_p_y - best_other
-        el2n = (square - 2 * log_p_y.exp() + 1).clamp(min=0).sqrt()
+        el2n = torch.hypot(others, torch.expm1(log_p_y))  # 1 - p_y would cancel in float32 where it is small
         numbers[:, piece] = torch.stack([-log_p_y, margin, (margin > 0).to(exact), el2n])[..., 0]
         p.mul_(scale[piece]).scatter_add_(1, y, -scale[piece])
         if out.dtype != exact:

@@ -70,6 +70,24 @@ def test_no_sentence_is_used_twice_even_by_another_task():
     assert len(set(sentences)) == len(sentences)
 
 
+def test_tasks_can_be_chosen_and_share_the_rows_evenly():
+    some = ("star_vowels", "repeat_words", "alternate_case", "append_ly")
+    splits = sentence_transformations(train=41, test=21, tasks=some)
+    for name in ("train", "test"):
+        counts = Counter(splits[name]["task"])
+        assert counts.keys() == set(some)
+        assert max(counts.values()) - min(counts.values()) == 1
+    assert all(
+        row["answer"] == TRANSFORMATIONS[row["task"]](row["prompt"].strip().split(": ")[1]) for row in splits["train"]
+    )
+
+
+@pytest.mark.parametrize("tasks", [(), ["append_ly", "append"], "append_ly"])
+def test_tasks_that_are_none_are_refused_with_those_that_are(tasks):
+    with pytest.raises(BadSetting, match=r"tasks=.*one or more of reverse_words, alternate_case, "):
+        sentence_transformations(train=2, test=2, tasks=tasks)
+
+
 EXPECTED = {
     "pizza": lambda whole, nina, omar: whole - nina - omar,
     "chaperones": lambda adults, pupils, all_pupils: adults * all_pupils / pupils,

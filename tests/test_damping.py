@@ -16,7 +16,7 @@ from torch import Tensor
 
 from hf_influence.attribution import attribute
 from hf_influence.curvature.choice import GRID
-from hf_influence.errors import BadExample, BadSetting, MissingRows
+from hf_influence.errors import BadExample, BadSetting, MissingRows, NotConverged
 
 assert_exact = partial(torch.testing.assert_close, rtol=1e-8, atol=1e-8)
 World = tuple[Tensor, Tensor, Tensor]
@@ -115,6 +115,26 @@ def test_other_damped_methods_choose_as_well(tmp_path: Path, method: str) -> Non
     scores = attribute(store, method, damping="auto", queries="mean")
     assert scores.settings["damping"] in GRID
     assert_exact(attribute(store, method, **scores.settings).values, scores.values)
+
+
+def test_a_solver_that_needs_more_damping_chooses_among_what_it_can_solve(tmp_path: Path) -> None:
+    draw = torch.Generator().manual_seed(0)
+    normal = partial(torch.randn, generator=draw, dtype=torch.float64)
+    spectrum, basis = torch.arange(1, 301, dtype=torch.float64) ** -0.7, torch.linalg.qr(normal(300, 300)).Q
+    train, query = (
+        {"a": (normal(k, 300) * spectrum) @ basis + shift * basis[30]} for k, shift in ((300, 0.1), (20, 0.6))
+    )
+    store = make_store(tmp_path, train, query)
+    with pytest.raises(NotConverged, match="More damping"):
+        attribute(store, "cg", damping=1e-4, iterations=100)
+    scores, exact = attribute(store, "cg", damping="auto", iterations=100), attribute(store, "fisher", damping="auto")
+    assert scores.settings["damping"] == exact.settings["damping"]
+    tried, reference = scores.report["damping"]["agreement"], exact.report["damping"]["agreement"]
+    assert tried[0] is None
+    assert None not in tried[4:]
+    torch.testing.assert_close(tried[4:], reference[4:], rtol=1e-4, atol=1e-4)
+    with pytest.raises(NotConverged):
+        attribute(store, "cg", damping="auto", iterations=1, tolerance=1e-12)
 
 
 def test_the_choice_does_not_depend_on_the_length_of_a_query(tmp_path: Path) -> None:

@@ -100,9 +100,10 @@ def test_confident_learning_puts_label_issues_below_all_others(tmp_path: Path) -
     assert scores[issues].max() < 0 <= scores[~issues].min()
 
 
-def test_confident_learning_of_one_class_finds_nothing(tmp_path: Path) -> None:
+@pytest.mark.parametrize("label", [0, 1])
+def test_confident_learning_of_one_class_finds_nothing(tmp_path: Path, label: int) -> None:
     pytest.importorskip("cleanlab", reason="the extra 'baselines' is not installed")
-    stats = STATS | {"label": torch.zeros(N, dtype=torch.long)}
+    stats = STATS | {"label": torch.full((N,), label)}
     assert (scores_of(tmp_path, "confident_learning", stats).values >= 0).all()
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from stores import make_store, make_trained_store
@@ -48,11 +49,21 @@ def test_unknown_setting_names_those_allowed(tmp_path: Path) -> None:
         ("vote", {"k": True}),
         ("datainf", {"damping": True}),
         ("tracin", {"points": [True]}),
+        ("tracin", {"weighted": "no"}),
+        ("arnoldi", {"positive": 0}),
     ],
 )
 def test_values_out_of_bounds_are_refused_by_name(tmp_path: Path, method: str, settings: dict[str, Any]) -> None:
     with pytest.raises(BadSetting, match=f"method '{method}': {next(iter(settings))}="):
         attribute(make_store(tmp_path, TRAIN, QUERY), method, **settings)
+
+
+def test_numbers_of_numpy_are_numbers(tmp_path: Path) -> None:
+    store = make_store(tmp_path, TRAIN, QUERY)
+    scores = attribute(store, "vote", k=np.int64(2))
+    assert scores.settings["k"] == 2
+    assert type(scores.settings["k"]) is int
+    assert attribute(store, "fisher", damping=np.float32(0.5)).settings["damping"] == 0.5
 
 
 @pytest.mark.parametrize("parts", [5, {"vote": 3}, [["vote"]]])

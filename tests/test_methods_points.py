@@ -20,7 +20,7 @@ from hf_influence.attribution import attribute, methods
 from hf_influence.callbacks import GradientCapture
 from hf_influence.errors import BadSetting, MissingRows, StoreMismatch
 from hf_influence.gradients import adam_state
-from hf_influence.store import GradientStore, PointAbout
+from hf_influence.store import GradientStore, PointAbout, number_of
 
 assert_exact = partial(torch.testing.assert_close, rtol=1e-12, atol=1e-12)
 
@@ -125,6 +125,23 @@ def test_means_over_training_take_checkpoints_where_there_is_no_more(tmp_path: P
     scores = attribute(tmp_path, "loss_mean")
     assert scores.settings["points"] == [5, 6]
     assert_exact(scores.values[:, 0], -losses.mean(0))
+
+
+def test_checkpoints_count_in_the_order_of_training_whatever_that_of_collecting(tmp_path: Path) -> None:
+    right = {10: [1.0, 0, 1, 0], 20: [0.0, 0, 1, 1], 30: [1.0, 0, 1, 1]}
+    found = []
+    for order in ([10, 20, 30], [20, 30, 10]):
+        for step in order:
+            about = PointAbout("checkpoint", {"step": step})
+            notes = {"correct": torch.tensor(right[step]), "loss": torch.arange(4.0) * (step == 30)}
+            path = tmp_path / str(order)
+            store = make_store(path, random(0, 4, 5), stats=notes, about=about, point=number_of(path, about))
+        at_end = attribute(store, parts=["loss"])
+        found.append((attribute(store, "forgetting").values[:, 0].tolist(), at_end.values[:, 0].tolist()))
+        assert [store.point_about(k).details["step"] for k in at_end.settings["points"]] == [10, 20, 30]
+    assert found[0] == found[1]
+    assert found[0][0] == [-1, -3, 0, 0]
+    assert found[0][1] == sorted(found[0][1], reverse=True)
 
 
 def test_forgetting_counts_the_events_of_the_paper(tmp_path: Path) -> None:

@@ -128,6 +128,24 @@ def test_combined_is_the_mean_rank_whatever_the_order_of_the_scores() -> None:
     assert sorted(within[:3].tolist()) == pytest.approx([1 / 6, 3 / 6, 5 / 6])
 
 
+def test_what_tells_scores_apart_counts_however_far_from_zero_they_are() -> None:
+    numbers = torch.rand(500, 1, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    for far in (1000 + numbers, 1 - 1e-7 * numbers, torch.cat((1000 + numbers, torch.zeros(1, 1)))):
+        values = combined(Scores(far, list(range(len(far))), "mine")).values[:, 0]
+        assert (values[far[:, 0].argsort()].diff() >= 0).all()
+        assert len(values.unique()) > 0.97 * len(far)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_scores_that_are_equal_but_for_rounding_rank_alike(dtype: torch.dtype) -> None:
+    noise = 1 + torch.finfo(dtype).eps * torch.tensor([0, 1, -1, 1])
+    values = torch.tensor([0.3, 0.3, 0.3, -7e-4]) * noise
+    for shift in (0.0, 3.0):
+        ranks = combined(Scores((values.to(dtype) + shift)[:, None], list("abcd"), "mine")).values[:, 0]
+        assert ranks.tolist() == pytest.approx([0.625, 0.625, 0.625, 0.125])
+    assert len(combined(Scores(noise[:3, None], list("abc"), "mine")).values.unique()) == 1
+
+
 def test_what_cannot_be_combined_is_refused() -> None:
     one = Scores(torch.rand(3, 1), [0, 1, 2], "ip")
     with pytest.raises(BadSetting, match="no scores"):

@@ -12,6 +12,7 @@ from models import bert, labelled, lora
 from stores import make_store
 
 from hf_influence import GradientStore, attribute, collect
+from hf_influence.attribution import combined
 from hf_influence.errors import BadExample, BadSetting, StoreError
 from hf_influence.filter import DatasetFilter, Decision, Prune, Relabel, Reweight, Separate, StreamRows
 from hf_influence.filter.separate import components
@@ -386,8 +387,10 @@ def test_the_most_typical_rows_and_copies_are_pruned() -> None:
     with pytest.raises(BadSetting, match="self_gex"):
         Prune().apply(data, Scores(torch.zeros(6, 2), list("uvwxyz"), "ip", query_ids=[0, 1], id_column="id"))
     by_queries = Scores(torch.zeros(6, 1), list("uvwxyz"), "auto", id_column="id", report={"parts": {"vote": 1.0}})
-    with pytest.raises(BadSetting, match="help the queries"):
-        Prune().apply(data, by_queries)
+    for ranking in (by_queries, combined(by_queries, scores), combined(scores, combined(by_queries))):
+        with pytest.raises(BadSetting, match="help the queries"):
+            Prune().apply(data, ranking)
+    assert Prune(drop=3).apply(data, combined(scores))["id"][:] == ["u", "v", "y"]
     with pytest.raises(BadSetting, match="leaves none"):
         Prune(drop=6).apply(data, scores)
     with pytest.raises(BadSetting, match="neither a fraction"):

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from hf_influence.errors import UnsupportedModel
 from hf_influence.gradients.during_training.scale import of_log_probabilities, of_outcome, of_tokens
-from hf_influence.task import Classification
+from hf_influence.task import CausalLM, Classification
 
 EXAMPLES, LENGTH, VOCABULARY = 5, 12, 40
 
@@ -54,6 +54,16 @@ def test_scale_and_statistics_are_those_of_the_probabilities(sure: float, labell
         }
         for name, value in expected.items():
             torch.testing.assert_close(measured.stats[name][i], value, rtol=1e-7, atol=1e-7)
+
+
+@pytest.mark.parametrize("sure", [5.0, 10.0, 14.0])
+def test_errors_of_tokens_that_are_known_well_keep_their_digits(sure: float) -> None:
+    """At the end of training 1 − p is far below what single precision tells from 1."""
+    logits, targets = torch.randn(1, 6, VOCABULARY), torch.randint(0, VOCABULARY, (1, 6))
+    logits.scatter_(2, targets[..., None], sure)
+    error = logits.double().softmax(2) - F.one_hot(targets, VOCABULARY)
+    outcome = CausalLM().outcome(logits, targets)
+    torch.testing.assert_close(outcome.stats["el2n"].double(), error.norm(dim=2).mean(1), rtol=2e-2, atol=0)
 
 
 def test_single_precision_keeps_its_digits() -> None:

@@ -57,6 +57,39 @@ def test_queries_of_one_class_are_refused(tmp_path: Path, labels: list[int]) -> 
     assert len(attribute(store, parts=["kernel_ridge", "loss"])) == N
 
 
+@pytest.mark.parametrize("labels", [EVEN, [2] * N])
+def test_a_point_without_rows_hides_nothing(tmp_path: Path, labels: list[int]) -> None:
+    """As after a step in half precision whose gradients overflowed: the queries are there, and no row."""
+    draw = torch.Generator().manual_seed(0)
+    for point, present in enumerate((None, None, [])):
+        notes = {"loss": torch.rand(N, generator=draw), "label": torch.tensor(labels)}
+        if point:
+            notes |= {"step": torch.full((N,), point), "margin": torch.randn(N, generator=draw)}
+            notes |= {"learning_rate": torch.full((N,), 0.1)}
+        query = {"label": torch.tensor(ONE), "margin": torch.randn(20, generator=draw)}
+        more = {"point": point, "present": present, "task": CLASSES}
+        store = make_store(tmp_path, rows(N, 0), rows(20, 1), stats=notes, query_stats=query, **more)
+    if labels is EVEN:
+        with pytest.raises(BadSetting, match="all 20 queries are of the class 2"):
+            attribute(store)
+    else:
+        assert attribute(store).values.isfinite().all()
+
+
+@pytest.mark.parametrize("bad", [("query", 1), ("query", 0), ("train", 1)])
+def test_margins_that_are_not_finite_are_named(tmp_path: Path, bad: tuple[str, int]) -> None:
+    for point in (0, 1):
+        stats = {"loss": torch.rand(N), "label": torch.tensor(EVEN), "margin": torch.randn(N)}
+        query = {"label": torch.tensor(EVEN), "margin": torch.randn(N)}
+        if point:
+            stats |= {"step": torch.arange(N), "learning_rate": torch.full((N,), 0.1)}
+        if bad[1] == point:
+            (stats if bad[0] == "train" else query)["margin"][3] = torch.nan
+        store = make_store(tmp_path, rows(N, 0), rows(N, 1), stats=stats, query_stats=query, point=point, task=CLASSES)
+    with pytest.raises(BadExample, match=f"'margin' of example 3 in .*000{bad[1]}/{bad[0]} is not finite"):
+        attribute(store)
+
+
 @pytest.mark.parametrize(
     ("labels", "query", "told"),
     [

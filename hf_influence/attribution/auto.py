@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -47,9 +48,8 @@ OF_PROMPTS = "prompt_gain"
 AT_REST = 8
 """How much more the regression at the end counts than its mean over training, whose rows carry dropout."""
 
-
-DIGITS = 2.0**16
-"""Of scores that are ranked."""
+BITS = 16
+"""Of a score that count in a rank, those that tell it from others."""
 
 
 @dataclass(kw_only=True)
@@ -174,11 +174,12 @@ class Auto(OverTraining, name="auto"):
             method, own = self._looked_at(rows, name, settings)
             places = torch.searchsorted(rows.positions, own.positions)
             ranks[name] = torch.full((len(rows.ids),), torch.nan, dtype=torch.float64)
-            scores[name] = _finite(name, method.score(own).double().mean(1), own)
+            found = method.score(own)
+            scores[name] = _finite(name, found.double().mean(1), own)
             if isinstance(method, KernelRidge):
                 scores[name], places = scores[name][spoken[places]], places[spoken[places]]
                 epochs = method.epochs(spoken) if isinstance(method, KernelRidgeMean) else epochs
-            ranks[name][places] = ranks_within(scores[name], [groups[at] for at in places.tolist()])
+            ranks[name][places] = ranks_within(scores[name], [groups[at] for at in places.tolist()], found.dtype)
         weights, share, auc = self._trust(rows, last, scores, epochs)
         total = sum(weights.values())
         self.report["parts"] = {name: round(weight / total, 4) for name, weight in weights.items()}
@@ -330,22 +331,37 @@ def has_classes(rows: Selection) -> bool:
     return rows.store.header.task.get("name") == "classification" or have_wrong_labels(rows.at(end(rows)))
 
 
-def ranks_within(values: Tensor, groups: Sequence[Any]) -> Tensor:
-    """(rank − ½) / n among the n of the same group, 1 for the lowest, ties at their mean rank, `[n]`."""
+def ranks_within(values: Tensor, groups: Sequence[Any], dtype: torch.dtype) -> Tensor:
+    """(rank − ½) / n among the n of the same group, 1 for the lowest, ties at their mean rank, `[n]`.
+
+    Args:
+        values: `[n]`, in float64.
+        groups: Of each.
+        dtype: In which they were computed.
+    """
     members: dict[Any, list[int]] = {}
     for place, group in enumerate(groups):
         members.setdefault(group, []).append(place)
-    values = digits(values)
+    values = digits(values, dtype)
     ranks = torch.zeros(len(values), dtype=torch.float64)
     for at in members.values():
         ranks[at] = (mean_ranks(values[at]) - 0.5) / len(at)
     return ranks
 
 
-def digits(values: Tensor) -> Tensor:
-    """The values without their last digits, in which equal examples differ by rounding."""
-    mantissa, exponent = torch.frexp(values)
-    return torch.ldexp((mantissa * DIGITS).round(), exponent) / DIGITS
+def digits(values: Tensor, dtype: torch.dtype) -> Tensor:
+    """The values without their last digits, in which equal examples differ by rounding, `[n] -> [n]` in float64.
+
+    That is `BITS` binary digits from the first on in which a value, or what tells the values apart, has any (their mean
+    distance from their median), as far as the type has them.
+    """
+    if not len(values):
+        return values
+    precision = max(BITS, round(-math.log2(4 * torch.finfo(dtype).eps)))
+    own = torch.frexp(values).exponent
+    spread = torch.frexp((values - values.median()).abs().mean()).exponent
+    last = torch.maximum(torch.minimum(own, spread) - BITS, own - precision)
+    return torch.ldexp(torch.ldexp(values, -last).round(), last)
 
 
 def agreement(name: str, ranks: Mapping[str, Tensor]) -> float | None:

@@ -9,10 +9,14 @@ import torch
 
 from hf_influence.attribution.auto import agreement, ranks_within
 from hf_influence.attribution.given import fingerprint
+from hf_influence.attribution.method import methods
 from hf_influence.dataset.groups import group_of
 from hf_influence.dataset.matching import in_order_of_first
 from hf_influence.errors import BadSetting
 from hf_influence.scores import Scores
+
+WITH_QUERIES = "with_queries"
+"""In the report: whether any of the scores compares with queries."""
 
 
 def combined(*scores: Scores, groups: Sequence[Any] | None = None) -> Scores:
@@ -28,8 +32,8 @@ def combined(*scores: Scores, groups: Sequence[Any] | None = None) -> Scores:
         groups: The task, source or class of each example, in the order of the first scores, within which it is ranked.
 
     Returns:
-        Scores of method "combined" in (0, 1), in the order of the first; the report says how far they agree. Of the
-        groups the settings keep a fingerprint.
+        Scores of method "combined" in (0, 1), in the order of the first; the report says how far they agree, and
+        whether any of them compares with queries. Of the groups the settings keep a fingerprint.
 
     Raises:
         BadSetting: No scores, something else, scores of different examples, or groups that do not fit.
@@ -50,7 +54,7 @@ def combined(*scores: Scores, groups: Sequence[Any] | None = None) -> Scores:
         raise BadSetting(f"{len(within)} groups for {len(ids)} examples; give one for each.")
     used = {} if groups is None else {"groups": f"{len(set(within))} groups, {fingerprint(within)}"}
     ranks = {
-        f"{k} {one.method}": ranks_within(own.mean(1), within)
+        f"{k} {one.method}": ranks_within(own.mean(1), within, one.values.dtype)
         for k, (one, own) in enumerate(zip(scores, values, strict=True))
     }
     return Scores(
@@ -59,6 +63,16 @@ def combined(*scores: Scores, groups: Sequence[Any] | None = None) -> Scores:
         "combined",
         {"of": [{"method": one.method, "settings": dict(one.settings)} for one in scores]} | used,
         id_column=scores[0].id_column,
-        report={"agreement": {name: agreement(name, ranks) for name in ranks if len(ranks) > 1}},
+        report={
+            "agreement": {name: agreement(name, ranks) for name in ranks if len(ranks) > 1},
+            WITH_QUERIES: any(map(compare_with_queries, scores)),
+        },
         contents=scores[0].contents,
     )
+
+
+def compare_with_queries(scores: Scores) -> bool:
+    """Whether the scores, or some that they were made of, say how far an example helps queries."""
+    parts = [name for name in scores.report.get("parts", {}) if name in methods()]  # of "auto"
+    asked = scores.query_ids is not None or any("queries" in methods()[name].needs for name in parts)
+    return asked or bool(scores.report.get(WITH_QUERIES))

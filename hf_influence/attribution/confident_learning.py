@@ -55,6 +55,8 @@ class ConfidentLearning(Method, name="confident_learning"):
                 f"to {int(y.max())} for {p.shape[1]} probabilities: it takes labels from 0 to {p.shape[1] - 1}."
             )
         margin = p.gather(1, y) - p.scatter(1, y, -torch.inf).amax(1, keepdim=True)  # [n, 1]
+        if y.min() == y.max():  # nothing to confuse it with, which cleanlab refuses
+            return ((1 + margin) / 2).to(rows.train.dtype)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "May not flag all label issues", UserWarning)  # said in the docstring
             issue = find_label_issues(y[:, 0].numpy(), p.numpy(), filter_by="prune_by_noise_rate", n_jobs=1)

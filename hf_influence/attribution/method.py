@@ -12,6 +12,7 @@ from functools import cached_property
 from inspect import cleandoc
 from typing import Any, ClassVar
 
+import numpy as np
 from torch import Tensor
 
 from hf_influence.attribution.selection import Selection
@@ -72,7 +73,10 @@ class Method(ABC):
     def __post_init__(self) -> None:
         for setting in fields(self):
             value = getattr(self, setting.name)
-            if wrong := "" if value is None and setting.default is None else _wrong(value, **setting.metadata):
+            wrong = "" if value is None and setting.default is None else _wrong(value, **setting.metadata)
+            if isinstance(setting.default, bool) and not isinstance(value, bool):
+                wrong = "True or False"
+            if wrong:
                 raise BadSetting(f"method '{self.name}': {setting.name}={value!r} must be {wrong}.")
 
     def select(self, rows: Selection, point: int | None) -> Selection:
@@ -147,8 +151,9 @@ def make_method(name: str, settings: dict[str, Any]) -> Method:
                 f"method '{name}' has no setting {given!r}{_nearest(given, allowed)} It takes: "
                 f"{', '.join(allowed) or 'none'}."
             )
+    plain = {key: value.item() if isinstance(value, np.generic) else value for key, value in settings.items()}
     try:
-        return _TABLE[name](**settings)
+        return _TABLE[name](**plain)
     except TypeError as error:
         given = ", ".join(f"{key}={reprlib.repr(value)}" for key, value in settings.items())
         raise BadSetting(

@@ -100,7 +100,7 @@ def segments(whole: Selection, number: int, step_mass: Sequence[float] | None, m
         StoreMismatch: The points are not of one run.
         BadSetting: The masses are not as many as the segments.
     """
-    parts = in_order(whole)
+    parts = [part for part in whole.parts if len(part.train)]
     number = min(number, len(parts))
     if step_mass is not None and len(step_mass) != number:
         raise BadSetting(
@@ -117,15 +117,6 @@ def segments(whole: Selection, number: int, step_mass: Sequence[float] | None, m
         )
         for k, cut in enumerate(cuts)
     ]
-
-
-def in_order(whole: Selection) -> list[Selection]:
-    """The points that hold rows in the order of their steps; in that of their numbers where a step is not known."""
-    parts = [part for part in whole.parts if len(part.train)]
-    first = [min(_rates(part), default=None) for part in parts]
-    if None in first:
-        return parts
-    return [parts[i] for i in sorted(range(len(parts)), key=lambda i: first[i])]  # type: ignore[arg-type,return-value]
 
 
 def _rates(part: Selection) -> dict[int, float | None]:

@@ -120,7 +120,7 @@ class Selection:
         return replace(self, points=(point,))
 
     def over(self, points: Sequence[int] | None, *, queries: bool) -> Selection:
-        """The same splits at several points, in ascending order.
+        """The same splits at several points in the order of training, as far as they know their steps, 0 first.
 
         Args:
             points: Which; by default all whose training rows were captured in training steps.
@@ -131,13 +131,28 @@ class Selection:
             StoreMismatch: The points hold rows of different datasets.
         """
         chosen = self.training_points() or self._none_of_training() if points is None else sorted(set(points))
-        several = replace(self, points=tuple(chosen))
+        several = self._in_order(chosen)
         first = several.parts[0]
         for part in several.parts:
             _same_examples(first.train, part.train)
             if queries:
                 part._check_queries(first)
         return several
+
+    def first_step(self) -> int | None:
+        """The first optimizer step of the rows at the first point, or that of its checkpoint; `None` if not known."""
+        if "step" in self.train.stats and len(self.train):
+            return int(self.train.stats["step"].min())
+        step = self.store.point_about(self.points[0]).details.get("step")
+        return None if step is None else int(step)
+
+    def _in_order(self, points: Sequence[int]) -> Selection:
+        """At these points by their first steps, those without rows first; by their numbers if a step is not known."""
+        several = replace(self, points=tuple(points))
+        steps = {part.points[0]: part.first_step() if len(part.train) else -1 for part in several.parts}
+        if None in [step for point, step in steps.items() if point]:
+            return several
+        return replace(self, points=tuple(sorted(points, key=lambda point: steps[point] if point else -2)))  # type: ignore[arg-type,return-value]
 
     def compressed(self, compressor: Compressor) -> Selection:
         """The same whole rows, compressed while they are read."""

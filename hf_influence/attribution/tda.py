@@ -12,7 +12,7 @@ from torch import Tensor
 
 from hf_influence.attribution.inner_product import InnerProduct
 from hf_influence.attribution.over_points import OverTraining
-from hf_influence.attribution.segments import Segment, in_order, segments
+from hf_influence.attribution.segments import Segment, segments
 from hf_influence.attribution.selection import Selection
 from hf_influence.errors import BadSetting
 
@@ -106,7 +106,7 @@ class Tda(Unrolled, InnerProduct, name="tda"):
         if asked is None:
             final = rows.at(0)
             at_end = final.query_split in rows.store.splits(0) and not final.query.statistics_only
-            asked = 0 if at_end else (in_order(several) or several.parts)[-1].points[0]
+            asked = 0 if at_end else several.points[-1]
         return replace(several, query_point=asked)
 
     def record(self, rows: Selection) -> dict[str, Any]:

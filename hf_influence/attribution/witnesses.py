@@ -166,14 +166,12 @@ def witnesses(
         "kernel_ridge": OfDirections(fitted.left_out, turned, ridge, epochs, visits(epochs, len(ridge)), given)
     }
     if "margin" in query.stats:
-        margins = statistic(query, "margin", "auto")
-        wrong = -margins if other is None else other.stats["margin"]
-        examples = last.train.stats.get("margin", margins[:0])
+        margins = _margin(query)
+        wrong = -margins if other is None else _margin(other)
+        examples = _margin(last.train) if "margin" in last.train.stats else margins[:0]
         epochs = _margins(rows) if len(examples) else []
         found["margin"] = Witness(margins, wrong, examples, epochs, visits(epochs, len(rows.ids)), given)
-        over = [
-            same.stats["margin"] for part in rows.parts if (same := same_queries(_queries(part), query)) is not None
-        ]
+        over = [_margin(same) for part in rows.parts if (same := same_queries(_queries(part), query)) is not None]
         if other is None and len(over) > 1:
             found["loss_mean"] = Witness(*_mean_losses(torch.stack(over)), examples[:0], given=given)
     return found, other is not None or two_classes(last.store.header.task)
@@ -224,6 +222,8 @@ def _by_class(rows: Selection, last: Selection) -> tuple[Tensor, Tensor, Tensor]
     queries = last.query.stats.get("label")
     labels = torch.zeros(len(rows.ids), dtype=torch.long)
     for part in rows.parts:
+        if not len(part.train):
+            continue
         own = part.train.stats.get("label", torch.zeros(0, 0))
         if queries is None or own.ndim != 1:
             return None
@@ -289,6 +289,11 @@ def _wrong_labels(last: Selection, other: Rows | None) -> Tensor | None:
     return 1 - labels if labels is not None and two_classes(last.store.header.task) else None
 
 
+def _margin(rows: Rows) -> Tensor:
+    """`[n]`; BadExample if one is not finite."""
+    return statistic(rows, "margin", "auto")
+
+
 def _queries(part: Selection) -> Rows | None:
     return part.query if "queries" in part.words() else None
 
@@ -309,12 +314,12 @@ def _margins(rows: Selection) -> list[Epoch]:
     earlier: Rows | None = None
     visits = 0.0
     for part in rows.parts:
-        if not part.points[0] or "queries" not in part.words():
+        if not part.points[0] or not len(part.train) or "queries" not in part.words():
             continue
-        train, query = part.train.stats, part.query
+        train, query = part.train, part.query
         same = same_queries(earlier, query)
-        before = None if same is None else same.stats["margin"]
-        epochs.append(Epoch.of(train["margin"], train.get("step"), query.stats["margin"], before, visits))
+        before = None if same is None else _margin(same)
+        epochs.append(Epoch.of(_margin(train), train.stats.get("step"), _margin(query), before, visits))
         earlier = query
         visits += rows.share_in(part)
     return epochs

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from hf_influence.curvature.curvature import DampedPath
-from hf_influence.errors import MissingRows
+from hf_influence.errors import MissingRows, NotConverged
 from hf_influence.store import Rows
 
 GRID = tuple(10.0**k for k in range(-4, 6))
@@ -17,7 +17,7 @@ QUERIES = 128
 """Queries that are asked at most, evenly spread over the split; the choice hardly moves beyond a few dozen."""
 
 
-def choose_damping(curvature: DampedPath, train: Rows, query: Rows) -> tuple[float, list[float]]:
+def choose_damping(curvature: DampedPath, train: Rows, query: Rows) -> tuple[float, list[float | None]]:
     """The damping at which the queries agree best with each other.
 
     Influence is a product in the metric of `P`, and so each query predicts another one by their cosine there,
@@ -38,18 +38,28 @@ def choose_damping(curvature: DampedPath, train: Rows, query: Rows) -> tuple[flo
         query: The queries; those with a gradient of 0 have no say.
 
     Returns:
-        The damping, one of `GRID`, and the agreement at each of `GRID`.
+        The damping, one of `GRID`, and the agreement at each of `GRID`; `None` at those that are too small for an
+        iterative solver to converge.
 
     Raises:
         MissingRows: Fewer than three queries with a gradient, or queries that agree at no damping.
+        NotConverged: An iterative solver does not converge at the largest damping either.
     """
     asked = torch.linspace(0, len(query) - 1, min(QUERIES, len(query))).round().long()
     products = torch.zeros(len(GRID), len(asked), len(asked), dtype=torch.float64)  # [λ, m, m]
+    least = 0  # of the grid, at which all blocks were solved
     for block in train.blocks:
         v = query.block(block)[asked]  # [m, d]
         at = curvature.prepare(train, block)
-        for total, damping in zip(products, GRID, strict=True):
-            total += at(damping)(v).double() @ v.double().T
+        for i in reversed(range(least, len(GRID))):
+            try:
+                products[i] += at(GRID[i])(v).double() @ v.double().T
+            except NotConverged:
+                if i == len(GRID) - 1:
+                    raise
+                least = i + 1
+                break
+    products = products[least:]
     if len(train) and not torch.isfinite(products).all():
         return 1.0, []  # rows that are not finite give scores that are not, and those are refused by name
     present = (products.diagonal(dim1=1, dim2=2) > 0).all(0)
@@ -62,14 +72,14 @@ def choose_damping(curvature: DampedPath, train: Rows, query: Rows) -> tuple[flo
             "more queries, or pass a number: damping=0.1 is usual."
         )
     curve = [_agreement(part[present][:, present]) for part in products]
-    best = max(reversed(range(len(GRID))), key=lambda i: curve[i])  # of equals the largest
+    best = max(reversed(range(len(curve))), key=lambda i: curve[i])  # of equals the largest
     if curve[best] <= 0:
         raise MissingRows(
             f"damping='auto' looks for the damping at which the queries of {query.folder} agree with each other, and "
             f"there is none: the mean cosine between two of them is at best {curve[best]:.2f} times its spread. They "
             "have nothing in common to choose by. Pass a number: damping=0.1 is usual."
         )
-    return GRID[best], curve
+    return GRID[least + best], [None] * least + curve
 
 
 def _agreement(products: Tensor) -> float:

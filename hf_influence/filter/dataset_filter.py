@@ -64,7 +64,8 @@ class DatasetFilter:
     keep: float | int | None = None
     """How many rows to keep, as a fraction or a count."""
     keep_tokens: int | None = None
-    """How many tokens to keep: the best rows that fit in, by the lengths of the lists in `tokens`."""
+    """How many tokens to keep at most, by the lengths of the lists in `tokens`: the best rows, down to the first that
+    does not fit in. With `within` each group gets as large a part of the budget as it has of the rows."""
     tokens: str = "input_ids"
     """The column whose lists `keep_tokens` counts."""
     within: str | None = None

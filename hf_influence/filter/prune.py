@@ -8,7 +8,7 @@ import torch
 from datasets import Dataset, DatasetDict
 from torch import Tensor
 
-from hf_influence.attribution.method import methods
+from hf_influence.attribution.combined import compare_with_queries
 from hf_influence.dataset.contents import row_codes
 from hf_influence.dataset.matching import ids_of, in_dataset_order
 from hf_influence.errors import BadSetting
@@ -124,8 +124,7 @@ class Prune:
 
 def check_without_queries(scores: Scores, what: str) -> None:
     """BadSetting if the scores compare with queries."""
-    parts = scores.report.get("parts", {})  # of "auto"
-    if scores.query_ids is not None or any("queries" in methods()[part].needs for part in parts if part in methods()):
+    if compare_with_queries(scores):
         raise BadSetting(
             f"{what}, and those by {scores.method} are of the rows that help the queries most. Use a method without "
             "queries, such as self_ip or self_gex, which says how typical a row is."

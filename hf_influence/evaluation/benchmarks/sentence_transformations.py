@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from functools import partial
 from itertools import cycle
 from random import Random
 
 from datasets import DatasetDict
 
+from hf_influence.errors import BadSetting
 from hf_influence.evaluation.benchmarks.balanced_splits import Example, balanced_splits
 
 VOWELS = frozenset("aeiouAEIOU")
@@ -125,8 +126,12 @@ _THEMES = tuple(
 _ENDINGS = ("", " today", " again")
 
 
-def sentence_transformations(*, train: int = 900, test: int = 100, seed: int = 0) -> DatasetDict:
+def sentence_transformations(
+    *, train: int = 900, test: int = 100, seed: int = 0, tasks: Collection[str] = tuple(TRANSFORMATIONS)
+) -> DatasetDict:
     """Prompts that ask a chatbot for one of ten transformations of a sentence, with the right answers.
+
+    `tasks` chooses among them, by their names in `TRANSFORMATIONS`.
 
     >>> example = sentence_transformations(train=10, test=10)["test"][0]
     >>> print(example["text"])
@@ -143,10 +148,14 @@ def sentence_transformations(*, train: int = 900, test: int = 100, seed: int = 0
     are our own.
 
     Raises:
-        BadSetting: A size that is no count, or more examples than there are sentences.
+        BadSetting: A size that is no count, more examples than there are sentences, or no task of these.
     """
-    tasks = {rule.__name__: partial(_draw, rule, f"{bot}, {request}") for rule, bot, request in _TABLE}
-    return balanced_splits(tasks, train=train, test=test, seed=seed)
+    if not tasks or isinstance(tasks, str) or not set(tasks) <= TRANSFORMATIONS.keys():
+        raise BadSetting(f"tasks={tasks!r}: give a list with one or more of {', '.join(TRANSFORMATIONS)}.")
+    asked = {rule.__name__: partial(_draw, rule, f"{bot}, {request}") for rule, bot, request in _TABLE}
+    return balanced_splits(
+        {name: draw for name, draw in asked.items() if name in tasks}, train=train, test=test, seed=seed
+    )
 
 
 def _draw(rule: Callable[[str], str], request: str, rng: Random) -> Example:
