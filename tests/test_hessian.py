@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from models import PAD, assert_same_state, bert, labelled, llama, lora, own_loss, padding, prompts, state_of, tiny
+from stores import make_store
 from torch import Tensor, nn
 
 from hf_influence.attribution import attribute
@@ -21,6 +22,7 @@ from hf_influence.gradients.second_order.lanczos import lanczos
 from hf_influence.gradients.second_order.matching import matching_plan
 from hf_influence.gradients.second_order.solvers import conjugate_gradients, lissa
 from hf_influence.store import GradientStore
+from hf_influence.store.artifacts import write_artifact
 from hf_influence.task import CausalLM, Classification
 
 assert_exact = partial(torch.testing.assert_close, rtol=1e-8, atol=1e-8)
@@ -172,6 +174,16 @@ def test_more_eigenpairs_than_are_kept_are_refused(tmp_path: Path) -> None:
     collect_hessian(model, examples, tmp_path, top=3, iterations=20)
     with pytest.raises(MissingRows, match=r"3 eigenpairs.*4 were asked for.*collect_hessian"):
         attribute(tmp_path, "self_arnoldi", top=4)
+
+
+def test_positive_eigenvalues_that_are_not_there_are_missing(tmp_path: Path) -> None:
+    rows = torch.randn(6, 3, dtype=torch.float64)
+    store = make_store(tmp_path, {"a": rows})
+    eigenpairs = {"vectors.a": torch.eye(3, dtype=torch.float64), "values": -torch.arange(3.0, 0, -1)}
+    write_artifact(store, "hessian", eigenpairs, {}, adapter="")
+    assert attribute(store, "self_arnoldi").values.ne(0).all()
+    with pytest.raises(MissingRows, match=r"none of the eigenvalues.*positive=True leaves nothing"):
+        attribute(store, "self_arnoldi", positive=True)
 
 
 def test_eigenpairs_that_have_not_converged_are_counted(tmp_path: Path) -> None:

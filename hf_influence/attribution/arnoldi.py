@@ -33,7 +33,7 @@ class OnEigenvectors(Method):
         """The eigenvalues `[p]`, and the coordinates of the training rows and of each of the others, `[n, p]`.
 
         Raises:
-            MissingRows: No eigenpairs were collected, or fewer than are asked for.
+            MissingRows: No eigenpairs were collected, fewer than are asked for, or none above zero.
         """
         pairs = read_artifact(train, "hessian", f"method '{self.name}'")
         values = pairs.tensor("values")
@@ -45,6 +45,11 @@ class OnEigenvectors(Method):
             )
         used = torch.arange(len(values))[: self.top]
         used = used[values[used] > 0] if self.positive else used
+        if self.positive and not len(used):
+            raise MissingRows(
+                f"none of the eigenvalues that {pairs.folder} holds is above zero, so positive=True leaves nothing to "
+                "score by. Train on, as these weights are at no minimum, or leave positive=True out."
+            )
         parts = (train, *others)
         out = [torch.zeros(len(rows), len(used), dtype=rows.dtype) for rows in parts]
         for block in train.blocks:
