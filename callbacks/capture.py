@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 import logging
-import random
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import SaveStrategy
@@ -27,10 +23,10 @@ from hf_influence.callbacks.checks import (
     check_same_queries,
     check_stream,
     check_trainer,
-    naming,
     warn_of_classes,
     warn_of_rates,
 )
+from hf_influence.callbacks.contexts import keeping_the_model, naming, undisturbed_randomness
 from hf_influence.callbacks.during import DuringTraining, trainer_of
 from hf_influence.callbacks.packing import check_ids, check_packing, prepared
 from hf_influence.callbacks.schedule import During, Schedule, endless
@@ -46,7 +42,7 @@ from hf_influence.gradients.plan import Plan, check_collectable, check_folder
 from hf_influence.gradients.processes import first_process_first, rank
 from hf_influence.gradients.sweep import BatchSize
 from hf_influence.gradients.taps import Modules
-from hf_influence.store import GradientStore, check_room
+from hf_influence.store import GradientStore, check_room, check_writable
 from hf_influence.task import LABELS, Reduction
 
 logger = logging.getLogger(__name__)
@@ -199,7 +195,7 @@ class GradientCapture(TrainerCallback):
         check_ids(trainer, self.id_column)
         if self.train_dataset is None:
             check_places(trainer, self.id_column)
-        with _undisturbed_randomness():
+        with undisturbed_randomness():
             self._train = prepared(trainer, self.train_dataset)
             with naming("query"):
                 self._query = prepared(trainer, self.query_dataset)
@@ -227,6 +223,7 @@ class GradientCapture(TrainerCallback):
                 room = None if self.budget is None else int(self.budget * 2**30) - at_end
                 schedule = schedule.within(room, state, need)
                 during = schedule.size(state, need)
+            check_writable(self.path)
             check_room(self.path, at_end + during)
             logger.info("the gradients will take up to %.2f GiB in %s", (at_end + during) / 2**30, self.path)
             self._drop_outdated(state)
@@ -339,9 +336,16 @@ class GradientCapture(TrainerCallback):
             self._during = None
         self._plans = {}
         if self.at_end:
-            self._drop_earlier()
-            for split, dataset, options in self._splits(args, trainer_of(state), train_dataloader):
-                others = options.pop("other_prompts", 0)
+            with keeping_the_model(trainer_of(state)):
+                self._collect_at_end(args, trainer_of(state), model, train_dataloader)
+
+    def _collect_at_end(
+        self, args: TrainingArguments, trainer: Trainer, model: nn.Module, train_dataloader: Any
+    ) -> None:
+        self._drop_earlier()
+        for split, dataset, options in self._splits(args, trainer, train_dataloader):
+            others = options.pop("other_prompts", 0)
+            with naming(split):
                 plan = Plan.of(model, dataset, **options)  # anew: the model may be another by now
                 self._tell(plan, split)
                 collect_planned(
@@ -368,7 +372,7 @@ class GradientCapture(TrainerCallback):
         """Collect the query rows at the weights with which a point ends."""
         plan = self._plans.get("query")
         if point is not None and isinstance(plan, Plan):
-            with _undisturbed_randomness():
+            with undisturbed_randomness():
                 collect_planned(
                     model, plan, self.path, "query", batch_size=self.batch_size, point=point, quiet=args.disable_tqdm
                 )
@@ -393,17 +397,9 @@ class GradientCapture(TrainerCallback):
         has_ids = self.id_column in getattr(self._query, "column_names", ())
         yield "query", self._query, {**common, **others, "id_column": self.id_column if has_ids else None}
         how = common["data_collator"], args.remove_unused_columns
-        if self.at_end and not self.settings["task"] and (wrong := mislabelled(trainer.model, self._query, *how)):
+        if not self.at_end or self.settings["task"]:
+            return
+        with naming("query"):
+            wrong = mislabelled(trainer.model, self._query, *how)
+        if wrong:
             yield SPLIT.format("query"), wrong[0], {**common, "data_collator": wrong[1], "id_column": None}
-
-
-@contextmanager
-def _undisturbed_randomness() -> Iterator[None]:
-    """Trying out a collator that draws random numbers must not move the training run."""
-    python, numpy_ = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng():
-        try:
-            yield
-        finally:
-            random.setstate(python)
-            np.random.set_state(numpy_)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 from datasets import ClassLabel, Dataset, Value
@@ -14,7 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from transformers import Trainer, TrainerState, TrainingArguments
 
 from hf_influence.callbacks.weighted import WeightedTrainer, soft_cross_entropy
-from hf_influence.errors import BadExample, BadSetting, InfluenceError, MissingRows, StoreMismatch
+from hf_influence.errors import BadExample, BadSetting, MissingRows, StoreMismatch
 from hf_influence.filter.actions import Written
 from hf_influence.gradients.plan import Plan
 from hf_influence.gradients.processes import world
@@ -347,20 +347,3 @@ def check_resumed(state: TrainerState, args: TrainingArguments, batches: int) ->
             "the training set have changed, so rows of one epoch would be of two. Resume with the settings of the "
             "checkpoint, or train into another folder."
         )
-
-
-@contextmanager
-def naming(split: str) -> Iterator[None]:
-    """Let an error say which examples it is about."""
-    name = "the training set" if split == "train" else "query_dataset"
-    try:
-        yield
-    except InfluenceError as error:
-        if split != "train" or isinstance(error, BadExample):  # others are about the model or the folder
-            error.args = (f"{name}: {error}",)
-        raise
-    except (LookupError, TypeError, ValueError, AttributeError) as error:
-        raise BadExample(
-            f"{name}: trying out its examples failed ({type(error).__name__}: {error}). They must be tokenised, by the "
-            "tokenizer of the model, and have the columns that the data_collator takes."
-        ) from error

@@ -411,6 +411,17 @@ def test_checkpoints_by_name_and_those_that_are_none(tmp_path: Path) -> None:
         checkpoints(tmp_path / "run")
 
 
+def test_a_run_that_logged_no_rate_is_told_what_that_leaves_out(tmp_path: Path) -> None:
+    for step in (2, 4):
+        folder = tmp_path / f"checkpoint-{step}"
+        classifier()[0].save_pretrained(folder)
+        logged = [] if step == 2 else [{"step": 4, "learning_rate": 0.1}]
+        (folder / "trainer_state.json").write_text(json.dumps({"global_step": step, "log_history": logged}))
+    with pytest.warns(UserWarning, match=r"no learning rate up to .*checkpoint-2, .*weighted=False.*logging_steps=1"):
+        points = checkpoints(tmp_path)
+    assert [point.details()["learning_rate"] for point in points] == [None, 0.1]
+
+
 def test_a_checkpoint_without_a_state_has_no_step(tmp_path: Path) -> None:
     classifier()[0].save_pretrained(tmp_path)
     (point,) = checkpoints(tmp_path)

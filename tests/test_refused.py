@@ -222,7 +222,7 @@ UNTOLD: dict[str, tuple[Any, str]] = {
     "stream": (named(EXAMPLES).to_iterable_dataset(), r"query_dataset is a IterableDataset.*take"),
     "text": (Dataset.from_list([{"text": "a b c"}]), r"query_dataset: .*KeyError: 'input_ids'.*tokenised"),
     "strings": (["a b c"], "query_dataset: an example is a str"),
-    "vocabulary": ([{"input_ids": [4, 999], "labels": [4, 5]}], r"query_dataset: .*IndexError.*tokenizer of the model"),
+    "vocabulary": ([{"input_ids": [4, 999], "labels": [4, 5]}], r"query_dataset: .*999.*tokenizer of the model"),
     "ids": (nameless(named(EXAMPLES)), "query_dataset: the dataset has no id column 'name'"),
     "empty": ([], "query_dataset: the dataset is empty"),
     "labels": (UNLABELLED, "query_dataset: .*KeyError: 'labels'"),

@@ -39,7 +39,7 @@ class Examples:
         arguments: What `forward_arguments(model)` gives.
 
     Raises:
-        BadExample: An empty dataset, one without a length, or one without columns that the model takes.
+        BadExample: Several datasets, an empty one, one without a length, or without columns that the model takes.
     """
 
     def __init__(
@@ -50,6 +50,11 @@ class Examples:
         id_column: str | None = None,
         remove_unused_columns: bool = True,
     ):
+        if isinstance(dataset, Mapping):
+            raise BadExample(
+                f"the dataset is a {type(dataset).__name__} of {', '.join(map(str, dataset))}. Pass one split of it: "
+                f"dataset[{next(iter(dataset), 'train')!r}]."
+            )
         if not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__"):
             raise BadExample(
                 f"the dataset is a {type(dataset).__name__} without a length. Rows are kept by position: pass a "

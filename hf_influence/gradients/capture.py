@@ -94,10 +94,11 @@ class RowCatcher:
         self._later.clear()
         missing = [name for name in self.shapes if name not in self._rows]
         if missing:
+            none = "" if self._rows else " Or the loss was not run backward: there are no gradients at all."
             raise UnsupportedModel(
                 f"no gradient reached {len(missing)} parameter(s) in this batch (first: {missing[0]}). Either the "
                 "layer is not used by this model's forward pass, or its weights are used without calling it. Leave "
-                f"them out with skip=[{missing[0]!r}, …]."
+                f"them out with skip=[{missing[0]!r}, …].{none}"
             )
         rows = {name: self._rows[name] for name in self.shapes}
         self._rows.clear()

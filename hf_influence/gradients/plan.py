@@ -13,6 +13,7 @@ from torch import nn
 from hf_influence.errors import StoreMismatch
 from hf_influence.gradients.answers import parts_of
 from hf_influence.gradients.batches import Collator, Examples
+from hf_influence.gradients.columns import check_columns
 from hf_influence.gradients.compress import Compressor, compressor_of
 from hf_influence.gradients.identity import model_identity
 from hf_influence.gradients.other_prompts import OtherPrompts
@@ -57,6 +58,7 @@ class Plan:
         task = task_of(model, loss_reduction, task)
         taps = find_taps(model, modules, skip)
         examples = Examples(dataset, model, data_collator, id_column, remove_unused_columns)
+        check_columns(dataset, examples.ids, model, task)
         task = examples.settled(task)
         examples.check_order()
         return cls(task, examples, taps, header_of(model, taps, task, compress), compress)

@@ -52,6 +52,12 @@ def find_taps(model: nn.Module, modules: Modules = "lora", skip: Sequence[str] =
     if modules not in ("lora", "trainable"):
         raise BadSetting(f"modules={modules!r}: choose 'lora' (a PEFT LoRA model) or 'trainable' (any model).")
     if modules == "lora" and not lora_layers(model):
+        kinds = {config.peft_type.value for config in getattr(model, "peft_config", {}).values()}
+        if kinds - {"LORA"}:
+            raise UnsupportedModel(
+                f"the adapters of this {type(model).__name__} are of the kind {', '.join(sorted(kinds))}, and LoRA is "
+                "covered. Use LoraConfig, or modules='trainable' for what else is trainable."
+            )
         raise UnsupportedModel(
             f"{type(model).__name__} has no LoRA layers. Wrap it: get_peft_model(model, LoraConfig(...)), or pass "
             "modules='trainable' for the trainable linear layers of a model without adapters."

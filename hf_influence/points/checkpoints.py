@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -108,7 +109,14 @@ def checkpoints(folders: Folder | Sequence[Folder]) -> list[Point]:
     if not given:
         raise BadSetting("checkpoints([]): name the Trainer's output folder, or its checkpoint-* folders.")
     owners: dict[Any, Path] = {}
-    return [_read(folder, owners) for one in given for folder in _checkpoints_in(Path(one))]
+    found = [_read(folder, owners) for one in given for folder in _checkpoints_in(Path(one))]
+    if unknown := [point.name for point in found if point.step and point.learning_rate is None]:
+        warnings.warn(
+            f"the Trainer had logged no learning rate up to {unknown[0]}, so methods that weigh points by it, such as "
+            "tracin, need weighted=False. Train with logging_steps=1 to have all rates.",
+            stacklevel=2,
+        )
+    return [*found]
 
 
 def _checkpoints_in(folder: Path) -> list[Path]:

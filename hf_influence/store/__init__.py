@@ -13,7 +13,7 @@ the rows it had not written, and the next one continues where the list ends. Onl
 """
 
 from hf_influence.store.displacement import Displacement
-from hf_influence.store.files import check_room
+from hf_influence.store.files import check_room, check_writable
 from hf_influence.store.gradient_store import GradientStore
 from hf_influence.store.header import Header
 from hf_influence.store.points import WEIGHTS, PointAbout, number_of
@@ -29,5 +29,6 @@ __all__ = [
     "RowWriter",
     "Rows",
     "check_room",
+    "check_writable",
     "number_of",
 ]

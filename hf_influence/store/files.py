@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
@@ -24,9 +25,30 @@ def check_room(path: Path, need: int) -> None:
     free = shutil.disk_usage(there).free
     if need > free:
         raise StoreError(
-            f"the rows need {need / 2**30:.1f} GiB and the disk of {path} has {free / 2**30:.1f} GiB free. Keep fewer "
+            f"the rows need {_in_words(need)} and the disk of {path} has {_in_words(free)} free. Keep fewer "
             "columns (compress=dropout(16)) or choose another disk."
         )
+
+
+def _in_words(size: int) -> str:
+    return f"{size / 2**30:.1f} GiB" if size >= 2**30 else f"{size / 2**20:.3g} MiB"
+
+
+def check_writable(folder: Path) -> None:
+    """Make the folder if it is not there, and see whether files can be written to it.
+
+    Raises:
+        StoreError: They cannot.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise StoreError(
+            f"{folder} is to be a folder for gradients, and nothing can be written there ({error}). Choose another "
+            "path."
+        ) from error
 
 
 def open_shard(file: Path) -> Any:

@@ -10,7 +10,7 @@ from typing import Any
 
 from hf_influence.errors import BadSetting, MissingRows, StoreError, StoreMismatch
 from hf_influence.store.displacement import Displacement
-from hf_influence.store.files import check_room, open_shard, read_json, write_json
+from hf_influence.store.files import check_room, check_writable, open_shard, read_json, write_json
 from hf_influence.store.header import Header
 from hf_influence.store.points import SPAN, PointAbout, point_folder, point_numbers
 from hf_influence.store.rows import Manifest, Rows
@@ -55,6 +55,7 @@ class GradientStore:
 
         Raises:
             StoreMismatch: The store that is there holds other rows.
+            StoreError: No files can be written to the folder.
         """
         path = Path(path)
         if (path / "store.json").is_file():
@@ -66,7 +67,7 @@ class GradientStore:
                 if not overwrite:
                     raise
                 shutil.rmtree(path / "points", ignore_errors=True)
-        path.mkdir(parents=True, exist_ok=True)
+        check_writable(path)
         write_json(path / "store.json", {"schema": SCHEMA, **asdict(header)})
         return cls(path, header)
 

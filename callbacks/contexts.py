@@ -1,0 +1,66 @@
+"""What stands around the work of a callback: whose fault an error is, and what must not be lost or moved by it."""
+
+from __future__ import annotations
+
+import logging
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import torch
+from transformers import Trainer
+
+from hf_influence.errors import BadExample, InfluenceError
+
+logger = logging.getLogger(__name__)
+
+
+@contextmanager
+def naming(split: str) -> Iterator[None]:
+    """Let an error say which examples it is about."""
+    name = "the training set" if split == "train" else "query_dataset"
+    try:
+        yield
+    except InfluenceError as error:
+        if split != "train" or isinstance(error, BadExample):  # others are about the model or the folder
+            error.args = (f"{name}: {error}",)
+        raise
+    except torch.OutOfMemoryError:
+        raise
+    except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        raise BadExample(
+            f"{name}: its examples do not go through the data_collator and the model ({type(error).__name__}: {error})"
+            ". They must be tokenised, by the tokenizer of the model and to no more than its length, and have the "
+            "columns that the data_collator takes."
+        ) from error
+
+
+@contextmanager
+def keeping_the_model(trainer: Trainer) -> Iterator[None]:
+    """Save the trained model if an error comes after the last step, as the script will not come to it any more."""
+    try:
+        yield
+    except Exception:
+        if trainer.args.should_save:
+            folder = Path(trainer.args.output_dir) / f"trained-{trainer.state.global_step}"
+            try:
+                trainer.save_model(str(folder))
+            except Exception as error:
+                logger.warning("training is done, and its model could not be saved: %s", error)
+            else:
+                logger.warning("training is done, its rows are not; the trained model is in %s", folder)
+        raise
+
+
+@contextmanager
+def undisturbed_randomness() -> Iterator[None]:
+    """Trying out a collator that draws random numbers must not move the training run."""
+    python, numpy_ = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng():
+        try:
+            yield
+        finally:
+            random.setstate(python)
+            np.random.set_state(numpy_)
