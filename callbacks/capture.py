@@ -24,6 +24,7 @@ from hf_influence.callbacks.checks import (
     check_stream,
     check_trainer,
     warn_of_classes,
+    warn_of_prompts,
     warn_of_rates,
 )
 from hf_influence.callbacks.contexts import keeping_the_model, naming, undisturbed_randomness
@@ -211,6 +212,7 @@ class GradientCapture(TrainerCallback):
             if self.settings["task"] is None:
                 check_believed(trainer, self._plans["train"].header.task.get("problem_type"))
             check_label_kinds({split: plan.header.task for split, plan in self._plans.items()})
+            warn_of_prompts(self._plans)
             need = {split: plan.size for split, plan in self._plans.items() if isinstance(plan, Plan)}
             at_end = sum(need.values()) * int(self.at_end)
             need.pop(SPLIT.format("query"), None)  # collected at the end alone

@@ -8,8 +8,9 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
+import torch
 from datasets import ClassLabel, Dataset, Value
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from transformers import Trainer, TrainerState, TrainingArguments
 
@@ -20,9 +21,12 @@ from hf_influence.gradients.plan import Plan
 from hf_influence.gradients.processes import world
 from hf_influence.gradients.taps import Tap
 from hf_influence.store import GradientStore
-from hf_influence.task import LABELS, Classification, Task, unwrapped
+from hf_influence.task import IGNORED, LABELS, CausalLM, Classification, Task, labels_of, unwrapped
 
 logger = logging.getLogger(__name__)
+
+LOOKED_AT = 8
+"""Examples whose labels are looked at."""
 
 PREFERENCES = ("DPO", "KTO", "GRPO", "RLOO", "Reward", "Distillation", "ORPO", "CPO")
 """In the names of TRL's Trainers that have no loss of a single example."""
@@ -306,6 +310,34 @@ def warn_of_classes(train: Any, query: Any) -> None:
                     "will refuse them. Draw them at random: clean.shuffle(seed=0).select(range(100))",
                     theirs.pop(),
                 )
+
+
+def warn_of_prompts(plans: Mapping[str, Any]) -> None:
+    """Say that the loss leaves tokens, as those of prompts, out of the training examples or the queries alone.
+
+    Args:
+        plans: How the rows of each split are made.
+    """
+    out = {split: _leaves_out(plan) for split, plan in plans.items() if split in ("train", "query")}
+    if out.get("train") is not None and out["train"] == (not out.get("query", out["train"])):
+        some, all_ = ("training examples", "queries") if out["train"] else ("queries", "training examples")
+        logger.warning(
+            "the labels of the %s leave tokens out (-100), as those of prompts, and the labels of the %s leave out "
+            "none, so their gradients are of other kinds of text. Give both in one format, prompts and completions or "
+            "conversations, or both as text",
+            some,
+            all_,
+        )
+
+
+def _leaves_out(plan: Any) -> bool | None:
+    """Whether labels of the first few examples leave tokens out; `None` if they are none of tokens."""
+    if not isinstance(plan, Plan) or not isinstance(plan.task, CausalLM):
+        return None
+    batch = plan.examples.batch(range(min(LOOKED_AT, len(plan.examples))))
+    mask, labels = batch.get("attention_mask"), labels_of(dict(batch))
+    real = mask.bool() if isinstance(mask, Tensor) and mask.shape == labels.shape else torch.ones_like(labels).bool()
+    return bool((labels[real] == IGNORED).any())
 
 
 def check_places(trainer: Trainer, id_column: str | None) -> None:

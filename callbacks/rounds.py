@@ -159,7 +159,12 @@ def curate_and_retrain(
                 f"{place} was scored by {scores.method} with {was}, and now {now} is asked for. Choose another folder."
             )
         left = dataset.select(at)
-        decision = decide_on_scored(_told(rule, left, scores, place / "rows"), left, scores)
+        try:
+            decision = decide_on_scored(_told(rule, left, scores, place / "rows"), left, scores)
+        except BadSetting as error:
+            raise BadSetting(
+                f"{error} Round {number} is trained and scored: the same call with another rule goes on from there."
+            ) from error
         check_actions(decision, last=rounds == 1)
         decision = on_whole(decision, dataset, at, before)
         with first_process_first():

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import csv
 import glob
+import gzip
 import json
 import re
+import zlib
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
@@ -27,6 +29,17 @@ _KINDS: dict[str, tuple[type, str]] = {
     "query_split": (str, "text"),
 }
 """Settings that no method checks, as they say what is scored."""
+
+_READERS = {
+    ".parquet": "parquet",
+    ".arrow": "arrow",
+    ".json": "json",
+    ".jsonl": "json",
+    ".ndjson": "json",
+    ".csv": "csv",
+    ".tsv": "csv",
+}
+"""Suffix of a file -> what `datasets` reads it with."""
 
 _QUOTED = re.compile(r'"([^"]|"")*"')
 """A cell in quotation marks, those within it doubled."""
@@ -99,7 +112,7 @@ def attribute(
     if (groups is None) != (data is None):
         raise BadSetting("--groups is a column of --data. Give both: --data train.parquet --groups task.")
     if groups is not None and data is not None:
-        rows = _load(data, split)
+        rows = _load(data, split, _text_ids(_rows(store, settings.get("train_split", "train"))))
         rows = of_split(rows, split) if isinstance(rows, dict) else rows
         if groups not in rows.column_names:
             raise BadSetting(f"--groups {groups} is no column of {data}, which has {rows.column_names}.")
@@ -121,7 +134,7 @@ def attribute(
 @app.command()
 def filter(
     data: Annotated[
-        str, typer.Argument(help="A parquet, JSON, CSV or TSV file, a folder of save_to_disk, or a hub name.")
+        str, typer.Argument(help="A parquet, Arrow, JSON, CSV or TSV file, a folder of save_to_disk, or a hub name.")
     ],
     scores: Annotated[Path, typer.Argument(help="A file of scores, or a store, which is then scored by auto.")],
     output: Annotated[Path, typer.Option(help="Folder for the curated dataset, the decision and a dataset card.")],
@@ -180,6 +193,8 @@ def _curate(rule: Any, data: str, split: str, scores: Path, output: Path, **more
     """Apply a rule of the filter module, and keep what comes of it."""
     from hf_influence.errors import BadSetting, StoreError
     from hf_influence.filter import save_curated
+    from hf_influence.filter.card import check_folder
+    from hf_influence.scores import Scores
 
     if not scores.exists():
         raise StoreError(
@@ -190,7 +205,9 @@ def _curate(rule: Any, data: str, split: str, scores: Path, output: Path, **more
         raise BadSetting(
             f"--output {output} is the dataset itself, or in it, and rows would be lost. Name another folder."
         )
-    curated = rule.apply(_load(data, split), scores, split=split, **more)
+    check_folder(output)
+    named = Scores.load(scores) if scores.is_file() else _rows(scores)
+    curated = rule.apply(_load(data, split, _text_ids(named)), scores, split=split, **more)
     save_curated(curated, rule.report, output)
     print(f"{rule.report}\nwritten to {output}; datasets.load_from_disk({str(output)!r}) reads it")
 
@@ -224,8 +241,26 @@ def _amount(text: str | None) -> Any:
     return text
 
 
-def _load(data: str, split: str) -> Any:
+def _text_ids(named: Any) -> str | None:
+    """The column that the ids of scores, or of the rows of a store, are from, if they are texts."""
+    return named.id_column if named and isinstance(named.ids[0], str) else None
+
+
+def _rows(path: Path, split: str = "train") -> Any:
+    """The rows of a split of a store at the first point that has it; `None` if none has."""
+    from hf_influence.store import GradientStore
+
+    store = GradientStore.open(path)
+    return next((store.rows(split, point) for point in store.points() if split in store.splits(point)), None)
+
+
+def _load(data: str, split: str, texts: str | None = None) -> Any:
     """The dataset that a name stands for; with all its splits, if it has several.
+
+    Args:
+        data: A file, a folder or a name on the hub.
+        split: Which has to be there.
+        texts: A column of texts, also where they look like numbers.
 
     Raises:
         BadExample: It cannot be read, or has no such split.
@@ -238,21 +273,28 @@ def _load(data: str, split: str) -> Any:
     from hf_influence.filter.wording import printable
 
     path = Path(data)
-    suffix = path.suffix.lower()
-    kind = {".parquet": "parquet", ".json": "json", ".jsonl": "json", ".csv": "csv", ".tsv": "csv"}.get(suffix)
+    kind = _READERS.get(_suffix(path))
+    if kind is None and path.is_file():
+        raise BadExample(
+            f"{data} is a file, and how to read it does not show in its name. Name a file in one of the formats "
+            f"{', '.join(_READERS)} (those of text also packed, as .gz), a folder of save_to_disk or a dataset of the "
+            "hub."
+        )
     try:
         if path.is_dir():
             loaded = load_from_disk(data)
         elif kind:
-            loaded = load_dataset(kind, data_files=glob.escape(data), split="train", **_as_written(path, kind))
+            loaded = load_dataset(kind, data_files=glob.escape(data), split="train", **_as_written(path, texts))
         else:
             part = "[" in split or "+" in split  # beside which there are no others
             loaded = load_dataset(data, split=split if part else None)
-    except (OSError, ValueError, DatasetsError) as error:
+    except StopIteration as error:  # of a JSON reader that finds no line
+        raise BadExample(f"{data} holds no rows, so there is nothing to read. Look at how it was written.") from error
+    except (OSError, ValueError, EOFError, zlib.error, DatasetsError) as error:
         cause = error.__cause__ or error  # datasets says no more than that there was one
         raise BadExample(
             f"no dataset can be read from {data} ({type(cause).__name__}: {printable(cause, 300)}). Name a parquet, "
-            "JSON, CSV or TSV file, a folder of save_to_disk or a dataset of the hub."
+            "Arrow, JSON, CSV or TSV file, a folder of save_to_disk or a dataset of the hub."
         ) from error
     if isinstance(loaded, DatasetDict):
         of_split(loaded, split)
@@ -261,12 +303,24 @@ def _load(data: str, split: str) -> Any:
     return loaded
 
 
-def _as_written(path: Path, kind: str) -> dict[str, Any]:
-    """How to read a file of text cells so that each stays what it is, also where it says "None" or "NA"."""
-    if kind != "csv":
+def _suffix(path: Path) -> str:
+    """In small letters, without that of a packed file: ".csv" of data.csv and of data.csv.gz."""
+    packed = path.suffix.lower() == ".gz"
+    return (path.with_suffix("") if packed else path).suffix.lower()
+
+
+def _as_written(path: Path, texts: str | None) -> dict[str, Any]:
+    """How to read a file of text cells so that each stays what it is, also where it says "None" or "NA".
+
+    A cell in the column of `texts` is a text where it looks like a number, too.
+    """
+    suffix = _suffix(path)
+    if _READERS[suffix] != "csv":
         return {}
     read: dict[str, Any] = {"keep_default_na": False, "na_values": [""]}
-    if path.suffix.lower() == ".tsv":
+    if texts is not None:
+        read["converters"] = {texts: str}
+    if suffix == ".tsv":
         read |= {"sep": "\t", "quoting": csv.QUOTE_NONE if _plain_quotes(path) else csv.QUOTE_MINIMAL}
     return read
 
@@ -278,7 +332,7 @@ def _plain_quotes(path: Path) -> bool:
     more or fewer tabs than the others: then no cell needs quotes.
     """
     widths, stray = set(), False
-    with path.open(encoding="utf-8") as file:
+    with (gzip.open if path.suffix.lower() == ".gz" else open)(path, "rt", encoding="utf-8") as file:
         for line in file:
             cells = line.rstrip("\n").split("\t")
             if cells != [""]:  # an empty line is no row

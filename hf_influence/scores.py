@@ -114,16 +114,22 @@ class Scores:
 
         Raises:
             BadSetting: A setting or an id that JSON cannot hold; nothing is written then.
+            StoreError: It cannot be written there; an earlier file stays.
         """
         path = Path(path)
         about = as_json({field.name: getattr(self, field.name) for field in fields(self) if field.name != "values"})
-        path.parent.mkdir(parents=True, exist_ok=True)
         part = path.with_name(path.name + ".part")
         try:
-            save_file({"values": self.values.contiguous()}, part, metadata={"scores": about})
-            part.replace(path)
-        finally:
-            part.unlink(missing_ok=True)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                save_file({"values": self.values.contiguous()}, part, metadata={"scores": about})
+                part.replace(path)
+            finally:
+                part.unlink(missing_ok=True)
+        except (OSError, SafetensorError) as error:
+            raise StoreError(
+                f"could not write the scores to {path} ({error}). Make room there, or name another file."
+            ) from error
 
     @classmethod
     def load(cls, path: str | Path) -> Scores:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gzip
 import json
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -45,6 +47,9 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     rows.to_json(folder / "rows.jsonl")
     rows.to_json(folder / "rows.JSONL")
     (folder / "broken.json").write_text("{")
+    (folder / "rows.txt").write_text("row 0\n")
+    (folder / "empty.jsonl").write_text("")
+    (folder / "cut.jsonl.gz").write_bytes(gzip.compress((folder / "rows.jsonl").read_bytes())[:-12])
     return folder
 
 
@@ -69,11 +74,22 @@ def said(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *w
         ("filter nope.parquet s.st --drop 1 --output out", "no dataset can be read from nope.parquet"),
         ("filter store s.st --drop 1 --output out", "no dataset can be read from store"),
         ("filter broken.json s.st --drop 1 --output out", "from broken.json (ArrowInvalid: JSON parse error"),
+        ("filter cut.jsonl.gz s.st --drop 1 --output out", "from cut.jsonl.gz (EOFError: Compressed file ended"),
+        ("filter empty.jsonl s.st --drop 1 --output out", "empty.jsonl holds no rows"),
+        ("filter rows.txt s.st --drop 1 --output out", "in one of the formats .parquet, .arrow, .json, .jsonl, .nd"),
         ("filter disk nope.st --drop 1 --output out", "there is no file or folder nope.st. Name scores"),
         ("filter disk s.st --drop 1 --output disk", "is the dataset itself"),
         ("filter dict s.st --drop 1 --output ./dict/", "is the dataset itself"),
         ("filter dict s.st --drop 1 --output dict/train", "is the dataset itself, or in it"),
-        ("filter disk s.st --drop 1 --output s.st", "s.st"),
+        (
+            "filter disk s.st --drop 1 --output s.st",
+            "s.st is a file, and the dataset, its decision and its card go",
+        ),
+        ("filter disk s.st --drop 1 --output s.st/x", "s.st is a file"),
+        ("filter disk store --drop 1 --output store", "store is a gradient store, which"),
+        ("filter disk s.st --drop 1 --keep 0.5 --output out", "drop=1 and keep=0.5: one of them says"),
+        ("relabel classes odds.st --output out --how flip", "which rows. Say how many are suspicious: Relabel(susp"),
+        ("relabel classes odds.st --output out --how flip", "or --suspects 0.05"),
         ("relabel classes odds.st --output out", "of more than two classes needs the model's probabilities. Pass the"),
         ("relabel classes odds.st --output out", "or --store runs/mine, which has them if it is of a classifier"),
         ("relabel classes odds.st --output out --store store", "needs the model's probabilities"),
@@ -83,6 +99,8 @@ def said(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *w
         ("attribute store --groups task", "--groups is a column of --data. Give both"),
         ("attribute store --data disk", "--groups is a column of --data. Give both"),
         ("attribute store --data disk --groups task", "--groups task is no column of disk, which has ['text']"),
+        ("attribute s.st --data disk --groups text", "s.st is not a gradient store"),
+        ("attribute store --output s.st/x", "could not write the scores to s.st/x"),
         ("attribute store --data disk --groups text --method ip", "method 'ip' has no setting 'groups'"),
         ("attribute named --data turned --groups label", "are in another order than those of named"),
         ("attribute store --set method=ip", "--set method=ip is no setting"),
@@ -110,6 +128,20 @@ def test_names_of_files_may_be_in_capitals(place: Path, tmp_path: Path) -> None:
     assert len(load_from_disk(tmp_path / "out")) == N - 1
 
 
+@pytest.mark.parametrize("name", ["d.ndjson", "d.jsonl.gz", "d.csv.gz", "D.TSV.GZ", "d.arrow"])
+def test_a_file_is_read_by_its_suffix_packed_or_not(place: Path, tmp_path: Path, name: str) -> None:
+    rows = load_from_disk(str(place / "classes"))
+    if "csv" in name or "TSV" in name:
+        rows.to_csv(tmp_path / "plain", sep="," if "csv" in name else "\t")
+    elif "json" in name:
+        rows.to_json(tmp_path / "plain")
+    else:
+        shutil.copy(next((place / "classes").glob("*.arrow")), tmp_path / "plain")
+    content = (tmp_path / "plain").read_bytes()
+    (tmp_path / name).write_bytes(gzip.compress(content) if name.lower().endswith(".gz") else content)
+    assert cli._load(str(tmp_path / name), "train").to_dict() == rows.to_dict()
+
+
 def test_the_file_that_is_named_is_read_and_no_other(place: Path, tmp_path: Path) -> None:
     """Also where its name looks like a pattern."""
     for name in ("rows[1]", "rows1", "rows?"):
@@ -121,9 +153,29 @@ def test_the_file_that_is_named_is_read_and_no_other(place: Path, tmp_path: Path
         assert load_from_disk(tmp_path / name)["text"][0].startswith(name)
 
 
-def cells(file: Path, text: str) -> dict[str, list[Any]]:
+@pytest.mark.parametrize("named", ["scores", "store"])
+@pytest.mark.parametrize("suffix", ["csv", "tsv"])
+def test_ids_that_are_texts_stay_texts_where_they_look_like_numbers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], suffix: str, named: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    ids, odds = ["1e3", "001", "1", "1.0"], torch.tensor([[3.0], [-1.0], [2.0], [-0.5]])
+    Scores(odds, ids, "mine", id_column="uid").save("scores")
+    make_store(tmp_path / "store", {"a": torch.randn(N, 3)}, stats={"loss": -odds[:, 0]}, ids=ids)
+    (about,) = (tmp_path / "store").rglob("train/rows.json")
+    about.write_text(json.dumps({**json.loads(about.read_text()), "id_column": "uid"}))
+    rows = Dataset.from_dict({"uid": ids[::-1], "label": [1, 2, 1, 2]})
+    rows.to_csv(f"d.{suffix}", sep="," if suffix == "csv" else "\t")
+    done = CliRunner().invoke(cli.app, ["filter", f"d.{suffix}", named, "--drop", "2", "--output", "out"])
+    assert done.exit_code == 0, done.output
+    assert load_from_disk("out").to_dict() == {"uid": ["1", "1e3"], "label": [2, 2]}
+    words = ["--data", f"d.{suffix}", "--groups", "label"]
+    assert "in another order than those of store" in said(monkeypatch, capsys, "attribute", "store", *words)
+
+
+def cells(file: Path, text: str, texts: str | None = None) -> dict[str, list[Any]]:
     file.write_text(text, encoding="utf-8")
-    return dict(cli._load(str(file), "train").to_dict())
+    return dict(cli._load(str(file), "train", texts).to_dict())
 
 
 @pytest.mark.parametrize(("suffix", "between"), [("csv", ","), ("tsv", "\t")])
@@ -132,6 +184,9 @@ def test_answers_that_look_like_nothing_stay(tmp_path: Path, suffix: str, betwee
     rows = [["answer", "share"], *([answer, "0.5"] for answer in answers), ["", ""]]
     text = "".join(between.join(row) + "\n" for row in rows)
     assert cells(tmp_path / f"a.{suffix}", text) == {"answer": [*answers, None], "share": [0.5] * 6 + [None]}
+    for column, share in (("answer", 0.5), ("share", "0.5")):
+        kept = cells(tmp_path / f"a.{suffix}", text, column)
+        assert kept == {"answer": [*answers, None], "share": [share] * 6 + [None]}
 
 
 @pytest.mark.parametrize(

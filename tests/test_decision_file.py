@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from datasets import Dataset
+from datasets import Dataset, DatasetDict, load_from_disk
 
 from hf_influence.errors import BadSetting, StoreError
-from hf_influence.filter import DatasetFilter, Decision, save_curated
+from hf_influence.filter import DatasetFilter, Decision, Prune, Relabel, Reweight, Separate, save_curated
 from hf_influence.scores import Scores
 
 N = 6
@@ -104,4 +104,87 @@ def test_a_write_that_fails_leaves_the_file_that_was_there(tmp_path: Path, monke
     with pytest.raises(OSError, match="No space"):
         report.save(tmp_path / "d.json")
     assert [file.name for file in tmp_path.iterdir()] == ["d.json"]
+    assert (tmp_path / "d.json").read_bytes() == before
+
+
+RULES: dict[str, tuple[Any, str]] = {
+    "filter": (DatasetFilter(drop=1), "it has 6 rows, and 5 were to be kept"),
+    "columns": (DatasetFilter(drop=0, columns=True), "it lacks the column 'influence'"),
+    "prune": (Prune(drop=2), "it has 6 rows, and 4 were to be kept"),
+    "relabel": (
+        Relabel(suspects=DatasetFilter(drop=2), how="flip"),
+        "its column 'label' holds what was to be replaced",
+    ),
+    "reweight": (Reweight(), "it lacks the column 'weight'"),
+    "groups": (Separate(how="otsu"), "it lacks the column 'influence_group'"),
+    "named groups": (Separate(how="otsu", column="part"), "it lacks the column 'part'"),
+}
+
+
+@pytest.mark.parametrize("splits", [False, True])
+@pytest.mark.parametrize("name", RULES)
+def test_a_decision_is_kept_with_what_it_made_and_with_nothing_else(tmp_path: Path, name: str, splits: bool) -> None:
+    rule, message = RULES[name]
+    curated = rule.apply(rows(), Scores(torch.arange(N * 1.0)[:, None], list(range(N)), "self_ip"))
+    if splits:
+        curated = DatasetDict(curated if name == "groups" else {"part": curated}, test=rows().select([0]))
+        message = "its splits have" if name == "groups" else f"of 'part', {message}.*; of 'test', it has 1 rows"
+    original = DatasetDict(part=rows(), test=rows().select([0])) if splits else rows()
+    with pytest.raises(BadSetting, match=rf"did not make this dataset: {message}.*Pass what `apply` gave"):
+        save_curated(original, rule.report, tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+    save_curated(curated, rule.report, tmp_path / "out")
+    assert load_from_disk(str(tmp_path / "out")).num_rows == curated.num_rows
+
+
+def test_what_is_made_of_a_curated_dataset_on_purpose_is_kept_as_well(tmp_path: Path) -> None:
+    trim, flip = DatasetFilter(drop=1), Relabel(suspects=DatasetFilter(drop=2), how="flip")
+    for rule in (trim, flip):
+        curated = rule.apply(rows(), Scores(torch.arange(N * 1.0)[:, None], list(range(N)), "ip"))
+        assert rule.report is not None
+        tokenised = curated.map(lambda row: {"input_ids": [len(row["text"])]}, remove_columns="text")
+        save_curated(tokenised.class_encode_column("label"), rule.report, tmp_path / "out")
+
+
+@pytest.mark.parametrize("splits", [False, True])
+def test_a_save_that_fails_leaves_nothing_that_passes_for_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, splits: bool
+) -> None:
+    curated, report = decided(tmp_path)
+    given = DatasetDict(train=curated, test=rows()) if splits else curated
+    save_curated(given, report, tmp_path / "out")
+
+    def full(dataset: Dataset, path: str, **_: Any) -> None:
+        (Path(path) / "data-00000-of-00001.arrow").write_bytes(b"half")
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(Dataset, "save_to_disk", full)
+    with pytest.raises(OSError, match="No space"):
+        save_curated(given, report, tmp_path / "out")
+    with pytest.raises(StoreError, match=r"out does not hold a decision"):
+        Decision.load(tmp_path / "out")
+    with pytest.raises(FileNotFoundError):
+        load_from_disk(str(tmp_path / "out"))
+    monkeypatch.undo()
+    save_curated(given, report, tmp_path / "out")
+    assert load_from_disk(str(tmp_path / "out")).num_rows == given.num_rows
+    assert Decision.load(tmp_path / "out") == report
+
+
+@pytest.mark.parametrize("splits", [False, True])
+def test_a_dataset_is_not_saved_over_itself(tmp_path: Path, splits: bool) -> None:
+    (DatasetDict(train=rows(), test=rows()) if splits else rows()).save_to_disk(tmp_path / "disk")
+    data, trim = load_from_disk(str(tmp_path / "disk")), DatasetFilter(drop=1)
+    curated = trim.apply(data, Scores(torch.arange(N * 1.0)[:, None], list(range(N)), "ip"))
+    with pytest.raises(BadSetting, match="its own rows would be lost"):
+        save_curated(curated, trim.report, tmp_path / "disk")
+    assert load_from_disk(str(tmp_path / "disk")).num_rows == data.num_rows
+
+
+def test_a_file_is_no_folder_for_a_curated_dataset(tmp_path: Path) -> None:
+    curated, report = decided(tmp_path)
+    before = (tmp_path / "d.json").read_bytes()
+    for folder in (tmp_path / "d.json", tmp_path / "d.json" / "x"):
+        with pytest.raises(BadSetting, match=r"d\.json is a file, .* go into a folder\. Name a folder"):
+            save_curated(curated, report, folder)
     assert (tmp_path / "d.json").read_bytes() == before

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from datasets import ClassLabel, Dataset, Features, IterableDataset, IterableDatasetDict, List, Value
+from datasets import ClassLabel, Dataset, Features, IterableDataset, IterableDatasetDict, List, Value, load_from_disk
 from models import Example, bert, labelled, lora, padding, prompts, tiny
 from test_streams import keeping
 from watched import train
@@ -233,6 +233,33 @@ def test_what_a_stream_cannot_tell_is_refused(captured: tuple[Path, Scores]) -> 
             remedy.apply(stream, scores)
     both = DatasetFilter(drop=3).apply(stream, [scores, scores], by=by)
     assert names(both) == names(DatasetFilter(drop=3).apply(stream, scores, by=by))
+
+
+@pytest.mark.parametrize("by", ["no collator", "a tokenizer's"])
+def test_rows_that_are_not_tokenised_are_told_from_rows_without_a_score(
+    captured: tuple[Path, Scores], by: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, scores = captured
+
+    def pad(features: Any) -> Any:
+        raise ValueError("You should supply an encoding that includes input_ids, but you provided ['labels']")
+
+    raw = of_rows([{"text": row["text"], "labels": i} for i, row in enumerate(ROWS)])
+    rows = StreamRows(store=path, data_collator=None if by == "no collator" else pad)
+    with pytest.raises(BadExample, match=r"columns \['text', 'labels'\].*given \['labels'\].*the tokenised stream"):
+        list(DatasetFilter(drop=3).apply(raw, scores, by=rows))
+    with pytest.raises(ValueError, match=r"^You should supply"):  # of rows that are, it is the collator that is wrong
+        list(DatasetFilter(drop=3).apply(of_rows(ROWS), scores, by=StreamRows(store=path, data_collator=pad)))
+
+
+def test_a_stream_that_was_filtered_is_kept_as_a_dataset_of_its_rows(
+    captured: tuple[Path, Scores], tmp_path: Path
+) -> None:
+    path, scores = captured
+    trim = DatasetFilter(drop=3)
+    kept = trim.apply(of_rows([*ROWS, *ROWS]), scores, by=path)  # the rows that stay come twice
+    save_curated(Dataset.from_list(list(kept)), trim.report, tmp_path / "out")
+    assert load_from_disk(str(tmp_path / "out")).num_rows == 14
 
 
 def test_a_filtered_stream_goes_through_workers_and_on_where_it_stopped(captured: tuple[Path, Scores]) -> None:

@@ -307,6 +307,15 @@ BEFORE: dict[str, tuple[Any, str, dict[str, Any], type[Exception], str]] = {
 }
 
 
+def test_a_rule_that_true_scores_do_not_allow_leaves_the_round_to_another(tmp_path: Path) -> None:
+    data, make = Dataset.from_list(EXAMPLES), Makes(tmp_path)
+    with pytest.raises(BadSetting, match=r"no probabilities.* Round 1 is trained and scored: the same call"):
+        curate_and_retrain(make, data, DatasetFilter(), tmp_path / "r", query_dataset=QUERIES.select([0]))
+    assert len(make.made) == 1
+    curate_and_retrain(make, data, DatasetFilter(drop=0.25), tmp_path / "r", query_dataset=QUERIES.select([0]))
+    assert len(make.made) == 2
+
+
 @pytest.mark.parametrize("case", BEFORE)
 def test_what_cannot_work_is_refused_before_the_first_training(tmp_path: Path, case: str) -> None:
     rule, method, options, error, message = BEFORE[case]

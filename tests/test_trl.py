@@ -213,6 +213,20 @@ def test_completions_that_name_classes_are_collected_under_the_names_of_others(
         assert worst_error(store.rows(split), [autograd_row(run.model, row) for row in examples]) <= 1e-5
 
 
+@pytest.mark.parametrize("given", [False, True])
+@pytest.mark.parametrize(
+    "queries", [texts(3, seed=1), completions().select(range(3)), None], ids=["text", "same", "none"]
+)
+def test_queries_that_are_learnt_with_their_prompts_are_told(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, queries: Dataset | None, given: bool
+) -> None:
+    capture = GradientCapture(tmp_path / "rows", queries, train_dataset=completions() if given else None)
+    trainer_of(tmp_path, completions(), capture, max_steps=1).train()
+    assert ("labels of the training examples leave tokens out" in caplog.text) == (
+        queries is not None and "text" in queries.column_names
+    )
+
+
 def test_prepared_keeps_the_order_and_names_the_source(tmp_path: Path) -> None:
     data = completions()
     ids = [tokenizer()(row["prompt"] + row["completion"] + "</s>")["input_ids"] for row in data]

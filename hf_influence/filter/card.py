@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
     from hf_influence.filter.decision import Decision
 
 GROUPS = 20
+WHOLE = ("decision.json", "dataset_dict.json", "dataset_info.json", "state.json")
+"""The files without which neither a decision nor a dataset is loaded from a folder."""
 START, END = "<!-- hf_influence decision: start -->", "<!-- hf_influence decision: end -->"
 REPLAY = """```python
 from hf_influence.filter import Decision
@@ -109,11 +112,13 @@ def save_curated(curated: Dataset | DatasetDict, decision: Decision, folder: str
     """The curated dataset, `decision.json` and the section in `README.md`, in one folder.
 
     `datasets.load_from_disk(folder)` and `Decision.load(folder)` read them. The rows are saved as they are stored:
-    formats and transforms are set anew on what is loaded.
+    formats and transforms are set anew on what is loaded. What was saved there before is given up first, so that a
+    save that fails leaves nothing that passes for whole.
 
     Raises:
         BadExample: Not a dataset with a length.
-        BadSetting: No decision, or one that cannot be saved, or the folder of a store; nothing is written then.
+        BadSetting: No decision, one that cannot be saved, or one that did not make the dataset; the folder of a store
+            or of the dataset itself, or a file. Nothing is written then.
     """
     from hf_influence.filter.decision import Decision
 
@@ -127,11 +132,65 @@ def save_curated(curated: Dataset | DatasetDict, decision: Decision, folder: str
             f"{type(decision).__name__} is no decision. Pass the report of the rule that made the dataset, which "
             "`apply` leaves: save_curated(curated, trim.report, folder)."
         )
-    if (Path(folder) / "store.json").is_file():
-        raise BadSetting(f"{folder} is a gradient store, which the dataset would be mixed with. Name another folder.")
+    folder = Path(folder)
+    check_folder(folder)
+    is_dict = isinstance(curated, DatasetDict)
+    parts = {folder / name: rows for name, rows in curated.items()} if is_dict else {folder: curated}
+    files = [Path(file["filename"]) for rows in parts.values() for file in rows.cache_files]
+    places = {folder, *parts}
+    if {file.resolve().parent for file in files} & {place.resolve() for place in places}:
+        raise BadSetting(f"the dataset is read from {folder}, and its own rows would be lost. Name another folder.")
+    if unlike := _unlike(decision, curated):
+        raise BadSetting(
+            f"the decision did not make this dataset: {unlike}. Its card would say what is not so. Pass what `apply` "
+            "gave, and the report that it left: save_curated(curated, trim.report, folder)."
+        )
     text = text_of(decision)
+    for place in places:
+        for name in WHOLE:
+            (place / name).unlink(missing_ok=True)
     curated.with_format(None).save_to_disk(str(folder))
-    for left in ("dataset_info.json", "state.json") if isinstance(curated, DatasetDict) else ("dataset_dict.json",):
-        (Path(folder) / left).unlink(missing_ok=True)  # of a dataset of the other kind, which would be loaded instead
-    write_whole(Path(folder) / "decision.json", text)
-    add_to_card(Path(folder), decision)
+    add_to_card(folder, decision)
+    write_whole(folder / "decision.json", text)
+
+
+def check_folder(folder: Path) -> None:
+    """BadSetting unless a curated dataset may go there."""
+    if (folder / "store.json").is_file():
+        raise BadSetting(f"{folder} is a gradient store, which the dataset would be mixed with. Name another folder.")
+    if file := next((place for place in (folder, *folder.parents) if place.is_file()), None):
+        raise BadSetting(
+            f"{file} is a file, and the dataset, its decision and its card go into a folder. Name a folder."
+        )
+
+
+def _unlike(decision: Decision, curated: Dataset | DatasetDict) -> str:
+    """How a dataset differs from what the decision made; empty where it need not.
+
+    Of a DatasetDict one split is enough, or all groups. Rows and columns may have been changed since on purpose, so
+    only their number is looked at, and the columns that are written.
+    """
+    if decision.columns is None:  # made on a stream, of which rows may come twice or have no score
+        return ""
+    if not isinstance(curated, DatasetDict):
+        return _unlike_rows(decision, curated)
+    sizes = {name: len(rows) for name, rows in curated.items()}
+    for column in decision.writes:
+        if column.name == decision.split_by:
+            groups = Counter(column.new[i] for i in decision.kept)
+            missing = Counter(groups.values()) - Counter(sizes.values())
+            return f"its splits have {sizes} rows, and the groups {dict(groups)}" if missing else ""
+    unlike = {name: _unlike_rows(decision, rows) for name, rows in curated.items()}
+    return "; ".join(f"of {name!r}, {how}" for name, how in unlike.items()) if all(unlike.values()) else ""
+
+
+def _unlike_rows(decision: Decision, rows: Dataset) -> str:
+    if len(rows) != decision.after:
+        return f"it has {len(rows)} rows, and {decision.after} were to be kept"
+    for column in decision.writes:
+        if column.name not in rows.column_names:
+            return f"it lacks the column {column.name!r}, which was to be written"
+        new, old = ([values[i] for i in decision.kept] for values in (column.new, column.old or column.new))
+        if old != new and rows.with_format(None)[column.name][:] == old:
+            return f"its column {column.name!r} holds what was to be replaced"
+    return ""

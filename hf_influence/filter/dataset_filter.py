@@ -84,8 +84,8 @@ class DatasetFilter:
         given = [name for name in ("drop", "keep", "keep_tokens") if getattr(self, name) is not None]
         if len(given) > 1:
             raise BadSetting(
-                f"drop={self.drop!r}, keep={self.keep!r} and keep_tokens={self.keep_tokens!r}: one of them says how "
-                "much goes or stays, the rest follows. Give one."
+                f"{' and '.join(f'{name}={getattr(self, name)!r}' for name in given)}: one of them says how much goes "
+                "or stays, the rest follows. Give one."
             )
         if not given:
             self.drop = "doubtful"

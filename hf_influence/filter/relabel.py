@@ -73,7 +73,10 @@ class Relabel:
         if self.how not in HOW:
             raise BadSetting(f"how={self.how!r} is no way to relabel. Choose one of {', '.join(map(repr, HOW))}.")
         if self.suspects is None and self.how != "posterior":
-            raise BadSetting(f"how={self.how!r} needs to know which rows: Relabel(suspects=DatasetFilter(drop=…), …).")
+            raise BadSetting(
+                f"how={self.how!r} needs to know which rows. Say how many are suspicious: "
+                "Relabel(suspects=DatasetFilter(drop=0.05), …), or --suspects 0.05."
+            )
 
     def suggest(self, dataset: Dataset, scores: Given, probabilities: Any = None) -> Dataset:
         """The suspicious rows, worst first, with the columns `row`, `score`, `label_before` and `label_after` added.

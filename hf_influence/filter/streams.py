@@ -13,9 +13,9 @@ from datasets import Features, IterableDataset
 from hf_influence.dataset.contents import row_code
 from hf_influence.errors import BadExample, BadSetting
 from hf_influence.filter.rankings import statistic_in
-from hf_influence.filter.wording import quoted
+from hf_influence.filter.wording import printable, quoted
 from hf_influence.gradients.batches import Collator, padding_with
-from hf_influence.gradients.during_training.training import Batch
+from hf_influence.gradients.during_training.training import MAIN_INPUTS, Batch
 from hf_influence.scores import Scores
 from hf_influence.store import GradientStore
 from hf_influence.task import CausalLM
@@ -64,14 +64,24 @@ class StreamRows:
         """The hash of what the model is given of a row.
 
         Raises:
-            BadExample: The collator makes no example of it, or more than one.
+            BadExample: It is not tokenised, or the collator makes no example of it, or more than one.
         """
         seen = dict(row if self.prepare is None else self.prepare(dict(row)))
         chosen = [name for name, value in seen.items() if _numbers(value)] if self.columns is None else self.columns
         if absent := [name for name in chosen if name not in seen]:
             raise BadExample(f"a row of the stream lacks the columns {absent} (it has {list(seen)}).")
-        batch = dict((self.data_collator or padding_with(0))([{name: seen[name] for name in chosen}]))
-        codes = Batch.of(batch, per_token).code.tolist()
+        try:
+            batch = dict((self.data_collator or padding_with(0))([{name: seen[name] for name in chosen}]))
+            codes = Batch.of(batch, per_token).code.tolist()
+        except Exception as error:
+            if not set(MAIN_INPUTS).isdisjoint(chosen):
+                raise
+            raise BadExample(
+                f"no example of the model can be made of a row of the stream, of whose columns {list(seen)} the "
+                f"collator is given {list(chosen)} ({type(error).__name__}: {printable(error)}). Its rows are known by "
+                "their tokens: filter the tokenised stream that was trained on, or tokenise each row, "
+                "by=StreamRows(prepare=…, …)."
+            ) from error
         if len(codes) != 1:
             raise BadExample(
                 f"the data_collator made {len(codes)} examples of one row. Pass rows and a collator as they are "
