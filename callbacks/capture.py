@@ -27,8 +27,8 @@ from hf_influence.callbacks.checks import (
     warn_of_prompts,
     warn_of_rates,
 )
-from hf_influence.callbacks.contexts import keeping_the_model, naming, undisturbed_randomness
-from hf_influence.callbacks.during import DuringTraining, trainer_of
+from hf_influence.callbacks.contexts import keeping_the_model, naming, trainer_of, undisturbed_randomness
+from hf_influence.callbacks.during import DuringTraining
 from hf_influence.callbacks.packing import check_ids, check_packing, prepared
 from hf_influence.callbacks.schedule import During, Schedule, endless
 from hf_influence.dataset.contents import column_codes
@@ -178,12 +178,6 @@ class GradientCapture(TrainerCallback):
         train_dataloader: Any,
         **kwargs: Any,
     ) -> None:
-        if args.fsdp or args.deepspeed:
-            raise BadSetting(
-                f"{'FSDP' if args.fsdp else 'DeepSpeed'} keeps a part of each weight in each process, and the gradient "
-                "of an example never exists in one place. Train with DDP (torchrun without it), or train without the "
-                "callback and call collect(model, dataset, path) on the saved adapter."
-            )
         trainer = trainer_of(state)
         check_kind(trainer)
         if self.schedule is not None:
@@ -284,8 +278,7 @@ class GradientCapture(TrainerCallback):
         with first_process_first():
             store = GradientStore.create(self.path, plan.header, overwrite=overwrite)
             if rank() == 0 and state.global_step == 0:
-                for point in store.points():
-                    store.drop(point)  # checked above: they are to be replaced
+                store.clear()  # checked above: they are to be replaced
         during = DuringTraining(trainer, plan, store, schedule, self.id_column)
         if state.global_step > 0:
             check_same_queries(store, self._plans)
@@ -366,9 +359,7 @@ class GradientCapture(TrainerCallback):
         """The points of another run, whose weights those at the end do not belong to; a run of `during` begins so."""
         with first_process_first():
             if rank() == 0 and self.overwrite and self.schedule is None and (self.path / "store.json").is_file():
-                store = GradientStore.open(self.path)
-                for point in store.points():
-                    store.drop(point)
+                GradientStore.open(self.path).clear()
 
     def _finish_point(self, point: int | None, model: nn.Module, args: TrainingArguments) -> None:
         """Collect the query rows at the weights with which a point ends."""
@@ -398,10 +389,9 @@ class GradientCapture(TrainerCallback):
             return
         has_ids = self.id_column in getattr(self._query, "column_names", ())
         yield "query", self._query, {**common, **others, "id_column": self.id_column if has_ids else None}
-        how = common["data_collator"], args.remove_unused_columns
         if not self.at_end or self.settings["task"]:
             return
         with naming("query"):
-            wrong = mislabelled(trainer.model, self._query, *how)
+            wrong = mislabelled(trainer.model, self._query, common["data_collator"], args.remove_unused_columns)
         if wrong:
             yield SPLIT.format("query"), wrong[0], {**common, "data_collator": wrong[1], "id_column": None}

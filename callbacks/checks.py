@@ -16,7 +16,6 @@ from transformers import Trainer, TrainerState, TrainingArguments
 
 from hf_influence.callbacks.weighted import WeightedTrainer, soft_cross_entropy
 from hf_influence.errors import BadExample, BadSetting, MissingRows, StoreMismatch
-from hf_influence.filter.actions import Written
 from hf_influence.gradients.plan import Plan
 from hf_influence.gradients.processes import world
 from hf_influence.gradients.taps import Tap
@@ -33,7 +32,7 @@ PREFERENCES = ("DPO", "KTO", "GRPO", "RLOO", "Reward", "Distillation", "ORPO", "
 
 
 def check_kind(trainer: Trainer) -> None:
-    """Refuse a Trainer that does not train on the examples' own losses.
+    """Refuse a Trainer that does not train on the examples' own losses, or cuts the weights up.
 
     Raises:
         BadSetting: Says why.
@@ -44,6 +43,12 @@ def check_kind(trainer: Trainer) -> None:
                 f"{kind.__name__} does not train on the examples' own cross-entropy, so there is no gradient of a "
                 "single example to capture. Supported are Trainer, Seq2SeqTrainer and SFTTrainer."
             )
+    if trainer.args.fsdp or trainer.args.deepspeed:
+        raise BadSetting(
+            f"{'FSDP' if trainer.args.fsdp else 'DeepSpeed'} keeps a part of each weight in each process, and the "
+            "gradient of an example never exists in one place. Train with DDP (torchrun without it), or train without "
+            "the callback and call collect(model, dataset, path) on the saved adapter."
+        )
 
 
 def check_trainer(trainer: Trainer, args: TrainingArguments, task: Task, own_task: bool) -> None:
@@ -204,35 +209,6 @@ def check_label_kinds(tasks: Mapping[str, Mapping[str, Any]]) -> None:
                 f"({ours}), and gradients of another loss cannot be compared. Give both sets labels of one kind: class "
                 "numbers, vectors with a number for each class, or for regression floats."
             )
-
-
-def check_uses(trainer: Trainer, columns: Sequence[Written]) -> None:
-    """Refuse a Trainer for which weights, or labels that are class probabilities, are nothing or something else.
-
-    Args:
-        trainer: One that is to train on a curated dataset.
-        columns: What the decision has written into it.
-
-    Raises:
-        BadSetting: Says which Trainer to take.
-    """
-    hooks = {"compute_loss", "get_train_dataloader", "_get_train_sampler"}
-    own = [kind for kind in type(trainer).__mro__ if hooks & set(vars(kind)) and not _of_libraries(kind)]
-    for column in columns:
-        if column.old is None and not own:
-            raise BadSetting(
-                f"{type(trainer).__name__} takes no notice of the weights in the column {column.name!r}. Let "
-                f"make_trainer build a WeightedTrainer(…, weight_column={column.name!r}) where the dataset has it."
-            )
-        if column.new and isinstance(column.new[0], list) and not own and trainer.compute_loss_func is None:
-            raise BadSetting(
-                f"the column {column.name!r} has class probabilities, and {type(trainer).__name__} would take them for "
-                "several labels an example. Let make_trainer build a Trainer(…, compute_loss_func=soft_cross_entropy)."
-            )
-
-
-def _of_libraries(kind: type) -> bool:
-    return kind.__module__.split(".")[0] in ("transformers", "trl")
 
 
 def check_stream(dataset: Any, at_end: bool, budget: float | None) -> None:

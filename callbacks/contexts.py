@@ -1,20 +1,46 @@
-"""What stands around the work of a callback: whose fault an error is, and what must not be lost or moved by it."""
+"""What stands around the work of a callback: the Trainer, whose fault an error is, what must not be lost or moved."""
 
 from __future__ import annotations
 
 import logging
 import random
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import torch
-from transformers import Trainer
+from transformers import Trainer, TrainerControl, TrainerState
 
-from hf_influence.errors import BadExample, InfluenceError
+from hf_influence.errors import BadExample, BadSetting, InfluenceError
 
 logger = logging.getLogger(__name__)
+
+
+def trainer_of(state: TrainerState) -> Trainer:
+    """The Trainer that is calling: callbacks are not told, so look for it among the callers.
+
+    Raises:
+        BadSetting: It is not `transformers.Trainer` that runs the callback.
+    """
+    frame = sys._getframe(1)
+    while frame is not None:
+        caller = frame.f_locals.get("self")
+        if isinstance(caller, Trainer) and caller.state is state:
+            return caller
+        frame = frame.f_back  # type: ignore[assignment]
+    raise BadSetting("GradientCapture and CurateEachEpoch need transformers.Trainer (or a subclass) to run them.")
+
+
+def log(trainer: Trainer, control: TrainerControl, numbers: Mapping[str, float]) -> None:
+    """Log numbers of our own; the Trainer's own logging goes on as it would.
+
+    Past a subclass that would add its own to them and begin those anew (SFTTrainer).
+    """
+    wanted = control.should_log
+    Trainer.log(trainer, {name: float(value) for name, value in numbers.items()})
+    control.should_log = wanted
 
 
 @contextmanager

@@ -17,6 +17,7 @@ from hf_influence.attribution.attribute import attribute
 from hf_influence.attribution.method import class_of, make_method
 from hf_influence.attribution.over_points import OverPoints
 from hf_influence.callbacks.capture import GradientCapture
+from hf_influence.callbacks.contexts import log, trainer_of
 from hf_influence.callbacks.decisions import (
     NOT_WHILE_TRAINING,
     check_actions,
@@ -25,7 +26,6 @@ from hf_influence.callbacks.decisions import (
     check_rule,
 )
 from hf_influence.callbacks.draws import Draws, drawn_through
-from hf_influence.callbacks.during import log, trainer_of
 from hf_influence.callbacks.schedule import chosen_epochs
 from hf_influence.errors import BadSetting, StoreMismatch
 from hf_influence.filter.decision import Decision
@@ -243,7 +243,7 @@ class CurateEachEpoch(TrainerCallback):
         return scores if last == 0 else with_earlier(scores, Scores.load(self._scores_file(last)))
 
     def _log(self, trainer: Trainer, control: TrainerControl, ended: int, seconds: float) -> None:
-        """Say through the Trainer what was decided; its own logging goes on as it would."""
+        """Say through the Trainer what was decided."""
         if ended not in self.decisions:
             return
         decision = self.decisions[ended]
@@ -251,9 +251,7 @@ class CurateEachEpoch(TrainerCallback):
         returned = set(decision.kept) - set(decision.kept if earlier is None else earlier.kept)
         numbers = {"kept": decision.after, "dropped": decision.before - decision.after, "returned": len(returned)}
         logger.info("after epoch %d (%.1f s): %s", ended, seconds, numbers)
-        wanted = control.should_log
-        log(trainer, {f"curate/{name}": value for name, value in numbers.items()})
-        control.should_log = wanted
+        log(trainer, control, {f"curate/{name}": value for name, value in numbers.items()})
 
     def _read(self, epoch: int) -> Decision:
         decision = Decision.load(self._file(epoch))

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from datasets import Dataset
+from transformers import Trainer
 
 from hf_influence.attribution.method import class_of
 from hf_influence.callbacks.capture import GradientCapture
 from hf_influence.dataset.matching import ids_of
 from hf_influence.errors import BadSetting
+from hf_influence.filter.actions import Written
 from hf_influence.filter.decision import Decision
 from hf_influence.filter.whole import Rule
 from hf_influence.scores import Scores
@@ -145,3 +147,32 @@ def check_actions(decision: Decision, last: bool = False) -> None:
             "other examples than the dataset holds. Use one that drops or weighs (DatasetFilter, Reweight, Prune), or "
             f"{odd[0]} before training."
         )
+
+
+def check_uses(trainer: Trainer, columns: Sequence[Written]) -> None:
+    """Refuse a Trainer for which weights, or labels that are class probabilities, are nothing or something else.
+
+    Args:
+        trainer: One that is to train on a curated dataset.
+        columns: What the decision has written into it.
+
+    Raises:
+        BadSetting: Says which Trainer to take.
+    """
+    hooks = {"compute_loss", "get_train_dataloader", "_get_train_sampler"}
+    own = [kind for kind in type(trainer).__mro__ if hooks & set(vars(kind)) and not _of_libraries(kind)]
+    for column in columns:
+        if column.old is None and not own:
+            raise BadSetting(
+                f"{type(trainer).__name__} takes no notice of the weights in the column {column.name!r}. Let "
+                f"make_trainer build a WeightedTrainer(…, weight_column={column.name!r}) where the dataset has it."
+            )
+        if column.new and isinstance(column.new[0], list) and not own and trainer.compute_loss_func is None:
+            raise BadSetting(
+                f"the column {column.name!r} has class probabilities, and {type(trainer).__name__} would take them for "
+                "several labels an example. Let make_trainer build a Trainer(…, compute_loss_func=soft_cross_entropy)."
+            )
+
+
+def _of_libraries(kind: type) -> bool:
+    return kind.__module__.split(".")[0] in ("transformers", "trl")

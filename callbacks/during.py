@@ -7,7 +7,7 @@ import math
 import reprlib
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -15,9 +15,10 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainerControl, TrainerState
 
 from hf_influence.callbacks.checks import chooses_rates
+from hf_influence.callbacks.contexts import log
 from hf_influence.callbacks.schedule import Schedule, endless
 from hf_influence.errors import BadExample, BadSetting, StoreMismatch
-from hf_influence.gradients.batches import forward_arguments
+from hf_influence.gradients.batches import forward_arguments, on_device
 from hf_influence.gradients.during_training.positions import Positions
 from hf_influence.gradients.during_training.stream import Sightings, StreamPlan
 from hf_influence.gradients.during_training.training import Caught, TrainingWatch
@@ -93,9 +94,7 @@ class DuringTraining:
             self.positions.check_inputs(inputs, self._arguments)
         self.open(point)
         started = time.perf_counter()
-        device = self.trainer.args.device
-        seen = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in inputs.items()}
-        with self.watch.step(seen) as caught:
+        with self.watch.step(on_device(inputs, self.trainer.args.device)) as caught:
             ready = time.perf_counter()
             loss = self._plain_step(model, inputs, *args, **kwargs)
             done = time.perf_counter()
@@ -150,9 +149,7 @@ class DuringTraining:
         self.close()
         with first_process_first():
             if rank() == 0:
-                for split in self.store.splits(point):
-                    if split != "train":  # taken at weights that training has left again
-                        self.store.drop(point, split)
+                self._drop_queries(point)
             self._writer = self._writer_of(point)
             if self.positions.n is None and self.positions.ids is not None:
                 self._writer.name(self.positions.ids)
@@ -279,16 +276,18 @@ class DuringTraining:
         if not any(part.done for part in parts):
             self.store.drop(point)
         elif any(cut):
-            for split in self.store.splits(point):
-                if split != "train":  # taken at weights that training has left again
-                    self.store.drop(point, split)
+            self._drop_queries(point)
+
+    def _drop_queries(self, point: int) -> None:
+        """What was taken at weights that training has left again."""
+        for split in self.store.splits(point):
+            if split != "train":
+                self.store.drop(point, split)
 
     def log(self, control: TrainerControl) -> None:
-        """Say through the Trainer what has been captured; its own logging goes on as it would."""
-        wanted = control.should_log
+        """Say through the Trainer what has been captured."""
         numbers = {"capture/rows": self.rows, "capture/seconds": round(self.seconds, 3), "capture/lost": self.lost}
-        log(self.trainer, numbers)
-        control.should_log = wanted
+        log(self.trainer, control, numbers)
 
     def stop(self) -> None:
         """The Trainer is as it was, and nothing more is written."""
@@ -300,23 +299,3 @@ class DuringTraining:
         if self._writer is not None:
             self._writer.abandon()
             self._point = self._writer = None
-
-
-def log(trainer: Trainer, numbers: Mapping[str, float]) -> None:
-    """Log numbers of our own, past a subclass that would add its own to them and begin those anew (SFTTrainer)."""
-    Trainer.log(trainer, {name: float(value) for name, value in numbers.items()})
-
-
-def trainer_of(state: TrainerState) -> Trainer:
-    """The Trainer that is calling: callbacks are not told, so look for it among the callers.
-
-    Raises:
-        BadSetting: It is not `transformers.Trainer` that runs the callback.
-    """
-    frame = sys._getframe(1)
-    while frame is not None:
-        caller = frame.f_locals.get("self")
-        if isinstance(caller, Trainer) and caller.state is state:
-            return caller
-        frame = frame.f_back  # type: ignore[assignment]
-    raise BadSetting("rows during training need transformers.Trainer (or a subclass) to run the callback.")

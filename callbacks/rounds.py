@@ -17,8 +17,14 @@ from hf_influence.attribution.attribute import attribute
 from hf_influence.attribution.given import fingerprint
 from hf_influence.attribution.method import make_method
 from hf_influence.callbacks.capture import GradientCapture
-from hf_influence.callbacks.checks import check_uses
-from hf_influence.callbacks.decisions import AFTER_TRAINING, check_actions, check_decides, check_method, check_rule
+from hf_influence.callbacks.decisions import (
+    AFTER_TRAINING,
+    check_actions,
+    check_decides,
+    check_method,
+    check_rule,
+    check_uses,
+)
 from hf_influence.callbacks.packing import in_pieces
 from hf_influence.dataset.contents import content_of
 from hf_influence.dataset.matching import ids_of

@@ -1,10 +1,10 @@
 """The whole path on a real language model: fine-tune, capture, attribute, curate, retrain, evaluate.
 
 Five of the ten sentence transformations, rules about words and about letters; a fifth of the training prompts carries
-the answer of another example of the same task.
-SmolLM2-135M-Instruct with LoRA learns them with the ordinary Trainer, while gradients are captured epoch by epoch and
-compared with those of clean queries; then every method says which training examples share a query's task and which
-carry a wrong answer, and the default curates. Everything that was measured is printed.
+the answer of another example of the same task. SmolLM2-135M-Instruct with LoRA learns them with the ordinary Trainer,
+while gradients are captured epoch by epoch and compared with those of clean queries; then every method says which
+training examples share a query's task and which carry a wrong answer, and as many as are wrong are dropped by "auto".
+Everything that was measured is printed.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ ITERATIVE = ("cg", "lissa", "self_cg", "self_lissa")
 """They come close to what `fisher` solves exactly; on few rows of many columns at up to a hundred times its cost."""
 
 WITHIN = "auto, groups=task"
-"""The default for data of several tasks: without it what goes is, rather, the task that is the hardest."""
+"""For data of several tasks: without groups what goes is, rather, the task that is the hardest."""
 
 RESULTS = "results.json"
 """All figures; by it the folder of a demo is known."""
@@ -115,7 +115,7 @@ class Demo:
 
         trim = DatasetFilter(drop=self.wrong)
         remedies = {
-            "the data curated by default, within tasks": trim.apply(train, scores[WITHIN]),
+            "the data curated by auto, within tasks": trim.apply(train, scores[WITHIN]),
             "a random drop of the same size": trim.apply(train, attribute(capture.path, "random", seed=self.seed)),
             "the truly clean data": train.select([i for i, wrong in enumerate(train["is_wrong"]) if not wrong]),
         }

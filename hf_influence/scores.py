@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field, fields
 from numbers import Integral
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from scipy.stats import rankdata
 from torch import Tensor
 
 from hf_influence.errors import BadSetting, MissingRows, StoreError
@@ -21,9 +23,19 @@ LOG_ODDS = "log_odds"
 
 
 def mean_ranks(values: Tensor) -> Tensor:
-    """The rank of each value, 1 for the lowest, ties at their mean rank, `[n]` in float64."""
-    _, level, count = values.unique(return_inverse=True, return_counts=True)
-    return (count.cumsum(0) - (count.double() - 1) / 2)[level]
+    """The rank of each value, 1 for the lowest, ties at their mean rank, `[n]` in float64 on the CPU."""
+    return torch.from_numpy(rankdata(values.detach().to("cpu", torch.float64).numpy()))
+
+
+def ranks_within(values: Tensor, groups: Sequence[Hashable]) -> Tensor:
+    """(rank − ½) / n among the n of the same group, 1 for the lowest, ties at their mean rank, `[n]` in float64."""
+    members: dict[Hashable, list[int]] = {}
+    for place, group in enumerate(groups):
+        members.setdefault(group, []).append(place)
+    ranks = torch.zeros(len(values), dtype=torch.float64)
+    for at in members.values():
+        ranks[at] = (mean_ranks(values[at]) - 0.5) / len(at)
+    return ranks
 
 
 @dataclass(frozen=True)

@@ -61,6 +61,18 @@ def test_a_checkpoint_and_the_optimizer_give_the_same_state(tmp_path: Path) -> N
             assert adam.details["eps"][block] == 1e-8
 
 
+def test_the_state_belongs_to_the_point_that_it_is_kept_at(tmp_path: Path) -> None:
+    trainer, store = trained(tmp_path)
+    collect(trainer.model, trainer.train_dataset, store.path, point=3)
+    adam_state(trainer.model, store.path, trainer.optimizer, point=3)
+    weights, adam = dict(trainer.model.named_parameters()), read_artifact(store.rows(point=3), "adam", "the test")
+    for block in store.blocks:
+        state = trainer.optimizer.state[weights[block]]
+        assert torch.equal(adam.tensor(f"exp_avg.{block}"), state["exp_avg"].flatten())
+    with pytest.raises(MissingRows, match="0000 does not hold the artifact 'adam'"):
+        read_artifact(store.rows(), "adam", "the test")
+
+
 def test_other_optimizers_are_refused(tmp_path: Path) -> None:
     trainer, store = trained(tmp_path, optim="sgd")
     for source in (trainer.optimizer, str(tmp_path / "run" / "checkpoint-4")):

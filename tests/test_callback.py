@@ -172,7 +172,7 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], dict[str, Any], dict[str, Any]
     "query labels": (tiny, {"query_dataset": UNLABELLED}, {}, BadExample, "has no labels"),
     "empty queries": (tiny, {"query_dataset": []}, {}, BadExample, "the dataset is empty"),
     "folder": (tiny, {}, {}, StoreMismatch, r"rows of an earlier run \(splits: query\).*overwrite=True"),
-    "disk": (tiny, {}, {}, StoreError, "GiB free.*compress=dropout"),
+    "disk": (tiny, {}, {}, StoreError, "MiB free.*compress=dropout"),
 }
 
 

@@ -254,6 +254,31 @@ def test_own_backward_pass_gives_the_rows_of_a_summed_loss(checkpointing: bool |
     torch.testing.assert_close({name: 2 * row.sum(0) for name, row in rows.items()}, total)
 
 
+@pytest.mark.parametrize(
+    ("make", "options"),
+    [
+        (lambda: tiny(lora_dropout=0.0), {"skip": ["*lora_A*"]}),
+        (lambda: tiny(lora_dropout=0.0), {"compress": dropout(5)}),
+        (lambda: tiny(lora_dropout=0.0), {"compress": logra(2, 3)}),
+        (lambda: without_peft(llama(), "q_proj", "down_proj"), {"modules": "trainable"}),
+        (lambda: without_peft(llama(), "q_proj"), {"modules": "trainable", "compress": gaussian(5)}),
+    ],
+    ids=["skip", "dropout", "logra", "trainable", "all"],
+)
+def test_own_backward_pass_heeds_its_options(make: Callable[[], nn.Module], options: dict[str, Any]) -> None:
+    model = make()
+    reference = [autograd_row(model, example) for example in EQUAL]
+    with per_sample_gradients(model, **options) as catcher:
+        summed_loss(model, padding()(EQUAL)).backward()
+        rows = catcher.take()
+    assert list(rows) == [name for name in reference[0] if "lora_A" not in name or "skip" not in options]
+    for name, row in rows.items():
+        whole = torch.stack([own[name].flatten() for own in reference])
+        compress = options["compress"].fit(name, list(reference[0][name].shape)) if "compress" in options else None
+        want = whole if compress is None else compress(whole)
+        torch.testing.assert_close(row, want, rtol=1e-9, atol=1e-12)
+
+
 @pytest.mark.parametrize("raises", [False, True])
 def test_no_hook_remains_after_the_block(raises: bool) -> None:
     model = tiny()

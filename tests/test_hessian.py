@@ -17,9 +17,9 @@ from hf_influence.errors import BadSetting, MissingRows, NotConverged, StoreMism
 from hf_influence.gradients import collect, collect_hessian, solve_queries
 from hf_influence.gradients.compress import dropout
 from hf_influence.gradients.objective import own_losses
+from hf_influence.gradients.plan import Plan
 from hf_influence.gradients.second_order.hessian import Hessian
 from hf_influence.gradients.second_order.lanczos import lanczos
-from hf_influence.gradients.second_order.matching import matching_plan
 from hf_influence.gradients.second_order.solvers import conjugate_gradients, lissa
 from hf_influence.store import GradientStore
 from hf_influence.store.artifacts import write_artifact
@@ -55,7 +55,7 @@ def dense_hessian(model: nn.Module, examples: list[Any], names: list[str]) -> Te
 
 
 def opened(model: nn.Module, dataset: Any, store: GradientStore, **settings: Any) -> Hessian:
-    return Hessian(model, matching_plan(store, model, dataset, 0), store.header, **settings)
+    return Hessian(model, Plan.again(store, model, dataset, 0), store.header, **settings)
 
 
 @pytest.mark.parametrize("kind", MODELS)

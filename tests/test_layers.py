@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import ast
+import doctest
 import importlib
 import inspect
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -31,6 +33,7 @@ FILES = {
     for file in (root / folder).rglob("*.py")
 }
 MODULES = sorted(name for name in FILES if name != "__init__")
+EXAMPLES = [name for name in MODULES if re.search(r">>> (?!.*\+SKIP)", FILES[name].read_text())]
 
 
 def imports(module: str) -> Iterator[str]:
@@ -41,6 +44,22 @@ def imports(module: str) -> Iterator[str]:
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{module} imports relatively"
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+@pytest.mark.parametrize("module", EXAMPLES)
+def test_examples_in_docstrings_run(module: str) -> None:
+    found = doctest.testmod(importlib.import_module(f"hf_influence.{module.removesuffix('.__init__')}"))
+    assert found.attempted
+    assert not found.failed
+
+
+def test_the_readme_imports_what_there_is() -> None:
+    blocks = re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(), re.M | re.S)
+    nodes = [node for block in blocks for node in ast.walk(ast.parse(block)) if isinstance(node, ast.ImportFrom)]
+    assert len(nodes) > 5
+    for node in nodes:
+        module = importlib.import_module(str(node.module))
+        assert [alias.name for alias in node.names if not hasattr(module, alias.name)] == []
 
 
 @pytest.mark.parametrize("module", MODULES)

@@ -10,11 +10,14 @@ import torch
 from datasets import Dataset
 from models import own_loss, padding, prompts, tiny
 from scipy.stats import rankdata
-from torch import nn
+from torch import Tensor, nn
 
 from hf_influence import Scores, combined
 from hf_influence.errors import BadExample, BadSetting, StoreMismatch
 from hf_influence.evaluation import out_of_fold
+from hf_influence.gradients import label_smoothing, losses
+from hf_influence.gradients import own_loss as loss_of
+from hf_influence.task import CausalLM, Task
 
 EXAMPLES = prompts(9)
 DATA = Dataset.from_list([*EXAMPLES, EXAMPLES[2]])
@@ -87,6 +90,36 @@ def test_ids_do_not_part_copies_and_the_kept_losses_are_of_one_kind(tmp_path: Pa
         )
     with pytest.raises(StoreMismatch, match="fold_of_rows"):  # without the column copies are told apart by their names
         out_of_fold(named, fits, folds=3, data_collator=padding(), folder=tmp_path)
+
+
+def per_token(logits: Tensor, labels: Tensor, power: float) -> Tensor:
+    return nn.functional.cross_entropy(logits, labels, reduction="none") ** power
+
+
+def by_name(own: Task) -> Task:
+    return own
+
+
+@pytest.mark.parametrize(
+    ("task", "known"),
+    [
+        (loss_of(per_token, power=2.0), {"loss": "per_token", "power": 2.0}),
+        (label_smoothing(0.1), {"loss": "smoothed_cross_entropy", "label_smoothing": 0.1}),
+        (CausalLM("sum"), {"name": "causal_lm", "loss_reduction": "sum"}),
+        (by_name, {"name": "by_name"}),
+    ],
+    ids=["own_loss", "label_smoothing", "Task", "function"],
+)
+def test_the_loss_is_that_of_the_task_and_kept_losses_are_of_one(tmp_path: Path, task: Any, known: Any) -> None:
+    fits = Fits()
+    scores = out_of_fold(DATA, fits, folds=3, data_collator=padding(), folder=tmp_path, task=task)
+    for model, given in zip(fits.models, fits.given, strict=True):
+        held = [i for i, row in enumerate(DATA) if row["input_ids"] not in given]
+        want = losses(model, DATA.select(held), data_collator=padding(), task=task)["loss"]
+        torch.testing.assert_close(scores.values[held, 0], -want)
+    assert scores.settings["task"] == known
+    with pytest.raises(StoreMismatch, match="made with task="):
+        out_of_fold(DATA, fits, folds=3, data_collator=padding(), folder=tmp_path)
 
 
 @pytest.mark.parametrize(

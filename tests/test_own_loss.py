@@ -26,12 +26,13 @@ from hf_influence.gradients import (
     collect_target,
     example_losses,
     label_smoothing,
+    losses,
     own_loss,
     solve_queries,
     verify,
 )
+from hf_influence.gradients.plan import Plan
 from hf_influence.gradients.second_order.hessian import Hessian
-from hf_influence.gradients.second_order.matching import matching_plan
 from hf_influence.store import GradientStore, Rows
 from hf_influence.task import CausalLM, Classification, Outcome
 
@@ -250,6 +251,8 @@ def test_what_is_no_loss_of_this_model_is_refused(tmp_path: Path) -> None:
         collect(tiny(), EXAMPLES, tmp_path, task=own_loss(summed))
     with pytest.raises(BadSetting, match=r"task=Margin for PeftModel.*CausalLM"):
         collect(tiny(), EXAMPLES, tmp_path, task=Margin())
+    with pytest.raises(BadSetting, match=r"task=Margin for PeftModel.*CausalLM"):
+        losses(tiny(), EXAMPLES, task=Margin())
     with pytest.raises(BadSetting, match=r"task=CausalLM for PeftModel.*Classification"):
         collect(classifier(), CLASSES, tmp_path, task=CausalLM())
 
@@ -293,7 +296,7 @@ def test_the_hessian_is_that_of_the_own_loss(tmp_path: Path, kind: str) -> None:
         loss = sum(loss_of(model, example, function) for example in data[:4]) / 4
         slope = torch.autograd.grad(loss, weights, create_graph=True)[0].flatten()
         first = torch.autograd.grad(slope[0], weights)[0].flatten()
-    plan = matching_plan(store, model, data[:4], 0, task=told)
+    plan = Plan.again(store, model, data[:4], 0, task=told)
     with Hessian(model, plan, store.header) as hessian:
         unit = torch.zeros(1, hessian.size, dtype=hessian.dtype)
         unit[0, 0] = 1
@@ -314,6 +317,22 @@ def test_what_is_collected_beside_such_rows_knows_the_loss(tmp_path: Path, kind:
     collect_target(model, data, store.path, target=lambda m, b: example_losses(m, b).sum(), split="sum", task=told)
     for method, split in (("ekfac", "query"), ("arnoldi", "query"), ("ip", "query-cg"), ("ip", "sum")):
         assert attribute(store, method, query_split=split).values.isfinite().all()
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("kind", OWN)
+def test_losses_under_a_loss_of_ones_own_are_those_of_the_function(kind: str, reduction: Any) -> None:
+    task, _, function = OWN[kind]
+    model, data = without_dropout(kind)
+    found = losses(model, data, batch_size=3, loss_reduction=reduction, task=task)
+    with torch.no_grad():
+        want = torch.stack([loss_of(model.eval(), example, function) for example in data])
+    if reduction == "sum" and kind == "tokens":
+        want = want * found["n_tokens"]
+    torch.testing.assert_close(found["loss"], want)
+    plain = losses(model, data, loss_reduction=reduction)
+    assert not torch.allclose(plain["loss"], want, rtol=0.01)
+    torch.testing.assert_close(found["margin"], plain["margin"])
 
 
 def test_rows_of_an_encoder_decoder_under_label_smoothing_are_verified(tmp_path: Path) -> None:

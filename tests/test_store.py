@@ -158,27 +158,48 @@ def test_damage_is_found_and_named(tmp_path: Path, case: str) -> None:
         collect(tiny(), EXAMPLES, tmp_path, overwrite=True).rows().check()
 
 
-def full_after(monkeypatch: pytest.MonkeyPatch, shard: int) -> None:
-    def save(content: Any, file: Path) -> None:
-        if re.search(rf"{shard:05d}\.", file.name):
+def full_for(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    def save(content: Any, file: Path, metadata: Any = None) -> None:
+        if re.search(name, file.name):
             file.write_bytes(b"half of it")
             raise OSError(errno.ENOSPC, "No space left on device")
-        save_file(content, file)
+        save_file(content, file, metadata)
 
-    monkeypatch.setattr(writer_module, "save_file", save)
+    monkeypatch.setattr("hf_influence.store.files.save_file", save)
 
 
 def test_a_disk_that_fills_up_keeps_the_rows_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = all_rows(stored(tiny(), EXAMPLES, tmp_path / "roomy"))
     small_shards(monkeypatch)
     with monkeypatch.context() as patch:
-        full_after(patch, 2)
+        full_for(patch, r"00002\.")
         with pytest.raises(StoreError, match=r"could not write.*No space left.*The 4 rows before it are safe"):
             collect(tiny(), EXAMPLES, tmp_path / "full", batch_size=2)
     assert not list(tmp_path.rglob("*.part"))
     with pytest.raises(MissingRows, match="4 of 7"):
         GradientStore.open(tmp_path / "full").rows()
     torch.testing.assert_close(all_rows(stored(tiny(), EXAMPLES, tmp_path / "full", batch_size=2)), expected)
+
+
+def test_a_displacement_that_does_not_fit_leaves_the_one_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept = make_store(tmp_path, {"a": torch.zeros(2, 3)}).displacement(0)
+    kept.save({"a": torch.ones(3, 2).T, "b": torch.zeros(2)})
+    full_for(monkeypatch, "displacement")
+    with pytest.raises(StoreError, match=r"could not write .*displacement\.safetensors.*No space left.*Make room"):
+        kept.save({"a": 2 * torch.ones(2, 3)})
+    assert not list(tmp_path.rglob("*.part"))
+    assert kept.moved() == ["a"]
+    assert torch.equal(kept.of("a"), torch.ones(6))
+
+
+def test_a_compressed_store_that_does_not_say_how_wide_it_is_is_refused(tmp_path: Path) -> None:
+    collect(tiny(), EXAMPLES, tmp_path, compress=dropout(3))
+    file = tmp_path / "store.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "widths": None}))
+    with pytest.raises(StoreError, match=r"damaged \(compress without widths\).*Collect the rows again"):
+        GradientStore.open(tmp_path)
 
 
 def test_what_was_taken_does_not_hang_on_the_batch_it_came_from(tmp_path: Path) -> None:

@@ -418,6 +418,21 @@ def failing_inside(model: nn.Module, batch: dict[str, Any]) -> Tensor:
     raise RuntimeError("no")
 
 
+def test_a_target_is_taken_at_the_weights_of_its_point(tmp_path: Path) -> None:
+    model, data = classifier(), people()
+    collect(model, data, tmp_path)
+    next(weight for weight in model.parameters() if weight.requires_grad).data += 0.1
+    collect(model, data, tmp_path, point=3)
+    with pytest.raises(StoreMismatch, match="other values of the adapter at point 0"):
+        collect_target(model, data, tmp_path, target=fairness("age"), split="target")
+    store = collect_target(model, data, tmp_path, target=fairness("age"), split="target", point=3)
+    want = gradient(model, gap(model, data, "age", (0, 1)))
+    found = {name: rows[0] for name, rows in all_rows(store.rows("target", 3)).items()}
+    torch.testing.assert_close(found, want, rtol=1e-8, atol=1e-12)
+    assert store.splits() == ["train"]
+    assert attribute(store, "ip", query_split="target", point=3).values.isfinite().all()
+
+
 def test_a_split_that_is_there_is_replaced_only_on_request(tmp_path: Path) -> None:
     model, data = classifier(), people()
     store = collect(model, data, tmp_path)

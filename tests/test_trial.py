@@ -189,7 +189,7 @@ BAD = {"a token below 0": -1, "a token beyond the vocabulary": 48}
 def test_labels_that_are_no_tokens_are_refused(tmp_path: Path, name: str) -> None:
     data = texts()
     data[2]["labels"] = [*data[2]["labels"][:-1], BAD[name]]
-    with pytest.raises(BadExample, match=rf"a label is {BAD[name]}, .* from 0 to 47, or -100"):
+    with pytest.raises(BadExample, match=rf"example 2 has the label {BAD[name]}, .* from 0 to 47, and -100"):
         models.stored(mine(), data, tmp_path)
 
 

@@ -21,7 +21,7 @@ from hf_influence.attribution.trust import log_odds, normal_scores
 from hf_influence.attribution.witnesses import have_wrong_labels, of_prompts, spoken_of, witnesses
 from hf_influence.dataset.groups import group_of
 from hf_influence.errors import BadSetting, MissingRows
-from hf_influence.scores import LOG_ODDS, mean_ranks
+from hf_influence.scores import LOG_ODDS, ranks_within
 
 Parts = Mapping[str, Mapping[str, Any]]
 """Method -> its settings."""
@@ -179,7 +179,8 @@ class Auto(OverTraining, name="auto"):
             if isinstance(method, KernelRidge):
                 scores[name], places = scores[name][spoken[places]], places[spoken[places]]
                 epochs = method.epochs(spoken) if isinstance(method, KernelRidgeMean) else epochs
-            ranks[name][places] = ranks_within(scores[name], [groups[at] for at in places.tolist()], found.dtype)
+            within = [groups[at] for at in places.tolist()]
+            ranks[name][places] = ranks_within(digits(scores[name], found.dtype), within)
         weights, share, auc = self._trust(rows, last, scores, epochs)
         total = sum(weights.values())
         self.report["parts"] = {name: round(weight / total, 4) for name, weight in weights.items()}
@@ -331,29 +332,15 @@ def has_classes(rows: Selection) -> bool:
     return rows.store.header.task.get("name") == "classification" or have_wrong_labels(rows.at(end(rows)))
 
 
-def ranks_within(values: Tensor, groups: Sequence[Any], dtype: torch.dtype) -> Tensor:
-    """(rank − ½) / n among the n of the same group, 1 for the lowest, ties at their mean rank, `[n]`.
-
-    Args:
-        values: `[n]`, in float64.
-        groups: Of each.
-        dtype: In which they were computed.
-    """
-    members: dict[Any, list[int]] = {}
-    for place, group in enumerate(groups):
-        members.setdefault(group, []).append(place)
-    values = digits(values, dtype)
-    ranks = torch.zeros(len(values), dtype=torch.float64)
-    for at in members.values():
-        ranks[at] = (mean_ranks(values[at]) - 0.5) / len(at)
-    return ranks
-
-
 def digits(values: Tensor, dtype: torch.dtype) -> Tensor:
     """The values without their last digits, in which equal examples differ by rounding, `[n] -> [n]` in float64.
 
     That is `BITS` binary digits from the first on in which a value, or what tells the values apart, has any (their mean
     distance from their median), as far as the type has them.
+
+    Args:
+        values: In float64.
+        dtype: In which they were computed.
     """
     if not len(values):
         return values

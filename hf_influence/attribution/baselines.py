@@ -27,7 +27,7 @@ class Statistic(Method):
 
     def score(self, rows: Selection) -> Tensor:
         """Scores `[n, 1]`; MissingRows if the statistic was not collected."""
-        return self.sign * statistic(rows.train, self.needs[0], self.name).to(rows.train.dtype)[:, None]
+        return self.sign * statistic(rows.train, self.needs[0], f"method '{self.name}'").to(rows.train.dtype)[:, None]
 
 
 @dataclass(kw_only=True)

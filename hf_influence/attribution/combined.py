@@ -7,13 +7,13 @@ from typing import Any
 
 import torch
 
-from hf_influence.attribution.auto import agreement, ranks_within
+from hf_influence.attribution.auto import agreement, digits
 from hf_influence.attribution.given import fingerprint
 from hf_influence.attribution.method import methods
 from hf_influence.dataset.groups import group_of
 from hf_influence.dataset.matching import in_order_of_first
 from hf_influence.errors import BadSetting
-from hf_influence.scores import Scores
+from hf_influence.scores import Scores, ranks_within
 
 WITH_QUERIES = "with_queries"
 """In the report: whether any of the scores compares with queries."""
@@ -54,7 +54,7 @@ def combined(*scores: Scores, groups: Sequence[Any] | None = None) -> Scores:
         raise BadSetting(f"{len(within)} groups for {len(ids)} examples; give one for each.")
     used = {} if groups is None else {"groups": f"{len(set(within))} groups, {fingerprint(within)}"}
     ranks = {
-        f"{k} {one.method}": ranks_within(own.mean(1), within, one.values.dtype)
+        f"{k} {one.method}": ranks_within(digits(own.mean(1), one.values.dtype), within)
         for k, (one, own) in enumerate(zip(scores, values, strict=True))
     }
     return Scores(

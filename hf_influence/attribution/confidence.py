@@ -31,7 +31,7 @@ class SelfConfidence(Method, name="self_confidence"):
     needs = ("loss",)
 
     def score(self, rows: Selection) -> Tensor:
-        return (-statistic(rows.train, "loss", self.name)).exp().to(rows.train.dtype)[:, None]
+        return (-statistic(rows.train, "loss", f"method '{self.name}'")).exp().to(rows.train.dtype)[:, None]
 
 
 @dataclass(kw_only=True)
@@ -52,8 +52,8 @@ class ConfidenceEntropy(Method, name="confidence_entropy"):
 
     def score(self, rows: Selection) -> Tensor:
         """Scores `[n, 1]` in (0, 1]."""
-        p = statistic(rows.train, "probabilities", self.name).double()  # [n, c]
-        loss = statistic(rows.train, "loss", self.name).double()  # −ln p_y
+        p = statistic(rows.train, "probabilities", f"method '{self.name}'").double()  # [n, c]
+        loss = statistic(rows.train, "loss", f"method '{self.name}'").double()  # −ln p_y
         if not len(loss):
             return torch.zeros(0, 1, dtype=rows.train.dtype)
         entropy = -torch.special.xlogy(p, p).sum(1)

@@ -45,8 +45,8 @@ class ConfidentLearning(Method, name="confident_learning"):
             BadExample: A label is none of the classes.
         """
         find_label_issues = package("cleanlab.filter", self.name).find_label_issues
-        p = statistic(rows.train, "probabilities", self.name).double()  # [n, c]
-        y = statistic(rows.train, "label", self.name).long()[:, None]
+        p = statistic(rows.train, "probabilities", f"method '{self.name}'").double()  # [n, c]
+        y = statistic(rows.train, "label", f"method '{self.name}'").long()[:, None]
         if not len(y):
             return torch.zeros(0, 1, dtype=rows.train.dtype)
         if int(y.min()) < 0 or int(y.max()) >= p.shape[1]:

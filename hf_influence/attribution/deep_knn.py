@@ -35,7 +35,7 @@ class DeepKnn(Labelled, name="deep_knn"):
 
     def score(self, rows: Selection) -> Tensor:
         train = rows.train
-        features, classes = statistic(train, "features", self.name), self.classes(train)
+        features, classes = statistic(train, "features", f"method '{self.name}'"), self.classes(train)
         k = self._neighbours(rows)
         if not k:
             return torch.zeros(len(train), 1, dtype=train.dtype)

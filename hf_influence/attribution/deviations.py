@@ -54,8 +54,8 @@ class LossDeviations(Deviations):
                     f"{first.folder} and {other.folder} do not hold the same examples ({len(first)} and {len(other)}), "
                     "and losses are compared example by example. Collect all of them at both points."
                 )
-        base = statistic(first, "loss", self.name).double()
-        return torch.stack([statistic(other, "loss", self.name).double() - base for other in members])
+        base = statistic(first, "loss", f"method '{self.name}'").double()
+        return torch.stack([statistic(other, "loss", f"method '{self.name}'").double() - base for other in members])
 
 
 @dataclass(kw_only=True)

@@ -75,7 +75,7 @@ class Forgetting(OverTraining, name="forgetting"):
         forgotten, last, best, times = torch.zeros(4, len(rows.ids), dtype=torch.float64)  # each [n]
         for part in rows.parts:
             at = rows.places(part)
-            share = statistic(part.train, "correct", self.name).to(last)
+            share = statistic(part.train, "correct", f"method '{self.name}'").to(last)
             forgotten[at] += (last[at] - share).clamp(min=0)
             best[at] = torch.maximum(best[at], share)
             last[at] = share

@@ -9,7 +9,7 @@ from hf_influence.attribution.method import Method
 from hf_influence.attribution.selection import Selection
 from hf_influence.attribution.self_influence import SelfInfluence
 from hf_influence.attribution.tuned import Tuned
-from hf_influence.curvature.ekfac import KroneckerEigenbasis
+from hf_influence.curvature import KroneckerEigenbasis
 
 
 @dataclass(kw_only=True)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from hf_influence.attribution.inner_product import InnerProduct
@@ -14,7 +13,21 @@ from hf_influence.attribution.self_influence import SelfInfluence
 
 
 @dataclass(kw_only=True)
-class IpEnsemble(OverMembers, InnerProduct, name="ip_ensemble"):
+class MeanOverMembers(OverMembers):
+    """A method for one point on average over members with a few trainable weights set to zero.
+
+    It inherits from this first and from that method second.
+    """
+
+    kind = "parameter_dropout"
+
+    def score(self, rows: Selection) -> Tensor:
+        """Scores `[n, q]`, as the method gives at each member."""
+        return self.summed(rows, lambda part: super(MeanOverMembers, self).score(part) / len(rows.parts))  # type: ignore[safe-super]
+
+
+@dataclass(kw_only=True)
+class IpEnsemble(MeanOverMembers, InnerProduct, name="ip_ensemble"):
     """The inner product with the query, averaged over members with a few trainable weights set to zero.
 
         score[i, q] = 1/T Σ_t Σ_blocks ⟨g_i(θ_t), v_q(θ_t)⟩,   θ_t = the final weights under parameter dropout
@@ -26,17 +39,10 @@ class IpEnsemble(OverMembers, InnerProduct, name="ip_ensemble"):
     """
 
     needs = ("rows", "queries", "members")
-    kind = "parameter_dropout"
-
-    def score(self, rows: Selection) -> Tensor:
-        total = torch.zeros(len(rows.ids), len(self.columns(rows) or ()), dtype=rows.train.dtype)  # [n, q]
-        for part in rows.parts:
-            total[rows.places(part)] += self.products(part.train, part.query) / len(rows.parts)
-        return total
 
 
 @dataclass(kw_only=True)
-class SelfIpEnsemble(OverMembers, SelfInfluence, name="self_ip_ensemble"):
+class SelfIpEnsemble(MeanOverMembers, SelfInfluence, name="self_ip_ensemble"):
     """Self-influence, averaged over members with a few trainable weights set to zero.
 
         score[i] = −1/T Σ_t ‖g_i(θ_t)‖²,   θ_t = the final weights under parameter dropout
@@ -48,10 +54,3 @@ class SelfIpEnsemble(OverMembers, SelfInfluence, name="self_ip_ensemble"):
     """
 
     needs = ("rows", "members")
-    kind = "parameter_dropout"
-
-    def score(self, rows: Selection) -> Tensor:
-        total = torch.zeros(len(rows.ids), 1, dtype=rows.train.dtype)
-        for part in rows.parts:
-            total[rows.places(part)] += super().score(part) / len(rows.parts)
-        return total

@@ -48,13 +48,11 @@ class Less(TracIn, name="less"):
             )
         return super().select(rows, point)
 
-    def score(self, rows: Selection) -> Tensor:
-        total = torch.zeros(len(rows.ids), len(self.columns(rows) or ()), dtype=rows.train.dtype)  # [n, q]
-        for part in rows.parts:
-            steps = self._steps(part.train)
-            cosines = self.products(steps, part.query, inverse_norms(part.query)) * inverse_norms(steps)[:, None]
-            total[rows.places(part)] += self.weights(part, len(rows.parts)).to(total)[:, None] * cosines
-        return total
+    def products(self, train: Rows, query: Rows, weight: Tensor | None = None) -> Tensor:
+        """The cosines of Adam's steps with the queries, `[b, q]`, each query multiplied by its `weight` `[m]` first."""
+        steps, scale = self._steps(train), inverse_norms(query)
+        scale = scale if weight is None else scale * weight
+        return super().products(steps, query, scale) * inverse_norms(steps)[:, None]
 
     def _steps(self, train: Rows) -> Rows:
         """The training rows of a point, each turned into a step of Adam while it is read.

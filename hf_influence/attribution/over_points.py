@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,6 +52,14 @@ class OverPoints(Method):
 
     def record(self, rows: Selection) -> dict[str, Any]:
         return super().record(rows) | {"points": list(rows.points)}
+
+    def summed(self, rows: Selection, term: Callable[[Selection], Tensor]) -> Tensor:
+        """The sum of the terms `[b, q]` of all points, `[n, q]`; a point that lacks an example adds nothing to it."""
+        columns = self.columns(rows)
+        total = torch.zeros(len(rows.ids), 1 if columns is None else len(columns), dtype=rows.train.dtype)
+        for part in rows.parts:
+            total[rows.places(part)] += term(part)
+        return total
 
 
 @dataclass(kw_only=True)

@@ -32,8 +32,8 @@ class PromptGain(Method, name="prompt_gain"):
     def score(self, rows: Selection) -> Tensor:
         """Scores `[n, 1]`; MissingRows if the losses after other prompts were not collected."""
         train = rows.train
-        own = statistic(train, "loss", self.name)  # [n]
-        others = statistic(train, "other_prompt_loss", self.name)  # [n, k]
+        own = statistic(train, "loss", f"method '{self.name}'")  # [n]
+        others = statistic(train, "other_prompt_loss", f"method '{self.name}'")  # [n, k]
         return gain(own, others).to(train.dtype)[:, None]
 
 

@@ -15,8 +15,13 @@ _HOW = {
 }
 
 
-def statistic(rows: Rows, name: str, method: str) -> Tensor:
+def statistic(rows: Rows, name: str, needed_by: str) -> Tensor:
     """One number of each example in dataset order, `[n]`; several, `[n, c]`, of what has several in `Rows.stats`.
+
+    Args:
+        rows: Rows of some split.
+        name: Of the statistic.
+        needed_by: Who asks, for the message.
 
     Raises:
         MissingRows: It was not collected.
@@ -25,7 +30,7 @@ def statistic(rows: Rows, name: str, method: str) -> Tensor:
     stats = rows.stats
     if len(rows) and name not in stats:
         raise MissingRows(
-            f"{rows.folder} does not hold the statistic {name!r} that method '{method}' needs (it has: "
+            f"{rows.folder} does not hold the statistic {name!r} that {needed_by} needs (it has: "
             f"{', '.join(sorted(stats)) or 'none'}). {_HOW.get(name, 'It is collected where the task has it.')}"
         )
     values = stats.get(name, torch.zeros(0))
@@ -34,7 +39,6 @@ def statistic(rows: Rows, name: str, method: str) -> Tensor:
     if not bool(finite.all()):
         raise BadExample(
             f"the statistic {name!r} of example {rows.ids[int((~finite).nonzero()[0])]!r} in {rows.folder} is not "
-            f"finite, and method '{method}' would rank it all the same. Look at the example, and collect again without "
-            "it."
+            f"finite, and {needed_by} would rank it all the same. Look at the example, and collect again without it."
         )
     return values

@@ -17,7 +17,10 @@ from hf_influence.errors import MissingRows
 
 @dataclass(kw_only=True)
 class WeightedPoints(OverTraining):
-    """A sum over points, each row's term times the learning rate of its step."""
+    """A sum over points, each row's term times the learning rate of its step.
+
+    A method inherits from this first, and second from the method for one point that gives the terms.
+    """
 
     weighted: bool = True
     """Each product times the learning rate of the step; otherwise their mean over the points."""
@@ -43,6 +46,15 @@ class WeightedPoints(OverTraining):
             )
         return stats.get("learning_rate", torch.zeros(0))
 
+    def score(self, rows: Selection) -> Tensor:
+        """Scores `[n, q]`, one column without queries."""
+
+        def term(part: Selection) -> Tensor:
+            own = super(WeightedPoints, self).score(part)  # type: ignore[safe-super]  # [b, q]
+            return self.weights(part, len(rows.parts)).to(own)[:, None] * own
+
+        return self.summed(rows, term)
+
 
 @dataclass(kw_only=True)
 class TracIn(WeightedPoints, InnerProduct, name="tracin"):
@@ -62,13 +74,6 @@ class TracIn(WeightedPoints, InnerProduct, name="tracin"):
 
     needs: ClassVar[tuple[str, ...]] = ("rows", "queries", "points", "learning_rate")
 
-    def score(self, rows: Selection) -> Tensor:
-        total = torch.zeros(len(rows.ids), len(self.columns(rows) or ()), dtype=rows.train.dtype)  # [n, q]
-        for part in rows.parts:
-            products = self.products(part.train, part.query)  # [b, q]
-            total[rows.places(part)] += self.weights(part, len(rows.parts)).to(total)[:, None] * products
-        return total
-
 
 @dataclass(kw_only=True)
 class SelfTracIn(WeightedPoints, SelfInfluence, name="self_tracin"):
@@ -86,9 +91,3 @@ class SelfTracIn(WeightedPoints, SelfInfluence, name="self_tracin"):
     """
 
     needs = ("rows", "points", "learning_rate")
-
-    def score(self, rows: Selection) -> Tensor:
-        total = torch.zeros(len(rows.ids), 1, dtype=rows.train.dtype)  # [n, 1]
-        for part in rows.parts:
-            total[rows.places(part)] += self.weights(part, len(rows.parts)).to(total)[:, None] * super().score(part)
-        return total

@@ -60,9 +60,7 @@ def auc_at_worst(right: Tensor, wrong: Tensor, given: Tensor | None) -> float:
     return min([overall, *(auc_of(right, one) + chance(len(one)) for one in of)])
 
 
-def trust_of(
-    right: Tensor, wrong: Tensor, given: Tensor | None = None, errors: float = 0.0, fresh: float = 1.0
-) -> float:
+def trust_of(right: Tensor, wrong: Tensor, given: Tensor | None, errors: float, fresh: float = 1.0) -> float:
     """(f (AUC − ½))⁴ of the scores of queries, at worst, less so many standard errors of an AUC that says nothing."""
     return (fresh * max(LEAST, auc_at_worst(right, wrong, given) - 0.5 - errors * chance(len(right)))) ** 4
 

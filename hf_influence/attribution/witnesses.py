@@ -70,7 +70,7 @@ class Witness:
         """How well the scores tell right labels from wrong ones, a little less where there are few queries."""
         return cautious(auc_of(self.right, self.wrong), len(self.right))
 
-    def trust(self, errors: float = 0.0, at_end: bool = False, share: float | None = None) -> float:
+    def trust(self, errors: float, at_end: bool, share: float | None) -> float:
         """The weight of a part that goes by these scores, at the end alone or over training.
 
         Args:
@@ -263,7 +263,7 @@ def of_prompts(rows: Selection, last: Selection, scores: Tensor) -> Witness | No
     query = last.query
     if STATISTIC not in query.stats or query.stats[STATISTIC].ndim != 2 or query.stats[STATISTIC].shape[1] < 2:
         return None
-    loss, others = (statistic(query, name, "auto").double() for name in ("loss", STATISTIC))
+    loss, others = (statistic(query, name, "method 'auto'").double() for name in ("loss", STATISTIC))
     rest = (others.sum(1, keepdim=True) - others) / (others.shape[1] - 1)  # [q, k], the mean of the others of each
     right, wrong = gain(loss, others), gain(others.flatten(), rest.flatten())
     zero = divide(right, wrong)
@@ -291,7 +291,7 @@ def _wrong_labels(last: Selection, other: Rows | None) -> Tensor | None:
 
 def _margin(rows: Rows) -> Tensor:
     """`[n]`; BadExample if one is not finite."""
-    return statistic(rows, "margin", "auto")
+    return statistic(rows, "margin", "method 'auto'")
 
 
 def _queries(part: Selection) -> Rows | None:

@@ -2,8 +2,9 @@
 
 from hf_influence.curvature.choice import choose_damping
 from hf_influence.curvature.conjugate import ConjugateGradients
-from hf_influence.curvature.curvature import Curvature, Damped, DampedPath, Solve
+from hf_influence.curvature.curvature import Curvature, DampedPath, Solve
 from hf_influence.curvature.datainf import MeanInverse
+from hf_influence.curvature.ekfac import KroneckerEigenbasis
 from hf_influence.curvature.fisher import EmpiricalFisher
 from hf_influence.curvature.identity import Identity
 from hf_influence.curvature.neumann import NeumannSeries
@@ -13,10 +14,10 @@ __all__ = [
     "Apply",
     "ConjugateGradients",
     "Curvature",
-    "Damped",
     "DampedPath",
     "EmpiricalFisher",
     "Identity",
+    "KroneckerEigenbasis",
     "MeanInverse",
     "NeumannSeries",
     "Solve",

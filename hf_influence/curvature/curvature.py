@@ -40,41 +40,32 @@ class Curvature(ABC):
 
 
 @dataclass(kw_only=True)
-class Damped(Curvature):
-    """A curvature that is made invertible by adding `λI`."""
+class DampedPath(Curvature):
+    """A curvature made invertible by adding `λI`, whose work on the rows serves every λ, so that λ can be chosen."""
 
     meets_rows = True
 
-    damping: float | str = field(default=0.1, metadata={"above": 0})
-    """λ relative to the block's mean squared gradient entry; > 0."""
+    damping: float | str = field(default=0.1, metadata={"above": 0, "choices": ("auto",)})
+    """λ relative to the block's mean squared gradient entry; > 0. Where there are queries, "auto" chooses one number
+    for the whole model, the one at which the queries agree best with each other (see `choose_damping`)."""
 
-    def strength(self, square: float, rows: Rows, block: str, damping: float | None = None) -> float:
-        """λ = damping · Σᵢ ‖gᵢ‖² / (n d), for `square` = Σᵢ ‖gᵢ‖²; with the damping of the settings if none is given.
+    def strength(self, square: float, rows: Rows, block: str, damping: float) -> float:
+        """λ = damping · Σᵢ ‖gᵢ‖² / (n d), for `square` = Σᵢ ‖gᵢ‖².
 
         It is 0 only where every gradient is 0: such a block says nothing, and `P` is taken to be 0 there.
 
         Raises:
             BadExample: The gradients are too small or too large for numbers in the precision of the rows.
         """
-        relative = float(self.damping if damping is None else damping)
-        strength = relative * square / (max(1, len(rows)) * rows.blocks[block])
+        strength = damping * square / (max(1, len(rows)) * rows.blocks[block])
         narrow = rows.dtype != torch.float64 and math.isfinite(strength)  # what is not finite is refused by name later
         if narrow and strength and not RANGE[0] < strength < RANGE[1]:
             raise BadExample(
                 f"the gradients of block {block} in {rows.folder} have a mean squared entry of "
-                f"{strength / relative:.2g}, and {rows.dtype} has no room for what is divided by it. Look at the loss "
+                f"{strength / damping:.2g}, and {rows.dtype} has no room for what is divided by it. Look at the loss "
                 "(is it scaled?), or collect from a model in float64."
             )
         return strength
-
-
-@dataclass(kw_only=True)
-class DampedPath(Damped):
-    """A damped curvature whose work on the rows serves every λ, so that λ can be chosen."""
-
-    damping: float | str = field(default=0.1, metadata={"above": 0, "choices": ("auto",)})
-    """λ relative to the block's mean squared gradient entry; > 0. Where there are queries, "auto" chooses one number
-    for the whole model, the one at which the queries agree best with each other (see `choose_damping`)."""
 
     @abstractmethod
     def prepare(self, rows: Rows, block: str) -> Callable[[float], Solve]:

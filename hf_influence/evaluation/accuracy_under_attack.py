@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_influence.errors import BadExample, UnsupportedModel
-from hf_influence.gradients.batches import Collator, Examples, inputs_of
+from hf_influence.gradients.batches import Collator, Examples, inputs_of, on_device
 from hf_influence.gradients.modes import evaluating
 from hf_influence.gradients.own_loss import OwnTask
 from hf_influence.gradients.own_loss import task_of as own_task
@@ -67,8 +67,7 @@ def accuracy_under_attack(
     device = next(model.parameters()).device
 
     def correct(batch: dict[str, Any]) -> Tensor:
-        there = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()}
-        with attack.moving(model, there) as moved:
+        with attack.moving(model, on_device(batch, device)) as moved:
             return _correct(model, moved)
 
     total = 0.0

@@ -78,7 +78,7 @@ def _stats_of(scores: Scores, store: GradientStore) -> dict[str, Tensor]:
     found: dict[object, list[int]] = {}  # id -> its statistics
     for point in dict.fromkeys([*([0] if split in store.splits(0) else []), *map(int, points)]):
         rows = store.rows(split, point)
-        columns = [statistic(rows, name, "biases").tolist() for name in _STATISTICS]
+        columns = [statistic(rows, name, "biases()").tolist() for name in _STATISTICS]
         found |= {id_: row for id_, *row in zip(rows.ids, *columns, strict=True) if id_ not in found}
         if all(id_ in found for id_ in scores.ids):
             break

@@ -9,6 +9,7 @@ import torch
 
 from hf_influence.dataset.groups import group_of
 from hf_influence.errors import BadSetting
+from hf_influence.evaluation.labels import as_list
 
 
 def demographic_parity(predictions: Any, groups: Iterable[Any]) -> float:
@@ -33,8 +34,7 @@ def demographic_parity(predictions: Any, groups: Iterable[Any]) -> float:
     See also: fair_score, hf_influence.fairness (the same as a target for scores).
     Source: Revisiting Inner Product (IP Ensemble), eq. 3.
     """
-    plain = predictions.tolist() if hasattr(predictions, "tolist") else list(predictions)
-    y = torch.as_tensor(plain, dtype=torch.float64)
+    y = torch.as_tensor(as_list(predictions), dtype=torch.float64)
     members: dict[Any, list[int]] = {}
     for i, group in enumerate(groups):
         members.setdefault(group_of(group), []).append(i)

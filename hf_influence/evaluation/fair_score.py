@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from hf_influence.errors import BadSetting
+from hf_influence.evaluation.labels import as_list
 
 
 def fair_score(predictions: Iterable[Any], swapped: Iterable[Any]) -> float:
@@ -29,7 +30,7 @@ def fair_score(predictions: Iterable[Any], swapped: Iterable[Any]) -> float:
     Source: Revisiting Inner Product (IP Ensemble), section 6, after Qian et al., Perturbation Augmentation for Fairer
     NLP, EMNLP 2022.
     """
-    before, after = ([c.tolist() if hasattr(c, "tolist") else c for c in side] for side in (predictions, swapped))
+    before, after = as_list(predictions), as_list(swapped)
     if not before or len(before) != len(after):
         raise BadSetting(
             f"there are {len(before)} predictions and {len(after)} after swapping: give both of the same examples, in "

@@ -40,7 +40,7 @@ def one_each(n: int, labels: Iterable[Any], what: str, whose: str = "examples") 
     Raises:
         BadSetting: They are not n.
     """
-    given = plain(labels)
+    given = as_list(labels)
     if len(given) != n:
         raise BadSetting(
             f"{what} has {len(given)} entries but the scores cover {n} {whose}, so a label cannot be told for each of "
@@ -49,7 +49,7 @@ def one_each(n: int, labels: Iterable[Any], what: str, whose: str = "examples") 
     return given
 
 
-def plain(values: Iterable[Any]) -> list[Any]:
+def as_list(values: Iterable[Any]) -> list[Any]:
     """The values of an array, a tensor or any other sequence, numbers of numpy and torch as those of Python."""
     values = values.tolist() if hasattr(values, "tolist") else values
     return [value.tolist() if hasattr(value, "tolist") else value for value in values]

@@ -6,14 +6,13 @@ from collections.abc import Hashable, Sequence
 from typing import Any
 
 import numpy as np
-import torch
 from sklearn.metrics import average_precision_score, roc_auc_score
 from sklearn.utils import Bunch
 
 from hf_influence.dataset.groups import group_of
 from hf_influence.errors import BadSetting
 from hf_influence.evaluation.labels import labels_for
-from hf_influence.scores import LOG_ODDS, Scores, mean_ranks
+from hf_influence.scores import LOG_ODDS, Scores, ranks_within
 
 BINS = 10
 """In which probabilities are compared with what is wrong."""
@@ -73,11 +72,11 @@ def mislabel_detection(
             f"{int(wrong.sum())} of {len(wrong)} examples are flagged as mislabeled, and detection needs both right "
             "and wrong ones to tell apart. Flip some labels first, with a seed."
         )
-    suspicion = -scores.mean().cpu().numpy()  # [n]
+    suspicion = -scores.mean().cpu()  # [n]
     groups = None
     if within is not None:
         groups = [group_of(value) for value in labels_for(scores, within, "within")]
-    place = suspicion if groups is None else _rank_within(groups, suspicion)
+    place = (suspicion if groups is None else ranks_within(suspicion, groups)).numpy()
     result = Bunch(
         auc=float(roc_auc_score(wrong, place)), average_precision=float(average_precision_score(wrong, place))
     )
@@ -89,7 +88,7 @@ def mislabel_detection(
         for name in sorted(set(kind[wrong])):
             rows = np.flatnonzero(~wrong | (kind == name))  # the other kinds are out of the ranking within groups, too
             own = [groups[i] for i in rows] if groups is not None else None
-            place = suspicion[rows] if own is None else _rank_within(own, suspicion[rows])
+            place = (suspicion[rows] if own is None else ranks_within(suspicion[rows], own)).numpy()
             result["auc_by_kind"][str(name)] = float(roc_auc_score(wrong[rows], place))
     return result
 
@@ -99,14 +98,3 @@ def _calibration_error(p: np.ndarray, wrong: np.ndarray) -> float:
     share = (np.bincount(group, weights=wrong) / np.bincount(group))[group]  # among rows of equal p, in whatever order
     bins = np.array_split(np.argsort(p, kind="stable"), min(BINS, len(p)))
     return float(sum(len(rows) * abs(p[rows].mean() - share[rows].mean()) for rows in bins) / len(p))
-
-
-def _rank_within(groups: list[Hashable], values: np.ndarray) -> np.ndarray:
-    """Each value's place in its group, in (0, 1)."""
-    rows: dict[Hashable, list[int]] = {}
-    for i, group in enumerate(groups):
-        rows.setdefault(group, []).append(i)
-    place = np.empty_like(values)
-    for own in rows.values():
-        place[own] = (mean_ranks(torch.from_numpy(values[own])).numpy() - 0.5) / len(own)
-    return place

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 from random import Random
+from typing import Any
 
 import torch
 from datasets import Dataset
@@ -16,6 +17,7 @@ from hf_influence.errors import BadExample, BadSetting
 from hf_influence.evaluation.runs import Runs
 from hf_influence.gradients.batches import Collator
 from hf_influence.gradients.losses import losses
+from hf_influence.gradients.own_loss import OwnTask, known_of
 from hf_influence.gradients.sweep import BatchSize
 from hf_influence.scores import Scores
 from hf_influence.task import Reduction
@@ -33,6 +35,7 @@ def out_of_fold(
     batch_size: BatchSize = "auto",
     loss_reduction: Reduction = "mean",
     remove_unused_columns: bool = True,
+    task: OwnTask | None = None,
 ) -> Scores:
     """Minus the loss of each example under a model that was trained on the other folds alone.
 
@@ -59,6 +62,7 @@ def out_of_fold(
         batch_size: See there.
         loss_reduction: See there.
         remove_unused_columns: See there.
+        task: See there: where `fit` trains by a loss of your own, that loss.
 
     Returns:
         `Scores` of method "out_of_fold" in dataset order, one column.
@@ -80,7 +84,8 @@ def out_of_fold(
     Random(seed).shuffle(distinct)
     place = {code: k % folds for k, code in enumerate(distinct)}
     fold = [place[code] for code in codes]
-    settings = {"folds": folds, "seed": seed, "loss_reduction": loss_reduction}
+    settings: dict[str, Any] = {"folds": folds, "seed": seed, "loss_reduction": loss_reduction}
+    settings |= {} if task is None else {"task": known_of(task)}
     drawn = content_of(Dataset.from_dict({"fold": fold}))
     runs = Runs(folder, {"dataset": content_of(dataset), **settings, "fold_of_rows": drawn})
     scores = torch.zeros(len(dataset), 1)
@@ -96,6 +101,7 @@ def out_of_fold(
                 batch_size=batch_size,
                 loss_reduction=loss_reduction,
                 remove_unused_columns=remove_unused_columns,
+                task=task,
             )
             return judged["loss"].tolist()
 

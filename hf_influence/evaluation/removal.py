@@ -15,7 +15,7 @@ from sklearn.utils import Bunch
 from hf_influence.dataset.contents import content_of
 from hf_influence.dataset.matching import in_dataset_order
 from hf_influence.errors import BadSetting
-from hf_influence.evaluation.labels import plain
+from hf_influence.evaluation.labels import as_list
 from hf_influence.evaluation.runs import Runs
 from hf_influence.evaluation.shares import share_of
 from hf_influence.scores import Scores
@@ -60,7 +60,7 @@ def removal_curve(
     See also: lds (both directions in one figure), retraining_gain.
     """
     counts = {float(share): int(share * len(dataset)) for share in map(share_of, fractions)}
-    seeds = plain(seeds)
+    seeds = as_list(seeds)
     if unusable := [f for f, count in counts.items() if not 0 < count < len(dataset)]:
         raise BadSetting(
             f"fractions has {unusable[0]}, which leaves out {counts[unusable[0]]} of {len(dataset)} rows; it must "

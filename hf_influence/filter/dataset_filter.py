@@ -98,7 +98,7 @@ class DatasetFilter:
             return
         check_amount(name, amount, fractions=name != "keep_tokens")
 
-    def apply(self, dataset: Data, scores: Given, split: str = "train", by: By = None) -> Data:
+    def apply(self, dataset: Data, scores: Given, *, split: str = "train", by: By = None) -> Data:
         """A new dataset with the same columns (and two more if `columns`); `dataset` itself is left alone.
 
         Args:
@@ -114,7 +114,7 @@ class DatasetFilter:
             BadSetting: Scores of another dataset, or a rule that leaves no row.
         """
         if isinstance(dataset, (DatasetDict, IterableDatasetDict)):
-            return type(dataset)({**dataset, split: self.apply(of_split(dataset, split), scores, split, by)})
+            return type(dataset)({**dataset, split: self.apply(of_split(dataset, split), scores, split=split, by=by)})
         self.report = self.decide(dataset, scores, by)
         return carried_out(self.report, dataset, by)
 

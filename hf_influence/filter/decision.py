@@ -167,7 +167,7 @@ class Decision:
             table[f"{column.name}_after"] = column.new
         return Dataset.from_dict(table)
 
-    def replay(self, dataset: Any, split: str = "train", by: By = None) -> Any:
+    def replay(self, dataset: Any, *, split: str = "train", by: By = None) -> Any:
         """Do the same to the same dataset again: bit-identical rows.
 
         Args:
@@ -182,7 +182,7 @@ class Decision:
         """
         return replayed(self, dataset, split, by)
 
-    def undo(self, curated: Any, rest: Any = None, split: str = "train") -> Any:
+    def undo(self, curated: Any, rest: Any = None, *, split: str = "train") -> Any:
         """The dataset as it was: old labels back, added columns gone, dropped rows in their places.
 
         Args:

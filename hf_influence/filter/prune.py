@@ -56,7 +56,7 @@ class Prune:
     def __post_init__(self) -> None:
         check_amount("drop", self.drop)
 
-    def apply(self, dataset: Data, scores: Given, split: str = "train") -> Data:
+    def apply(self, dataset: Data, scores: Given, *, split: str = "train") -> Data:
         """A new dataset with the same columns.
 
         Args:

@@ -117,8 +117,9 @@ class Relabel:
         dataset: Data,
         scores: Given,
         probabilities: Any = None,
-        by: By = None,
+        *,
         split: str = "train",
+        by: By = None,
     ) -> Data:
         """The dataset with the new labels; arguments and errors as in `suggest`.
 
@@ -130,7 +131,7 @@ class Relabel:
         probabilities. Numbers of yours are in the order of the scores.
         """
         if isinstance(dataset, (DatasetDict, IterableDatasetDict)):
-            new = self.apply(of_split(dataset, split), scores, probabilities, by)
+            new = self.apply(of_split(dataset, split), scores, probabilities, by=by)
             return type(dataset)({**dataset, split: new})
         self.report = self.decide(dataset, scores, probabilities, by)
         self.changed = tuple(_suspects(self.report))

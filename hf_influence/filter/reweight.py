@@ -49,7 +49,7 @@ class Reweight:
     """
 
     how: str = "softmax"
-    temperature: float = field(default=1.0)
+    temperature: float = 1.0
     """Small: few rows count for much. Large: all count alike."""
     column: str = "weight"
 
@@ -62,7 +62,7 @@ class Reweight:
         if not self.temperature > 0:
             raise BadSetting(f"temperature={self.temperature!r} must be above 0.")
 
-    def apply(self, dataset: Data, scores: Given, by: By = None, split: str = "train") -> Data:
+    def apply(self, dataset: Data, scores: Given, *, split: str = "train", by: By = None) -> Data:
         """The dataset with the column of weights; rows of an `IterableDataset` get theirs as they come.
 
         Of a `DatasetDict` the rows of one `split` are weighed, and the others stay as they are. The hub takes splits
@@ -73,7 +73,7 @@ class Reweight:
             BadSetting: Scores of another dataset, or by which every label is rather wrong than right.
         """
         if isinstance(dataset, (DatasetDict, IterableDatasetDict)):
-            return type(dataset)({**dataset, split: self.apply(of_split(dataset, split), scores, by)})
+            return type(dataset)({**dataset, split: self.apply(of_split(dataset, split), scores, by=by)})
         self.report = self.decide(dataset, scores, by)
         return carried_out(self.report, dataset, by)
 

@@ -65,7 +65,7 @@ class Separate:
         if not isinstance(self.groups, int) or self.groups < 2 or (self.how == "otsu" and self.groups != 2):
             raise BadSetting(f"groups={self.groups!r}: give a whole number, at least 2; how='otsu' makes exactly 2.")
 
-    def apply(self, dataset: Any, scores: Given, split: str = "train") -> Any:
+    def apply(self, dataset: Any, scores: Given, *, split: str = "train") -> Any:
         """A DatasetDict with a split for each group; with `column` a dataset with one more column.
 
         Args:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -42,7 +42,7 @@ class StreamRows:
 
     store: str | Path | GradientStore | None = None
     """The store that was scored; it knows the hashes. To replay a decision it is not needed."""
-    data_collator: Collator | None = field(default=None)
+    data_collator: Collator | None = None
     """As in `Trainer`; by default the row's own `input_ids`, `labels`, ... are taken."""
     columns: Sequence[str] | None = None
     """The columns that the collator is given; by default those of numbers."""

@@ -195,10 +195,8 @@ def check_scale(drop: object, scores: Scores) -> None:
         )
 
 
-def name_of(threshold: str | Threshold) -> str:
-    """How a report calls it, such as "otsu" or "discovery(0.1, …)"."""
-    if isinstance(threshold, str):
-        return threshold
+def name_of(threshold: Threshold) -> str:
+    """How a report calls it, such as "discovery(0.1, …)"."""
     if isinstance(threshold, partial) and threshold.func is _discovered:
         return "discovery({rate}, permutations={permutations}, seed={seed})".format(**threshold.keywords)
     return getattr(threshold, "__name__", type(threshold).__name__)

@@ -254,6 +254,11 @@ def padding_with(pad_token_id: int) -> Collator:
     return collate
 
 
+def on_device(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
+    """The batch with its tensors there."""
+    return {name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()}
+
+
 def by_token(batch: dict[str, Any], mask: Tensor) -> set[str]:
     """The names of what goes by input token: all that has the shape of the mask and is not a decoder's.
 

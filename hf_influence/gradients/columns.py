@@ -61,14 +61,17 @@ def stored(dataset: Any, names: Iterable[str]) -> Iterable[Mapping[str, Any]]:
 
 
 def vocabularies(model: nn.Module) -> tuple[int | None, int | None]:
-    """How many tokens the model reads and how many it writes; `None` where its layers do not say."""
+    """How many tokens the model reads and how many it writes, at most; `None` where its layers do not say."""
+    config: Any = getattr(unwrapped(model), "config", None)
+    config = config.get_text_config() if hasattr(config, "get_text_config") else config
 
     def size(end: str, of: str) -> int | None:
         layer = None
         with suppress(AttributeError, NotImplementedError):
             layer = getattr(unwrapped(model), end)()
         layer = getattr(layer, "base_layer", getattr(layer, "original_module", layer))  # below PEFT
-        return getattr(layer, of, None)
+        found = getattr(layer, of, None)
+        return None if found is None else max(found, getattr(config, "vocab_size", None) or 0)
 
     return size("get_input_embeddings", "num_embeddings"), size("get_output_embeddings", "out_features")
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_influence.errors import UnsupportedModel
-from hf_influence.gradients.batches import forward_arguments, inputs_of
+from hf_influence.gradients.batches import forward_arguments, inputs_of, on_device
 from hf_influence.gradients.capture import RowCatcher
 from hf_influence.gradients.features import HeadInput
 from hf_influence.gradients.first_token import FirstToken
@@ -139,8 +139,7 @@ class FixedWeights:
 
     def forward(self, batch: dict[str, Any]) -> Seen:
         """What the model makes of a collated batch; a language model's logits at labelled positions alone."""
-        batch = {name: value.to(self.device) if isinstance(value, Tensor) else value for name, value in batch.items()}
-        inputs, labels, mask = inputs_of(self.model, batch, self.task, self._arguments)
+        inputs, labels, mask = inputs_of(self.model, on_device(batch, self.device), self.task, self._arguments)
         main = inputs["input_ids"] if "input_ids" in inputs else next(iter(inputs.values()))
         self.catcher.rows_in_batch = len(main)
         if isinstance(self.task, LanguageModel):

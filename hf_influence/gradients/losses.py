@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from hf_influence.gradients.batches import Collator, Examples
 from hf_influence.gradients.capture import RowCatcher
 from hf_influence.gradients.fixed import FixedWeights
+from hf_influence.gradients.own_loss import OwnTask, task_of
 from hf_influence.gradients.sweep import BatchSize, check_batch_size, sweep
-from hf_influence.task import Reduction, task_of
+from hf_influence.task import Reduction
 
 
 def losses(
@@ -22,6 +23,7 @@ def losses(
     batch_size: BatchSize = "auto",
     loss_reduction: Reduction = "mean",
     remove_unused_columns: bool = True,
+    task: OwnTask | None = None,
 ) -> dict[str, Tensor]:
     """Loss, margin, share of right tokens and more of every example by itself, from forward passes alone.
 
@@ -35,6 +37,7 @@ def losses(
         batch_size: See there.
         loss_reduction: See there.
         remove_unused_columns: See there.
+        task: See there: of a model that was trained by a loss of your own, that loss.
 
     Returns:
         Statistic -> `[n]` in dataset order: loss, n_tokens, margin, correct, el2n, length, hash; with one label
@@ -43,13 +46,14 @@ def losses(
     Raises:
         UnsupportedModel: The model is of no such kind.
         BadExample: An empty dataset, or missing labels.
+        BadSetting: A task that does not suit the model.
     """
     check_batch_size(batch_size)
     examples = Examples(dataset, model, data_collator, None, remove_unused_columns)
     _, lengths = examples.survey()
     order: list[int] = []
     parts: list[dict[str, Tensor]] = []
-    with FixedWeights(model, task_of(model, loss_reduction), RowCatcher([])) as resting:
+    with FixedWeights(model, task_of(model, loss_reduction, task), RowCatcher([])) as resting:
         todo = range(len(examples))
         for positions, stats in sweep(resting.judge, examples, todo, lengths, batch_size, resting.device, "losses"):
             order += positions

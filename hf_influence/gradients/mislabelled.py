@@ -26,12 +26,11 @@ class Mislabelled:
         dataset: `len()` and `[i]`, with dictionaries that hold the label.
         label: Its name.
         classes: Their number.
-        seed: The same seed draws the same classes.
     """
 
-    def __init__(self, dataset: Any, label: str, classes: int, seed: int = 0):
+    def __init__(self, dataset: Any, label: str, classes: int):
         self.dataset, self.label, self.classes = dataset, label, classes
-        self.shifts = _shifts(len(dataset), classes, seed)
+        self.shifts = _shifts(len(dataset), classes)
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -71,7 +70,7 @@ def mislabelled(
     return Mislabelled(dataset, label, task.classes), data_collator
 
 
-def _misnamed(task: Task, examples: Examples, seed: int = 0) -> list[dict[str, list[int]]] | None:
+def _misnamed(task: Task, examples: Examples) -> list[dict[str, list[int]]] | None:
     """The examples with the answer of another class, drawn evenly from the others; `None` if answers name none."""
     try:
         parts = parts_of(task, examples, range(len(examples)))
@@ -83,15 +82,15 @@ def _misnamed(task: Task, examples: Examples, seed: int = 0) -> list[dict[str, l
         return None
     place = {name: at for at, name in enumerate(names)}
     wrong = []
-    for own, name, shift in zip(parts, given, _shifts(len(parts), len(names), seed), strict=True):
+    for own, name, shift in zip(parts, given, _shifts(len(parts), len(names)), strict=True):
         answer, labels = names[(place[name] + shift) % len(names)]
         wrong.append(own._replace(answer=list(answer), labels=list(labels)).row(isinstance(task, CausalLM)))
     return wrong
 
 
-def _shifts(n: int, classes: int, seed: int) -> list[int]:
-    """How far from its own class the wrong one of each example is, `[n]`."""
-    draw = Random(seed)
+def _shifts(n: int, classes: int) -> list[int]:
+    """How far from its own class the wrong one of each example is, `[n]`; always the same ones."""
+    draw = Random(0)
     return [draw.randrange(1, classes) for _ in range(n)]
 
 

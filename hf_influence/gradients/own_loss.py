@@ -110,6 +110,14 @@ def kept_task(settings: Mapping[str, Any]) -> OwnTask | None:
     )
 
 
+def known_of(task: OwnTask) -> dict[str, Any]:
+    """What tells a task from others before there is a model, as plain values."""
+    if isinstance(task, Task):
+        return as_kept(task.settings())
+    about = getattr(task, "keywords", {}).get("about")  # of `own_loss`
+    return about or {"name": getattr(task, "__name__", type(task).__name__)}
+
+
 def smoothed_cross_entropy(logits: Tensor, labels: Tensor, label_smoothing: float) -> Tensor:
     return F.cross_entropy(logits, labels, reduction="none", label_smoothing=label_smoothing)
 

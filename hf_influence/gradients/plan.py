@@ -15,7 +15,7 @@ from hf_influence.gradients.answers import parts_of
 from hf_influence.gradients.batches import Collator, Examples
 from hf_influence.gradients.columns import check_columns
 from hf_influence.gradients.compress import Compressor, compressor_of
-from hf_influence.gradients.identity import model_identity
+from hf_influence.gradients.identity import adapter_identity, model_identity
 from hf_influence.gradients.other_prompts import OtherPrompts
 from hf_influence.gradients.own_loss import OwnTask, kept_task, task_of
 from hf_influence.gradients.sweep import BatchSize
@@ -69,14 +69,19 @@ class Plan:
         store: GradientStore,
         model: nn.Module,
         dataset: Any,
-        data_collator: Collator | None,
-        id_column: str | None,
-        remove_unused_columns: bool,
+        point: int,
+        data_collator: Collator | None = None,
+        remove_unused_columns: bool = True,
         task: OwnTask | None = None,
+        id_column: str | None = None,
     ) -> Plan:
-        """How rows like those of a store are collected from this model and dataset; StoreMismatch if they cannot be.
+        """How rows like those of a point of a store are collected from this model and dataset.
 
-        The task is that of the store, where it keeps it, or the one that was given.
+        The task is that of the store, where it keeps it, or the one that was given. Parameters that the store has no
+        block for are left out.
+
+        Raises:
+            StoreMismatch: The model, its adapter or its task is not that of the rows.
         """
         header = store.header
         left_out = [name for name, w in model.named_parameters() if w.requires_grad and name not in header.blocks]
@@ -93,6 +98,13 @@ class Plan:
             kept_task(header.task) if task is None else task,
         )
         header.check(plan.header, store.path)
+        was, now = store.adapter(point), adapter_identity(model)
+        if was not in (None, now):
+            raise StoreMismatch(
+                f"{store.path} holds rows at other values of the adapter at point {point} (stored hash {was}, now "
+                f"{now}), so the model at hand has nothing to say about them. Pass the model that the rows were "
+                "collected from, or its point."
+            )
         return plan
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_influence.errors import BadSetting, UnsupportedModel
-from hf_influence.gradients.batches import Examples, alone
+from hf_influence.gradients.batches import Examples, alone, on_device
 from hf_influence.gradients.capture import RowCatcher
 from hf_influence.gradients.compress import logra
 from hf_influence.gradients.fixed import FixedWeights, Seen
@@ -189,9 +189,9 @@ def _tolerance(model: nn.Module) -> tuple[float, float]:
 
 def _own(model: nn.Module, task: Task, batch: dict[str, Any]) -> float | None:
     """The loss of a batch of one as the model computes it; `None` where it has none, or adds one of its experts."""
-    device, config = next(model.parameters()).device, unwrapped(model).config
+    config = unwrapped(model).config
     problem = getattr(config, "problem_type", None)
-    batch = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()}
+    batch = on_device(batch, next(model.parameters()).device)
     try:
         with evaluating(model), torch.no_grad():
             out = model(**batch)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_influence.errors import StoreError, StoreMismatch
-from hf_influence.gradients.batches import Collator, alone, forward_arguments
+from hf_influence.gradients.batches import Collator, alone, forward_arguments, on_device
 from hf_influence.gradients.compress import compressor_of
 from hf_influence.gradients.example_losses import losses_by
 from hf_influence.gradients.identity import adapter_identity
@@ -111,7 +111,7 @@ def _plan(
     task: OwnTask | None,
 ) -> Plan:
     """How the rows of the store would be collected from this model and dataset; refuses others."""
-    plan = Plan.again(store, model, dataset, data_collator, rows.id_column, remove_unused_columns, task)
+    plan = Plan.again(store, model, dataset, point, data_collator, remove_unused_columns, task, rows.id_column)
     for what, was, now in (
         ("values of the adapter", store.adapter(point), adapter_identity(model)),
         ("tokenised dataset", rows.dataset, plan.examples.survey()[0]),
@@ -140,8 +140,7 @@ def _read(rows: Rows, name: str, chosen: list[int]) -> Tensor:
 def _gradient(model: nn.Module, plan: Plan, position: int, names: list[str]) -> dict[str, Tensor]:
     """The gradient of one example's own loss at the named parameters; zeros where no token is labelled."""
     batch = alone(plan.examples.batch([position]), labels_too=isinstance(plan.task, CausalLM))
-    device = next(model.parameters()).device
-    batch = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()}
+    batch = on_device(batch, next(model.parameters()).device)
     weights = dict(model.named_parameters())
     factor = 1
     if isinstance(plan.task, LanguageModel):

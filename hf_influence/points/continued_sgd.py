@@ -10,19 +10,19 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from hf_influence.errors import BadSetting, StoreMismatch
-from hf_influence.gradients.batches import Collator, Examples
+from hf_influence.gradients.batches import Collator, Examples, on_device
 from hf_influence.gradients.example_losses import losses_by
 from hf_influence.gradients.identity import adapter_identity
 from hf_influence.gradients.own_loss import OwnTask, task_of
 from hf_influence.gradients.processes import first_process_first
 from hf_influence.plain import as_kept
 from hf_influence.points.point import Point, moving, set_values, trainable, trainable_values
-from hf_influence.store.files import read_json, write_json
+from hf_influence.store.files import read_json, save_tensors, write_json
 from hf_influence.task import Reduction, Task
 
 
@@ -113,6 +113,7 @@ def continued_sgd(
     Raises:
         BadSetting: A setting that cannot work, or training diverged.
         StoreMismatch: The folder holds members that were made otherwise.
+        StoreError: A member does not fit onto the disk; those before it are kept.
 
     Source: GEX: A flexible method for approximating influence via Geometric Ensemble, alg. 2 and app. E.
     """
@@ -148,7 +149,8 @@ def continued_sgd(
                     if begin == "previous" and member.member > 0:
                         set_values(model, members[member.member - 1].values(model))
                     _descend(model, examples, own, member)
-                    _save(moving(model), member.file)
+                    copies = {name: value.detach().cpu().clone() for name, value in moving(model).items()}
+                    save_tensors(member.file, copies)  # of which none shares memory with another
     return list(members)
 
 
@@ -168,13 +170,6 @@ def _claim(folder: Path, settings: Settings) -> None:
             )
 
 
-def _save(values: dict[str, Tensor], file: Path) -> None:
-    """Write a state; the file appears whole."""
-    part = file.with_suffix(".part")
-    save_file({name: value.detach().cpu().clone().contiguous() for name, value in values.items()}, part)
-    part.replace(file)
-
-
 def _descend(model: nn.Module, examples: Examples, task: Task, member: ContinuedSgd) -> None:
     """One cycle of SGD, in place."""
     how = member.settings
@@ -188,8 +183,7 @@ def _descend(model: nn.Module, examples: Examples, task: Task, member: Continued
     torch.manual_seed(draw.getrandbits(63))
     batches = _batches(len(examples), how.batch_size, draw)
     for step in tqdm(range(how.steps), desc=f"member {member.member}", unit="step"):
-        batch = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in examples.batch(next(batches)).items()}
-        loss = losses_by(task, model, batch).mean()
+        loss = losses_by(task, model, on_device(examples.batch(next(batches)), device)).mean()
         if not loss.isfinite():
             raise BadSetting(
                 f"member {member.member} has the loss {loss.item()} at step {step}: SGD diverged, or the model had no "

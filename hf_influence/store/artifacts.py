@@ -93,9 +93,9 @@ def write_artifact(
         raise StoreError(f"could not write {file} ({error}). The rows beside it are safe; make room.") from error
 
 
-def has_artifact(store: GradientStore, name: str, point: int = 0) -> bool:
-    """Whether an artifact of that name was collected at a point."""
-    return (point_folder(store.path, point) / f"{name}.json").is_file()
+def has_artifact(store: GradientStore, name: str) -> bool:
+    """Whether an artifact of that name was collected at the weights after training."""
+    return (point_folder(store.path, 0) / f"{name}.json").is_file()
 
 
 def read_artifact(rows: Rows, name: str, needed_by: str, point: int | None = None) -> Artifact:

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
-from safetensors.torch import save_file
 from torch import Tensor
 
 from hf_influence.errors import MissingRows
-from hf_influence.store.files import open_shard
+from hf_influence.store.files import open_shard, save_tensors
 
 
 class Displacement:
@@ -20,13 +18,12 @@ class Displacement:
         self.file = folder / "displacement.safetensors"
 
     def save(self, difference: dict[str, Tensor]) -> None:
-        """Keep what is not zero, `{parameter: its shape}`; the file appears whole."""
-        moved = {name: value.detach().cpu().contiguous() for name, value in difference.items() if value.any()}
-        part = self.file.with_suffix(".part")
-        save_file(moved, part)
-        with open(part, "rb+") as handle:
-            os.fsync(handle.fileno())
-        part.replace(self.file)
+        """Keep what is not zero, `{parameter: its shape}`; the file appears whole.
+
+        Raises:
+            StoreError: It does not fit onto the disk.
+        """
+        save_tensors(self.file, {name: value for name, value in difference.items() if value.any()})
 
     def moved(self) -> list[str]:
         """The parameters that moved.

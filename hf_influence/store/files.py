@@ -6,11 +6,14 @@ import hashlib
 import json
 import os
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from tempfile import TemporaryFile
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
 
 from hf_influence.errors import StoreError
 
@@ -91,5 +94,30 @@ def write_whole(file: Path, text: str) -> None:
             new.flush()
             os.fsync(new.fileno())
         part.replace(file)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def save_tensors(
+    file: Path,
+    tensors: Mapping[str, Tensor],
+    metadata: dict[str, str] | None = None,
+    *,
+    advice: str = "Make room and run the same again.",
+) -> None:
+    """Replace `file` in one step by one of named tensors, none of which shares memory with another.
+
+    Raises:
+        StoreError: The disk is full or not writable; what was there is still there. Ends in the advice.
+    """
+    part = file.with_name(file.name + ".part")
+    try:
+        kept = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+        save_file(kept, part, metadata)
+        with open(part, "rb+") as handle:
+            os.fsync(handle.fileno())
+        part.replace(file)
+    except (OSError, SafetensorError) as error:
+        raise StoreError(f"could not write {file} ({error}). {advice}") from error
     finally:
         part.unlink(missing_ok=True)

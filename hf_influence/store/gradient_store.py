@@ -250,6 +250,11 @@ class GradientStore:
             if not left or (0 < point < SPAN and left == ["train"]):  # rows of training steps, at weights that moved
                 write_json(folder / "point.json", {"adapter": None, **asdict(self.point_about(point))})
 
+    def clear(self) -> None:
+        """Delete every parameter point."""
+        for point in self.points():
+            self.drop(point)
+
     def _of_training(self, point: int) -> bool:
         """Whether a point is made by training steps, or would be."""
         return 0 < point < SPAN and self.adapter(point) is None

@@ -23,7 +23,7 @@ class Header:
         blocks: Parameter name as in `model.named_parameters()` -> shape of the parameter.
         compress: The compressor's name and settings; `None` for whole rows.
         columns: For a compressor that keeps entries, which: parameter name -> positions in the flattened gradient.
-        widths: For a compressor, parameter name -> number of stored columns; by default its `r`, or all there are.
+        widths: For a compressor, parameter name -> number of stored columns.
         dtype: Of the rows, "float32" or "float64".
     """
 
@@ -36,15 +36,13 @@ class Header:
     widths: dict[str, int] | None = None
 
     def __post_init__(self) -> None:
+        if self.compress is not None and self.widths is None:
+            raise TypeError("compress without widths")
         object.__setattr__(self, "task", as_kept(self.task))  # as it comes back from the disk
 
     def width(self, name: str) -> int:
         """Number of stored columns of a block."""
-        if self.compress is None:
-            return prod(self.blocks[name])
-        if self.widths is not None:
-            return self.widths[name]
-        return min(int(self.compress["r"]), prod(self.blocks[name]))
+        return prod(self.blocks[name]) if self.widths is None else self.widths[name]
 
     def row_bytes(self) -> int:
         return sum(self.width(name) for name in self.blocks) * getattr(torch, self.dtype).itemsize

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import time
 from collections.abc import Callable, Collection, Sequence
@@ -12,12 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from hf_influence.errors import StoreError, StoreMismatch
-from hf_influence.store.files import open_shard, sha256, write_json
+from hf_influence.store.files import open_shard, save_tensors, sha256, write_json
 from hf_influence.store.header import Header
 from hf_influence.store.rows import Manifest
 
@@ -249,26 +247,19 @@ class RowWriter:
         """Write one shard, under a name that none has had; what is to be listed of it."""
         file = self.folder / f"rows-{self._number:05d}.safetensors"
         self._number += 1
-        part = file.with_suffix(".part")
-        try:
-            save_file(rows, part)
-            with open(part, "rb+") as handle:
-                os.fsync(handle.fileno())
-            part.replace(file)
-            return {"file": file.name, "rows": len(rows["index"]), "bytes": file.stat().st_size, "sha256": sha256(file)}
-        except (OSError, SafetensorError) as error:
-            part.unlink(missing_ok=True)
-            raise self._not_written(file, error) from error
+        save_tensors(file, rows, advice=self._advice)
+        return {"file": file.name, "rows": len(rows["index"]), "bytes": file.stat().st_size, "sha256": sha256(file)}
 
     def _list(self) -> None:
         file = self.folder / "rows.json"
         try:
             write_json(file, asdict(self.manifest))
         except OSError as error:
-            raise self._not_written(file, error) from error
+            raise StoreError(f"could not write {file} ({error}). {self._advice}") from error
 
-    def _not_written(self, file: Path, error: Exception) -> StoreError:
-        return StoreError(
-            f"could not write {file} ({error}). The {self.manifest.stored} rows before it are safe. Make room and "
-            "run the same command again, or resume training from its last checkpoint (without one: overwrite=True)."
+    @property
+    def _advice(self) -> str:
+        return (
+            f"The {self.manifest.stored} rows before it are safe. Make room and run the same command again, or resume "
+            "training from its last checkpoint (without one: overwrite=True)."
         )

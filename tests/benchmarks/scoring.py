@@ -44,7 +44,13 @@ def fill(
 ) -> Path:
     """A store of random rows, the same ones whole and compressed; `where` names the point, by default the first."""
     names = {f"block{i}": [width] for i in range(blocks)}
-    header = Header(model={}, task={}, blocks=names, compress=compress.settings() if compress else None)
+    header = Header(
+        model={},
+        task={},
+        blocks=names,
+        compress=compress.settings() if compress else None,
+        widths={name: compress.width(shape) for name, shape in names.items()} if compress else None,
+    )
     maps = {name: compress.fit(name, width) if compress else (lambda g: g) for name in names}
     generator = torch.Generator().manual_seed(0)
     for split, n in (("train", rows), ("query", queries)):

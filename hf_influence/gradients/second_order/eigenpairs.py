@@ -12,9 +12,9 @@ from hf_influence.errors import BadExample, BadSetting
 from hf_influence.gradients.batches import Collator
 from hf_influence.gradients.identity import adapter_identity
 from hf_influence.gradients.own_loss import OwnTask
+from hf_influence.gradients.plan import Plan
 from hf_influence.gradients.second_order.hessian import Hessian, whole_rows
 from hf_influence.gradients.second_order.lanczos import lanczos
-from hf_influence.gradients.second_order.matching import matching_plan
 from hf_influence.gradients.sweep import BatchSize
 from hf_influence.store import GradientStore
 from hf_influence.store.artifacts import write_artifact
@@ -76,7 +76,7 @@ def collect_hessian(
         )
     store = GradientStore.open(path)
     whole_rows(store, "an eigenvector of the Hessian")
-    plan = matching_plan(store, model, dataset, point, data_collator, remove_unused_columns, task)
+    plan = Plan.again(store, model, dataset, point, data_collator, remove_unused_columns, task)
     with Hessian(model, plan, store.header, examples=examples, seed=seed, batch_size=batch_size) as hessian:
         pairs = lanczos(hessian, hessian.size, iterations, seed=seed, dtype=hessian.dtype, title="Hessian products")
     values, vectors, residuals = (part[:top] for part in pairs)

@@ -1,6 +1,6 @@
 """Exact products with the Hessian of the mean loss, by differentiating twice.
 
-with Hessian(plan, model, store.header) as hessian:
+with Hessian(model, plan, store.header) as hessian:
     hessian(v)                     # [k, D] -> [k, D], D = all stored blocks one after the other
 """
 

@@ -14,8 +14,8 @@ from hf_influence.errors import BadSetting, MissingRows
 from hf_influence.gradients.batches import Collator
 from hf_influence.gradients.identity import adapter_identity
 from hf_influence.gradients.own_loss import OwnTask
+from hf_influence.gradients.plan import Plan
 from hf_influence.gradients.second_order.hessian import Hessian, whole_rows
-from hf_influence.gradients.second_order.matching import matching_plan
 from hf_influence.gradients.second_order.solvers import conjugate_gradients, lissa
 from hf_influence.gradients.sweep import BatchSize
 from hf_influence.store import GradientStore
@@ -98,7 +98,7 @@ def solve_queries(
     rows = store.rows(query_split, point)
     if not len(rows):
         raise MissingRows(f"{rows.folder} holds no queries, so there is nothing to solve for.")
-    plan = matching_plan(store, model, dataset, point, data_collator, remove_unused_columns, task)
+    plan = Plan.again(store, model, dataset, point, data_collator, remove_unused_columns, task)
     with Hessian(model, plan, store.header, examples=examples, seed=seed, batch_size=batch_size) as hessian:
         right = hessian.joined({name: rows.block(name) for name in rows.blocks})  # [q, D]
         right = right.mean(0, keepdim=True) if queries == "mean" else right

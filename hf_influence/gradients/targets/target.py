@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_influence.errors import BadExample, BadSetting, StoreMismatch
-from hf_influence.gradients.batches import Collator, Examples
+from hf_influence.gradients.batches import Collator, Examples, on_device
 from hf_influence.gradients.compress import compressor_of
 from hf_influence.gradients.identity import adapter_identity
 from hf_influence.gradients.modes import evaluating
@@ -88,10 +88,10 @@ def collect_target(
     check_batch_size(batch_size)
     store = GradientStore.open(path)
     adapter = adapter_identity(model)
-    plan = Plan.again(store, model, dataset, data_collator, None, remove_unused_columns, task)
+    plan = Plan.again(store, model, dataset, point, data_collator, remove_unused_columns, task)
     if hasattr(target, "with_task"):
         target = target.with_task(plan.task)
-    _check_place(store, split, point, adapter, overwrite)
+    _check_place(store, split, point, overwrite)
     fingerprint, lengths = plan.examples.survey()
     carried = {name: _column(dataset, name) for name in getattr(target, "columns", ())}
     examples = _Carrying(dataset, model, data_collator, None, remove_unused_columns)
@@ -118,14 +118,14 @@ def collect_target(
         slope = None
         if combine is not None:
             with torch.no_grad():
-                (sums,) = over(todo, lambda batch: [_numbers(target, model, _on(batch, device), many=True)])
+                (sums,) = over(todo, lambda batch: [_numbers(target, model, on_device(batch, device), many=True)])
             sums.requires_grad_()
             value = combine(sums)
             _check_scalar(value, "combine")
             (slope,) = torch.autograd.grad(value, sums)
 
         def back(batch: dict[str, Any]) -> list[Tensor]:
-            numbers = _numbers(target, model, _on(batch, device), many=combine is not None)
+            numbers = _numbers(target, model, on_device(batch, device), many=combine is not None)
             _check_grown(numbers, name)
             scalar = numbers if slope is None else numbers @ slope
             parts = torch.autograd.grad(scalar, list(blocks.values()), materialize_grads=True)
@@ -167,15 +167,8 @@ class _Carrying(Examples):
         return {**super().batch(positions), **numbers}
 
 
-def _check_place(store: GradientStore, split: str, point: int, adapter: str, overwrite: bool) -> None:
-    """Whether a split of these weights can be put there, before the pass over the queries."""
-    stored = store.adapter(point)
-    if stored not in (None, adapter):
-        raise StoreMismatch(
-            f"{store.path} holds rows at other values of the adapter (point {point}, stored hash {stored}, now "
-            f"{adapter}). A target at other weights cannot be compared with them: pass the model with which they were "
-            "collected, or its point."
-        )
+def _check_place(store: GradientStore, split: str, point: int, overwrite: bool) -> None:
+    """Whether the split can be put there, before the pass over the queries."""
     if split in store.splits(point) and not overwrite:
         raise StoreMismatch(
             f"{store.path} holds a split {split!r} at point {point} already, and whether it is of the same target "
@@ -204,10 +197,6 @@ def _groups(dataset: Any, by: str | None, name: str, n: int) -> dict[str, list[i
     for i, value in enumerate(_column(dataset, by)):
         groups.setdefault(str(value), []).append(i)
     return groups
-
-
-def _on(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
-    return {name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()}
 
 
 def _numbers(target: Target, model: nn.Module, batch: dict[str, Any], many: bool) -> Tensor:
