@@ -56,9 +56,10 @@ class GradientCapture(TrainerCallback):
         Trainer(model=peft_model, ..., callbacks=[capture]).train()
         scores = attribute("runs/sst2", method="datainf")
 
-    What could go wrong is looked at before the first step: trainable parameters without a rule, missing labels, a
-    folder that is taken, a disk that is too small, queries of another kind. Training itself is left alone, to the last
-    bit.
+    What could go wrong is looked at before the first step: trainable parameters without a rule, missing labels, labels
+    and tokens that the model lacks, a folder that is taken or cannot be written to, a disk that is too small, queries
+    of another kind. Training itself is left alone, to the last bit; should an error come after its last step, the model
+    is saved in `trained-<step>` of the Trainer's output folder.
 
     At the end the rows are collected through the Trainer's own collator, in evaluation mode, at the weights that
     `trainer.model` has then (the best ones with `load_best_model_at_end`); see `collect` for what a row is.

@@ -100,6 +100,8 @@ def test_mean_of_no_queries(tmp_path: Path) -> None:
     store = make_store(tmp_path, TRAIN, {"layer": torch.zeros(0, 8)})
     with pytest.raises(MissingRows, match="no mean query"):
         attribute(store, "ip", queries="mean")
+    with pytest.raises(MissingRows, match="holds no examples, so there is no score"):
+        attribute(store, "ip", queries=[])
 
 
 def test_missing_statistic_says_what_there_is(tmp_path: Path) -> None:

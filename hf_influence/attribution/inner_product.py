@@ -89,8 +89,9 @@ class InnerProduct(Identity, Method, name="ip"):
                 raise MissingRows(f"{query.folder} holds no examples, so there is no mean query. Collect some queries.")
             return torch.full((1, len(query)), 1 / len(query), dtype=query.dtype)
         groups = self._groups(query)
-        member = torch.tensor([[group == other for other in groups] for group in dict.fromkeys(groups)])
-        member = member.reshape(-1, len(groups)).to(query.dtype)  # [q, m]
+        names = list(dict.fromkeys(groups))
+        member = torch.tensor([[group == other for other in groups] for group in names], dtype=query.dtype)
+        member = member.reshape(len(names), len(groups))  # [q, m], also of none
         return member / member.sum(1, keepdim=True)
 
     def _groups(self, query: Rows) -> list[Any]:
