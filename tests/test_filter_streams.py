@@ -222,7 +222,7 @@ def test_what_a_stream_cannot_tell_is_refused(captured: tuple[Path, Scores]) -> 
         (lambda: DatasetFilter(keep_tokens=9).apply(stream, scores, by=by), "keep_tokens.*at its end"),
         (lambda: DatasetFilter(drop=3).apply(stream, [scores, other], by=by), "of different examples"),
         (lambda: DatasetFilter(drop=3).apply(stream, other, by=by), "of all 10 scored examples"),
-        (lambda: Relabel(suspects=DatasetFilter(drop=3), label="labels").apply(stream, scores, None, by), "'label'"),
+        (lambda: Relabel(suspects=DatasetFilter(drop=3), label="labels").apply(stream, scores, by=by), "'label'"),
         (lambda: Relabel(suspects=DatasetFilter(drop=3), label="labels").apply(stream, named), "labels of a stream"),
     ]
     for refused, message in cases:
