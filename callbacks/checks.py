@@ -294,16 +294,15 @@ def warn_of_prompts(plans: Mapping[str, Any]) -> None:
     Args:
         plans: How the rows of each split are made.
     """
-    out = {split: _leaves_out(plan) for split, plan in plans.items() if split in ("train", "query")}
-    if out.get("train") is not None and out["train"] == (not out.get("query", out["train"])):
-        some, all_ = ("training examples", "queries") if out["train"] else ("queries", "training examples")
-        logger.warning(
-            "the labels of the %s leave tokens out (-100), as those of prompts, and the labels of the %s leave out "
-            "none, so their gradients are of other kinds of text. Give both in one format, prompts and completions or "
-            "conversations, or both as text",
-            some,
-            all_,
-        )
+    train, query = (_leaves_out(plans.get(split)) for split in ("train", "query"))
+    if None in (train, query) or train == query:
+        return
+    logger.warning(
+        "the labels of the %s leave tokens out (-100), as those of prompts, and the labels of the %s leave out none, "
+        "so their gradients are of other kinds of text. Give both in one format, prompts and completions or "
+        "conversations, or both as text",
+        *(("training examples", "queries") if train else ("queries", "training examples")),
+    )
 
 
 def _leaves_out(plan: Any) -> bool | None:

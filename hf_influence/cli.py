@@ -206,8 +206,9 @@ def _curate(rule: Any, data: str, split: str, scores: Path, output: Path, **more
             f"--output {output} is the dataset itself, or in it, and rows would be lost. Name another folder."
         )
     check_folder(output)
-    named = Scores.load(scores) if scores.is_file() else _rows(scores)
-    curated = rule.apply(_load(data, split, _text_ids(named)), scores, split=split, **more)
+    given = Scores.load(scores) if scores.is_file() else scores
+    texts = _text_ids(given if isinstance(given, Scores) else _rows(given))
+    curated = rule.apply(_load(data, split, texts), given, split=split, **more)
     save_curated(curated, rule.report, output)
     print(f"{rule.report}\nwritten to {output}; datasets.load_from_disk({str(output)!r}) reads it")
 

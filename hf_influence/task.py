@@ -214,6 +214,12 @@ def unwrapped(model: Any) -> Any:
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
+def text_config(model: Any) -> Any:
+    """The configuration of the model, of one that reads more than text that of its language model; `None` if none."""
+    config: Any = getattr(unwrapped(model), "config", None)
+    return config.get_text_config() if hasattr(config, "get_text_config") else config
+
+
 def labels_of(batch: dict[str, Any]) -> Tensor:
     """The labels of a collated batch, taken out of it.
 

@@ -152,7 +152,8 @@ class Selection:
         steps = {part.points[0]: part.first_step() if len(part.train) else -1 for part in several.parts}
         if None in [step for point, step in steps.items() if point]:
             return several
-        return replace(self, points=tuple(sorted(points, key=lambda point: steps[point] if point else -2)))  # type: ignore[arg-type,return-value]
+        ordered = tuple(sorted(points, key=lambda point: steps[point] if point else -2))  # type: ignore[arg-type,return-value]
+        return several if ordered == several.points else replace(self, points=ordered)  # whose rows are open already
 
     def compressed(self, compressor: Compressor) -> Selection:
         """The same whole rows, compressed while they are read."""

@@ -15,7 +15,17 @@ from torch import Tensor, nn
 from hf_influence.dataset.contents import column_codes
 from hf_influence.errors import BadExample, BadSetting
 from hf_influence.gradients.packing import Packing
-from hf_influence.task import IGNORED, LABELS, CausalLM, Classification, Seq2SeqLM, Task, labels_of, unwrapped
+from hf_influence.task import (
+    IGNORED,
+    LABELS,
+    CausalLM,
+    Classification,
+    Seq2SeqLM,
+    Task,
+    labels_of,
+    text_config,
+    unwrapped,
+)
 
 SURVEYED = 1024
 TRIED = 32
@@ -83,9 +93,7 @@ class Examples:
         else:
             self._columns = None
         self._dataset = dataset
-        config: Any = getattr(model, "config", None)
-        config = config.get_text_config() if hasattr(config, "get_text_config") else config
-        pad_token_id = getattr(config, "pad_token_id", None)
+        pad_token_id = getattr(text_config(model), "pad_token_id", None)
         self.pad = padding_with(pad_token_id if isinstance(pad_token_id, int) else 0)
         self._collate = collate or self.pad
         self._surveyed: tuple[str, list[int]] | None = None

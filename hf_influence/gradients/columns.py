@@ -11,7 +11,7 @@ from datasets import Dataset
 from torch import nn
 
 from hf_influence.errors import BadExample
-from hf_influence.task import IGNORED, LABELS, CausalLM, Classification, LanguageModel, Task, unwrapped
+from hf_influence.task import IGNORED, LABELS, CausalLM, Classification, LanguageModel, Task, text_config, unwrapped
 
 SINGLE = (None, "single_label_classification")
 
@@ -62,8 +62,7 @@ def stored(dataset: Any, names: Iterable[str]) -> Iterable[Mapping[str, Any]]:
 
 def vocabularies(model: nn.Module) -> tuple[int | None, int | None]:
     """How many tokens the model reads and how many it writes, at most; `None` where its layers do not say."""
-    config: Any = getattr(unwrapped(model), "config", None)
-    config = config.get_text_config() if hasattr(config, "get_text_config") else config
+    least = getattr(text_config(model), "vocab_size", None) or 0
 
     def size(end: str, of: str) -> int | None:
         layer = None
@@ -71,7 +70,7 @@ def vocabularies(model: nn.Module) -> tuple[int | None, int | None]:
             layer = getattr(unwrapped(model), end)()
         layer = getattr(layer, "base_layer", getattr(layer, "original_module", layer))  # below PEFT
         found = getattr(layer, of, None)
-        return None if found is None else max(found, getattr(config, "vocab_size", None) or 0)
+        return None if found is None else max(found, least)
 
     return size("get_input_embeddings", "num_embeddings"), size("get_output_embeddings", "out_features")
 

@@ -99,11 +99,7 @@ def write_whole(file: Path, text: str) -> None:
 
 
 def save_tensors(
-    file: Path,
-    tensors: Mapping[str, Tensor],
-    metadata: dict[str, str] | None = None,
-    *,
-    advice: str = "Make room and run the same again.",
+    file: Path, tensors: Mapping[str, Tensor], *, advice: str = "Make room and run the same again."
 ) -> None:
     """Replace `file` in one step by one of named tensors, none of which shares memory with another.
 
@@ -113,7 +109,7 @@ def save_tensors(
     part = file.with_name(file.name + ".part")
     try:
         kept = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-        save_file(kept, part, metadata)
+        save_file(kept, part)
         with open(part, "rb+") as handle:
             os.fsync(handle.fileno())
         part.replace(file)
