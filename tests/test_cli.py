@@ -15,8 +15,9 @@ from datasets import Dataset, DatasetDict, NamedSplit, load_from_disk
 from stores import make_store
 from typer.testing import CliRunner
 
-from hf_influence import GradientStore, Scores, attribute, cli
-from hf_influence.filter import DatasetFilter, Relabel
+from hf_influence import GradientStore, Scores, attribute, cli, methods
+from hf_influence.errors import BadSetting
+from hf_influence.filter import DatasetFilter, Decision, Relabel
 
 N = 4
 
@@ -100,7 +101,7 @@ def said(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *w
         ("attribute store --data disk", "--groups is a column of --data. Give both"),
         ("attribute store --data disk --groups task", "--groups task is no column of disk, which has ['text']"),
         ("attribute s.st --data disk --groups text", "s.st is not a gradient store"),
-        ("attribute store --output s.st/x", "could not write the scores to s.st/x"),
+        ("attribute store --output s.st/x", "could not write s.st/x"),
         ("attribute store --data disk --groups text --method ip", "method 'ip' has no setting 'groups'"),
         ("attribute named --data turned --groups label", "are in another order than those of named"),
         ("attribute store --set method=ip", "--set method=ip is no setting"),
@@ -286,3 +287,55 @@ def test_ids_are_shown_without_control_characters(tmp_path: Path) -> None:
     assert all(line.isprintable() for line in output.splitlines())
     assert len(output.split("least worth keeping:\n")[1].splitlines()) == 3
     assert "two\\nlines" in output
+
+
+def test_the_command_line_lists_every_method() -> None:
+    listed = json.loads(CliRunner().invoke(cli.app, ["methods", "--json"]).output)
+    assert list(listed) == list(methods())
+    shown = CliRunner().invoke(cli.app, ["methods"], env={"COLUMNS": "200"}).output
+    assert all(name in shown for name in methods())
+
+
+def test_the_command_line_scores_a_store_and_curates_a_dataset(tmp_path: Path) -> None:
+    train = {"a": torch.tensor([[1.0, 0.0], [-1.0, 0.0], [1.0, 0.5], [0.5, 1.0]])}
+    stats = {"loss": torch.tensor([0.1, 2.0, 0.2, 0.3])}
+    store = str(make_store(tmp_path / "store", train, {"a": torch.tensor([[1.0, 0.0]])}, stats=stats).path)
+    rows = Dataset.from_dict({"text": ["good", "bad", "fine", "fair"]})
+    rows.to_json(tmp_path / "rows.jsonl")
+    rows.save_to_disk(tmp_path / "rows")
+
+    file = str(tmp_path / "scores.safetensors")
+    done = CliRunner().invoke(cli.app, ["attribute", store, "--lowest", "1", "--output", file])
+    assert done.exit_code == 0, done.output
+    assert "4 examples by auto" in done.output
+    assert "least worth keeping:\n  1  " in done.output
+    done = CliRunner().invoke(cli.app, ["attribute", store, "--method", "vote", "--set", "k=1"])
+    assert '"k": 1' in done.output
+
+    for data, given, how in (("rows.jsonl", file, ["--drop", "1"]), ("rows", store, ["--keep", "0.75"])):
+        output = tmp_path / f"curated-{data}"
+        done = CliRunner().invoke(cli.app, ["filter", str(tmp_path / data), given, *how, "--output", str(output)])
+        assert done.exit_code == 0, done.output
+        assert "kept 3 of 4 rows by auto" in done.output
+        assert load_from_disk(output)["text"][:] == ["good", "fine", "fair"]
+        assert "1" in Decision.load(output / "decision.json").explain(1)
+    rows.add_column("label", [0, 0, 1, 1]).save_to_disk(tmp_path / "classes")
+    output = tmp_path / "relabelled"
+    how = ["--how", "flip", "--suspects", "1"]
+    done = CliRunner().invoke(cli.app, ["relabel", str(tmp_path / "classes"), file, *how, "--output", str(output)])
+    assert done.exit_code == 0, done.output
+    assert load_from_disk(output)["label"][:] == [0, 1, 1, 1]
+    for wrong in (["attribute", store, "--set", "k"], ["filter", str(tmp_path / "rows"), store, "--output", "x"]):
+        assert isinstance(CliRunner().invoke(cli.app, wrong).exception, BadSetting)
+
+
+def test_an_error_for_the_user_comes_without_a_traceback_and_markup_in_it_is_text(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail() -> None:
+        raise BadSetting("no [bold]such[/] thing")
+
+    monkeypatch.setattr(cli, "app", fail)
+    with pytest.raises(SystemExit, match="1"):
+        cli.main()
+    assert "error: no [bold]such[/] thing" in capsys.readouterr().err
