@@ -35,7 +35,7 @@ from hf_influence.filter.relabel import Relabel
 from hf_influence.filter.replay import carried_out
 from hf_influence.filter.whole import Rule, decide_on_scored, on_whole
 from hf_influence.gradients.processes import first_process_first, rank, wait_for_all
-from hf_influence.plain import as_kept
+from hf_influence.saving import as_kept
 from hf_influence.scores import LOG_ODDS, Scores
 
 OF_EACH = {"groups", "labels", "texts"}

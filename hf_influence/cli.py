@@ -104,7 +104,7 @@ def attribute(
     from hf_influence.errors import BadSetting
     from hf_influence.filter.replay import of_split
     from hf_influence.filter.wording import printable
-    from hf_influence.plain import as_json
+    from hf_influence.saving import as_json
 
     if output is not None and output.is_dir():
         raise BadSetting(f"--output {output} is a folder, and scores go into a file. Name one: {output}/scores.st.")

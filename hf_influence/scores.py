@@ -11,12 +11,11 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from scipy.stats import rankdata
 from torch import Tensor
 
 from hf_influence.errors import BadSetting, MissingRows, StoreError
-from hf_influence.plain import as_json
+from hf_influence.saving import as_json, save_tensors
 
 LOG_ODDS = "log_odds"
 """In the report of scores that are the log-odds of a right label, ln((1 − p) / p) for a wrong one's probability p."""
@@ -128,20 +127,9 @@ class Scores:
             BadSetting: A setting or an id that JSON cannot hold; nothing is written then.
             StoreError: It cannot be written there; an earlier file stays.
         """
-        path = Path(path)
         about = as_json({field.name: getattr(self, field.name) for field in fields(self) if field.name != "values"})
-        part = path.with_name(path.name + ".part")
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            try:
-                save_file({"values": self.values.contiguous()}, part, metadata={"scores": about})
-                part.replace(path)
-            finally:
-                part.unlink(missing_ok=True)
-        except (OSError, SafetensorError) as error:
-            raise StoreError(
-                f"could not write the scores to {path} ({error}). Make room there, or name another file."
-            ) from error
+        advice = "Make room there, or name another file."
+        save_tensors(Path(path), {"values": self.values}, about={"scores": about}, advice=advice)
 
     @classmethod
     def load(cls, path: str | Path) -> Scores:

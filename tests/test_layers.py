@@ -15,7 +15,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 ORDER = (
     {"errors"},
-    {"plain"},
+    {"saving"},
     {"store", "scores", "task"},
     {"dataset"},
     {"gradients", "curvature"},

@@ -165,7 +165,7 @@ def full_for(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
             raise OSError(errno.ENOSPC, "No space left on device")
         save_file(content, file, metadata)
 
-    monkeypatch.setattr("hf_influence.store.files.save_file", save)
+    monkeypatch.setattr("hf_influence.saving.save_file", save)
 
 
 def test_a_disk_that_fills_up_keeps_the_rows_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

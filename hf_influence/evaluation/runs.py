@@ -13,8 +13,7 @@ from typing import Any
 
 from hf_influence.errors import BadSetting, StoreError, StoreMismatch
 from hf_influence.evaluation.provenance import provenance
-from hf_influence.plain import as_kept
-from hf_influence.store.files import write_json
+from hf_influence.saving import as_kept, write_json
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from hf_influence.errors import BadExample, BadSetting
 from hf_influence.filter.actions import DONE
 from hf_influence.filter.on_disk import text_of
 from hf_influence.filter.wording import markdown
-from hf_influence.store.files import write_whole
+from hf_influence.saving import write_whole
 
 if TYPE_CHECKING:
     from hf_influence.filter.decision import Decision

@@ -21,7 +21,7 @@ from hf_influence.filter.replay import replayed, undone
 from hf_influence.filter.report import Removed
 from hf_influence.filter.wording import number, printable, quoted, settings_of
 from hf_influence.scores import Scores
-from hf_influence.store.files import write_whole
+from hf_influence.saving import write_whole
 
 if TYPE_CHECKING:
     from hf_influence.filter.streams import By

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from hf_influence.dataset.contents import code_of_all
 from hf_influence.errors import StoreError
 from hf_influence.filter.actions import DONE, Written
-from hf_influence.plain import as_kept
+from hf_influence.saving import as_kept
 
 if TYPE_CHECKING:
     from hf_influence.filter.decision import Decision

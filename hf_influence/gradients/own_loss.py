@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hf_influence.errors import BadSetting
-from hf_influence.plain import as_kept
+from hf_influence.saving import as_kept
 from hf_influence.task import IGNORED, CausalLM, Classification, LanguageModel, Outcome, Reduction, Seq2SeqLM, Task
 from hf_influence.task import task_of as model_task
 

@@ -20,9 +20,9 @@ from hf_influence.gradients.example_losses import losses_by
 from hf_influence.gradients.identity import adapter_identity
 from hf_influence.gradients.own_loss import OwnTask, task_of
 from hf_influence.gradients.processes import first_process_first
-from hf_influence.plain import as_kept
 from hf_influence.points.point import Point, moving, set_values, trainable, trainable_values
-from hf_influence.store.files import read_json, save_tensors, write_json
+from hf_influence.saving import as_kept, save_tensors, write_json
+from hf_influence.store.files import read_json
 from hf_influence.task import Reduction, Task
 
 

@@ -8,18 +8,16 @@ The JSON is written last and deleted first, so an artifact is there whole or not
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor
 
 from hf_influence.errors import BadSetting, MissingRows, StoreError, StoreMismatch
-from hf_influence.store.files import check_room, open_shard, read_json, sha256, write_json
+from hf_influence.saving import save_tensors, write_json
+from hf_influence.store.files import check_room, open_shard, read_json, sha256
 from hf_influence.store.gradient_store import GradientStore
 from hf_influence.store.points import point_folder
 from hf_influence.store.rows import Rows
@@ -77,20 +75,18 @@ def write_artifact(
     folder = point_folder(store.path, point)
     _check_adapter(folder, name, adapter, store.adapter(point))
     check_room(folder, sum(tensor.nbytes for tensor in tensors.values()))
-    folder.mkdir(parents=True, exist_ok=True)
     about, file = folder / f"{name}.json", folder / f"{name}.safetensors"
-    part = file.with_suffix(".part")
+    new, advice = file.with_suffix(".new"), "The rows beside it are safe; make room."
+    save_tensors(new, tensors, advice=advice)
     try:
-        save_file({key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}, part)
-        with open(part, "rb+") as handle:
-            os.fsync(handle.fileno())
         about.unlink(missing_ok=True)
-        part.replace(file)
+        new.replace(file)
         content = {"adapter": adapter, "bytes": file.stat().st_size, "sha256": sha256(file), "details": details}
         write_json(about, content)
-    except (OSError, SafetensorError) as error:
-        part.unlink(missing_ok=True)
-        raise StoreError(f"could not write {file} ({error}). The rows beside it are safe; make room.") from error
+    except OSError as error:
+        raise StoreError(f"could not write {about} ({error}). {advice}") from error
+    finally:
+        new.unlink(missing_ok=True)
 
 
 def has_artifact(store: GradientStore, name: str) -> bool:

@@ -7,7 +7,8 @@ from pathlib import Path
 from torch import Tensor
 
 from hf_influence.errors import MissingRows
-from hf_influence.store.files import open_shard, save_tensors
+from hf_influence.saving import save_tensors
+from hf_influence.store.files import open_shard
 
 
 class Displacement:

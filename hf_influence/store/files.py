@@ -1,19 +1,15 @@
-"""Files that appear whole, and errors that say which file it was."""
+"""Whether files fit and can be written, and reading them with errors that say which it was."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
-from collections.abc import Mapping
 from pathlib import Path
 from tempfile import TemporaryFile
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-from torch import Tensor
 
 from hf_influence.errors import StoreError
 
@@ -77,43 +73,3 @@ def read_json(file: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise StoreError(f"{file} is not a JSON object. Delete {file.parent} and collect it again.")
     return content
-
-
-def write_json(file: Path, content: dict[str, Any]) -> None:
-    """A file of JSON; see `write_whole`."""
-    write_whole(file, json.dumps(content, indent=1))
-
-
-def write_whole(file: Path, text: str) -> None:
-    """Replace `file` in one step, so that a reader sees the old or the new text and never half of one."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    part = file.with_name(file.name + ".part")
-    try:
-        with part.open("w", encoding="utf-8", newline="") as new:
-            new.write(text)
-            new.flush()
-            os.fsync(new.fileno())
-        part.replace(file)
-    finally:
-        part.unlink(missing_ok=True)
-
-
-def save_tensors(
-    file: Path, tensors: Mapping[str, Tensor], *, advice: str = "Make room and run the same again."
-) -> None:
-    """Replace `file` in one step by one of named tensors, none of which shares memory with another.
-
-    Raises:
-        StoreError: The disk is full or not writable; what was there is still there. Ends in the advice.
-    """
-    part = file.with_name(file.name + ".part")
-    try:
-        kept = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-        save_file(kept, part)
-        with open(part, "rb+") as handle:
-            os.fsync(handle.fileno())
-        part.replace(file)
-    except (OSError, SafetensorError) as error:
-        raise StoreError(f"could not write {file} ({error}). {advice}") from error
-    finally:
-        part.unlink(missing_ok=True)

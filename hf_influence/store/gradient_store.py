@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from hf_influence.errors import BadSetting, MissingRows, StoreError, StoreMismatch
+from hf_influence.saving import write_json
 from hf_influence.store.displacement import Displacement
-from hf_influence.store.files import check_room, check_writable, open_shard, read_json, write_json
+from hf_influence.store.files import check_room, check_writable, open_shard, read_json
 from hf_influence.store.header import Header
 from hf_influence.store.points import SPAN, PointAbout, point_folder, point_numbers
 from hf_influence.store.rows import Manifest, Rows

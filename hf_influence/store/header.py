@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from hf_influence.errors import StoreMismatch
-from hf_influence.plain import as_kept
+from hf_influence.saving import as_kept
 
 
 @dataclass(frozen=True, kw_only=True)

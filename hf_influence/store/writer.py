@@ -15,7 +15,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from hf_influence.errors import StoreError, StoreMismatch
-from hf_influence.store.files import open_shard, save_tensors, sha256, write_json
+from hf_influence.saving import save_tensors, write_json
+from hf_influence.store.files import open_shard, sha256
 from hf_influence.store.header import Header
 from hf_influence.store.rows import Manifest
 

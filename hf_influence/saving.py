@@ -1,0 +1,95 @@
+"""What is kept in a file: plain values as JSON has them, and files that appear whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+
+from hf_influence.errors import BadSetting, StoreError
+
+
+def as_json(content: Any) -> str:
+    """JSON text; numbers of numpy, tensors, arrays and columns as the plain values that they hold.
+
+    Raises:
+        BadSetting: It has something that JSON cannot hold.
+    """
+    try:
+        return json.dumps(content, default=_plain)
+    except TypeError as error:
+        raise BadSetting(
+            f"what is to be saved cannot be written as JSON ({error}), so it could not be read again. Use numbers, "
+            "text, lists and dictionaries of text in settings and ids."
+        ) from error
+
+
+def as_kept(content: Any) -> Any:
+    """The same as it comes back from a file; errors as in `as_json`."""
+    return json.loads(as_json(content))
+
+
+def _plain(value: Any) -> Any:
+    if hasattr(value, "tolist"):
+        return value.tolist()
+    if isinstance(value, Sequence):
+        return list(value)
+    raise TypeError(f"it has a {type(value).__name__}")
+
+
+def write_json(file: Path, content: dict[str, Any]) -> None:
+    """A file of JSON; see `write_whole`."""
+    write_whole(file, json.dumps(content, indent=1))
+
+
+def write_whole(file: Path, text: str) -> None:
+    """Replace `file` in one step, so that a reader sees the old or the new text and never half of one."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    part = file.with_name(file.name + ".part")
+    try:
+        with part.open("w", encoding="utf-8", newline="") as new:
+            new.write(text)
+            new.flush()
+            os.fsync(new.fileno())
+        part.replace(file)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def save_tensors(
+    file: Path,
+    tensors: Mapping[str, Tensor],
+    *,
+    about: Mapping[str, str] | None = None,
+    advice: str = "Make room and run the same again.",
+) -> None:
+    """Replace `file` in one step by one of named tensors, none of which shares memory with another.
+
+    Args:
+        file: A safetensors file; its folder is made.
+        tensors: Name -> tensor.
+        about: Text to keep in its header, by name.
+        advice: What the error ends in.
+
+    Raises:
+        StoreError: The disk is full or not writable; what was there is still there.
+    """
+    part = file.with_name(file.name + ".part")
+    kept = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            save_file(kept, part, metadata=None if about is None else dict(about))
+            with open(part, "rb+") as handle:
+                os.fsync(handle.fileno())
+            part.replace(file)
+        finally:
+            part.unlink(missing_ok=True)
+    except (OSError, SafetensorError) as error:
+        raise StoreError(f"could not write {file} ({error}). {advice}") from error
