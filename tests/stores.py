@@ -19,6 +19,16 @@ Blocks = dict[str, Tensor]
 """Block -> rows `[n, d]`."""
 
 
+def stats_with_copies(n: int) -> dict[str, Tensor]:
+    """Statistics of examples of many lengths; the first three of them are the same example, and the next two."""
+    return {
+        "length": torch.arange(n) // 2 + 3,
+        "n_tokens": torch.ones(n, dtype=torch.long),
+        "hash": torch.tensor([7, 7, 7, 8, 8, *range(100, 95 + n)]),
+        "loss": torch.linspace(-1, 2, n, dtype=torch.float64).square(),
+    }
+
+
 def make_store(
     path: Path,
     train: Blocks,

@@ -185,3 +185,28 @@ def test_groups_of_unequal_size_get_the_same_mean_suspicion():
 def test_mislabel_detection_says_what_does_not_fit(flags, within, message):
     with pytest.raises(BadSetting, match=message):
         mislabel_detection(one_column([1.0, 2.0, 3.0]), flags, within=within)
+
+
+def test_each_kind_is_held_against_the_right_examples_alone():
+    scores = one_column([5.0, 4.0, 3.0, 1.0, 3.5, 6.0, 7.0])
+    wrong = [False, False, False, True, True, True, True]
+    kinds = ["clean", "clean", "truncated", "truncated", "swapped", "swapped", "swapped"]
+    found = mislabel_detection(scores, wrong, kinds=kinds)
+    # swapped: 3.5 is below two of three, 6 and 7 above all; what is said of right examples does not count
+    assert found.auc_by_kind == {"swapped": pytest.approx(2 / 9), "truncated": 1.0}
+    assert found.auc == mislabel_detection(scores, wrong).auc
+
+
+def test_kinds_within_tasks_are_ranked_as_if_the_other_kinds_were_not_there():
+    draw = torch.Generator().manual_seed(2)
+    values = torch.randn(60, generator=draw)
+    task = [i % 4 for i in range(60)]
+    kinds = [["clean", "clean", "cut", "swap"][i // 15] for i in range(60)]
+    wrong = [kind != "clean" for kind in kinds]
+    by_kind = mislabel_detection(one_column(values), wrong, within=task, kinds=kinds).auc_by_kind
+    for kind in ("cut", "swap"):
+        rows = [i for i in range(60) if kinds[i] in ("clean", kind)]
+        alone = mislabel_detection(one_column(values[rows]), [wrong[i] for i in rows], within=[task[i] for i in rows])
+        assert by_kind[kind] == alone.auc
+    with pytest.raises(BadSetting, match=r"kinds has 2 .* cover 60"):
+        mislabel_detection(one_column(values), wrong, kinds=["a", "b"])

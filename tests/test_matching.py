@@ -16,7 +16,7 @@ from watched import EXAMPLES, train
 from hf_influence import DatasetFilter, attribute, collect
 from hf_influence.attribution.combined import combined
 from hf_influence.callbacks import CurateEachEpoch, GradientCapture
-from hf_influence.dataset.contents import column_codes
+from hf_influence.dataset.contents import column_codes, content_of
 from hf_influence.errors import BadSetting
 from hf_influence.evaluation import out_of_fold
 from hf_influence.filter import Relabel, StreamRows
@@ -159,3 +159,10 @@ def test_scores_of_a_stream_are_not_taken_for_those_of_a_dataset(tmp_path: Path)
     assert [tuple(row["input_ids"]) for row in kept] == [
         key for row in EXAMPLES if (key := tuple(row["input_ids"])) not in worst
     ]
+
+
+def test_the_content_of_a_dataset_tells_it_from_others() -> None:
+    rows = Dataset.from_dict({"a": ["x", "y"], "b": [1, 2]})
+    assert content_of(rows) == content_of(Dataset.from_dict(rows.to_dict())) == content_of(rows.with_format("torch"))
+    others = [rows.select([0]), rows.select([1, 0]), rows.rename_column("b", "c"), rows.select([])]
+    assert len({content_of(one) for one in [rows, *others]}) == 5
