@@ -10,6 +10,9 @@ from typing import Any
 import pandas as pd
 import pytest
 import torch
+import watched
+from datasets import Dataset, IterableDataset
+from models import tiny
 from scipy.optimize import brentq
 from scipy.stats import norm, rankdata, spearmanr
 from sightings import estimated_share
@@ -22,7 +25,9 @@ from hf_influence.attribution import lacking
 from hf_influence.attribution.share_wrong import Sighting, sighting
 from hf_influence.attribution.trust import divide
 from hf_influence.attribution.witnesses import ANSWERS
+from hf_influence.callbacks import GradientCapture
 from hf_influence.errors import BadExample, BadSetting, MissingRows
+from hf_influence.evaluation import mislabel_detection
 from hf_influence.store import GradientStore
 
 N, M = 12, 6
@@ -396,6 +401,23 @@ def test_ranks_are_within_groups(tmp_path: Path, whole: bool) -> None:
         attribute(tmp_path, **scores.settings)
     with pytest.raises(BadSetting, match=r"groups=.* is not a sequence of 10 groups"):
         attribute(tmp_path, groups=groups[:5])
+
+
+def test_groups_of_a_stream_without_ids_are_refused(tmp_path: Path) -> None:
+    def captured(name: str, **settings: Any) -> GradientStore:
+        capture = GradientCapture(tmp_path / name, during="epochs", at_end=False, **settings)
+        stream = IterableDataset.from_generator(lambda: iter(watched.EXAMPLES[::-1]))
+        watched.train(tiny(torch.float32), tmp_path, capture, data=stream, max_steps=8)
+        return GradientStore.open(tmp_path / name)
+
+    groups = [i % 2 for i in range(10)]
+    with pytest.raises(BadSetting, match=r"groups goes by the order of the dataset.*of a stream.*id_column=…"):
+        attribute(captured("stream"), groups=groups)
+    scores = attribute(tmp_path / "stream", "loss_mean")
+    with pytest.raises(BadSetting, match=r"of a stream.*whose the is_mislabeled are"):
+        mislabel_detection(scores, groups)
+    at_hand = captured("at hand", train_dataset=Dataset.from_list(watched.EXAMPLES))
+    assert len(attribute(at_hand, groups=groups)) == 10
 
 
 def test_what_was_recorded_gives_the_same_scores(tmp_path: Path) -> None:

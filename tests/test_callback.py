@@ -13,10 +13,12 @@ import models
 import numpy as np
 import pytest
 import torch
+import watched
 from datasets import Dataset
-from models import all_rows, bert, labelled, lora, padding, prompts, roberta, stored, tiny
+from models import all_rows, bert, labelled, llama, lora, padding, prompts, roberta, stored, tiny
 from test_collect import layer_norm_too
 from torch import nn
+from torch.utils.data import Dataset as TorchDataset
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from hf_influence.attribution import attribute
@@ -251,3 +253,45 @@ def test_no_hook_remains_when_collecting_fails_at_the_end(tmp_path: Path, monkey
     with pytest.raises(BadExample, match="not finite"):
         run.train()
     assert models.state_of(model)["hooks"] == hooks
+
+
+@pytest.mark.parametrize("during", ["epochs", None])
+def test_a_path_that_is_no_folder_is_refused_before_the_first_step(tmp_path: Path, during: Any) -> None:
+    (tmp_path / "file").write_text("mine")
+    for path in (tmp_path / "file", tmp_path / "file" / "rows"):
+        seen: list[None] = []
+        kind = type("Counting", (watched.Recording,), {"training_step": lambda *_, **__: seen.append(None)})  # noqa: B023
+        with pytest.raises(StoreError, match=r"to be a folder for gradients.*Choose another path"):
+            watched.train(tiny(torch.float32), tmp_path, GradientCapture(path, during=during), kind=kind)
+        assert not seen
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_an_error_after_training_keeps_the_model_and_says_whose_examples_it_was(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Breaking(TorchDataset[Any], TrainerCallback):
+        """Cannot be read once training has begun."""
+
+        begun = False
+
+        def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
+            self.begun = True
+
+        def __len__(self) -> int:
+            return len(TRAIN)
+
+        def __getitem__(self, at: int) -> Any:
+            if self.begun:
+                raise KeyError("lost")
+            return TRAIN[at]
+
+    model, queries = tiny(torch.float32), Breaking()
+    with pytest.raises(BadExample, match=r"query_dataset: its examples do not go through.*KeyError: 'lost'"):
+        watched.train(model, tmp_path / "out", GradientCapture(tmp_path / "rows", queries), queries)
+    (folder,) = (tmp_path / "out").glob("trained-*")
+    assert f"the trained model is in {folder}" in caplog.text
+    saved = type(model).from_pretrained(llama().float(), folder)
+    for name, weight in model.named_parameters():
+        if weight.requires_grad:
+            assert torch.equal(saved.get_parameter(name), weight.detach())

@@ -388,3 +388,24 @@ def test_splits_with_other_classes_are_refused(tmp_path: Path) -> None:
     with pytest.raises(StoreMismatch, match=r"\['good', 'bad'\] in 'query' and \['bad', 'good'\] in 'train'"):
         collect(model, query, tmp_path, "query")
     collect(model, query.cast_column("labels", Value("int64")), tmp_path, "query")  # numbers say nothing of names
+
+
+def test_a_dataset_with_a_transform_is_collected(tmp_path: Path) -> None:
+    raw = Dataset.from_list([{"words": row["input_ids"], "kind": row["labels"]} for row in labelled(lambda i: i % 2)])
+
+    def transform(batch: dict[str, Any]) -> dict[str, Any]:
+        return {"input_ids": batch["words"], "labels": batch["kind"], "words": batch["words"]}
+
+    model = lora(bert(), ["query", "value"])
+    store = collect(model, raw.with_transform(transform), tmp_path / "transformed")
+    plain = collect(model, labelled(lambda i: i % 2), tmp_path / "plain")
+    name = plain.blocks[0]
+    torch.testing.assert_close(store.rows().block(name), plain.rows().block(name))
+
+
+def test_labels_that_are_no_single_class_are_named(tmp_path: Path) -> None:
+    several = labelled(lambda i: [0, 1], 4)
+    with pytest.raises(BadExample, match=r"shape \[1, 2\].*multi_label_classification"):
+        collect(lora(bert(), ["query", "value"]), several, tmp_path / "several")
+    with pytest.raises(BadExample, match=r"no labels \(it has: input_ids, attention_mask\)"):
+        collect(tiny(), EXAMPLES, tmp_path / "none", data_collator=lambda rows: padding()(rows) | {"labels": None})

@@ -12,11 +12,10 @@ from datasets import Dataset
 from models import Example, bert, labelled, llama, lora, prompts, tiny
 from torch import nn
 from torch.utils.data import Dataset as TorchDataset
-from transformers import TrainerCallback
 from watched import Recording, train
 
 from hf_influence.callbacks import GradientCapture
-from hf_influence.errors import BadExample, StoreError
+from hf_influence.errors import BadExample
 from hf_influence.gradients import collect
 from hf_influence.gradients.columns import check_columns, vocabularies
 from hf_influence.task import CausalLM, Classification, LanguageModel, Seq2SeqLM
@@ -130,45 +129,3 @@ def test_the_tokens_that_a_model_reads_and_writes() -> None:
     assert vocabularies(lora(llama(), ["q_proj"], modules_to_save=["lm_head"])) == (48, 48)
     assert vocabularies(classifier()) == (48, None)
     assert vocabularies(nn.Linear(2, 2)) == (None, None)
-
-
-@pytest.mark.parametrize("during", ["epochs", None])
-def test_a_path_that_is_no_folder_is_refused_before_the_first_step(tmp_path: Path, during: Any) -> None:
-    (tmp_path / "file").write_text("mine")
-    for path in (tmp_path / "file", tmp_path / "file" / "rows"):
-        seen: list[None] = []
-        kind = type("Counting", (Recording,), {"training_step": lambda *_, **__: seen.append(None)})  # noqa: B023
-        with pytest.raises(StoreError, match=r"to be a folder for gradients.*Choose another path"):
-            train(tiny(torch.float32), tmp_path, GradientCapture(path, during=during), kind=kind)
-        assert not seen
-    assert (tmp_path / "file").read_text() == "mine"
-
-
-def test_an_error_after_training_keeps_the_model_and_says_whose_examples_it_was(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    class Breaking(TorchDataset[Any], TrainerCallback):
-        """Cannot be read once training has begun."""
-
-        begun = False
-
-        def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
-            self.begun = True
-
-        def __len__(self) -> int:
-            return len(PROMPTS)
-
-        def __getitem__(self, at: int) -> Any:
-            if self.begun:
-                raise KeyError("lost")
-            return PROMPTS[at]
-
-    model, queries = tiny(torch.float32), Breaking()
-    with pytest.raises(BadExample, match=r"query_dataset: its examples do not go through.*KeyError: 'lost'"):
-        train(model, tmp_path / "out", GradientCapture(tmp_path / "rows", queries), queries)
-    (folder,) = (tmp_path / "out").glob("trained-*")
-    assert f"the trained model is in {folder}" in caplog.text
-    saved = type(model).from_pretrained(llama().float(), folder)
-    for name, weight in model.named_parameters():
-        if weight.requires_grad:
-            assert torch.equal(saved.get_parameter(name), weight.detach())

@@ -7,21 +7,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import datasets
 import pytest
 import torch
 from datasets import Dataset
-from models import bert, labelled, lora, padding, tiny
+from models import bert, labelled, lora
 from stores import make_store
 from torch import Tensor
-from watched import EXAMPLES, train
 
 from hf_influence import attribute, collect
 from hf_influence.attribution.share_wrong import Epoch
 from hf_influence.attribution.witnesses import OfDirections, Witness
-from hf_influence.callbacks import GradientCapture
 from hf_influence.errors import BadExample, BadSetting
-from hf_influence.evaluation import mislabel_detection
 from hf_influence.filter import DatasetFilter
 from hf_influence.store import GradientStore
 
@@ -130,44 +126,6 @@ def test_a_split_of_queries_by_another_name_is_told(tmp_path: Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         attribute(tmp_path, query_split="validation")
-
-
-def test_groups_of_a_stream_without_ids_are_refused(tmp_path: Path) -> None:
-    def captured(name: str, **settings: Any) -> GradientStore:
-        capture = GradientCapture(tmp_path / name, during="epochs", at_end=False, **settings)
-        stream = datasets.IterableDataset.from_generator(lambda: iter(EXAMPLES[::-1]))
-        train(tiny(torch.float32), tmp_path, capture, data=stream, max_steps=8)
-        return GradientStore.open(tmp_path / name)
-
-    groups = [i % 2 for i in range(10)]
-    with pytest.raises(BadSetting, match=r"groups goes by the order of the dataset.*of a stream.*id_column=…"):
-        attribute(captured("stream"), groups=groups)
-    scores = attribute(tmp_path / "stream", "loss_mean")
-    with pytest.raises(BadSetting, match=r"of a stream.*whose the is_mislabeled are"):
-        mislabel_detection(scores, groups)
-    at_hand = captured("at hand", train_dataset=Dataset.from_list(EXAMPLES))
-    assert len(attribute(at_hand, groups=groups)) == 10
-
-
-def test_a_dataset_with_a_transform_is_collected(tmp_path: Path) -> None:
-    raw = Dataset.from_list([{"words": row["input_ids"], "kind": row["labels"]} for row in labelled(lambda i: i % 2)])
-
-    def transform(batch: dict[str, Any]) -> dict[str, Any]:
-        return {"input_ids": batch["words"], "labels": batch["kind"], "words": batch["words"]}
-
-    model = lora(bert(), ["query", "value"])
-    store = collect(model, raw.with_transform(transform), tmp_path / "transformed")
-    plain = collect(model, labelled(lambda i: i % 2), tmp_path / "plain")
-    name = plain.blocks[0]
-    torch.testing.assert_close(store.rows().block(name), plain.rows().block(name))
-
-
-def test_labels_that_are_no_single_class_are_named(tmp_path: Path) -> None:
-    several = labelled(lambda i: [0, 1], 4)
-    with pytest.raises(BadExample, match=r"shape \[1, 2\].*multi_label_classification"):
-        collect(lora(bert(), ["query", "value"]), several, tmp_path / "several")
-    with pytest.raises(BadExample, match=r"no labels \(it has: input_ids, attention_mask\)"):
-        collect(tiny(), EXAMPLES, tmp_path / "none", data_collator=lambda rows: padding()(rows) | {"labels": None})
 
 
 def test_directions_tell_from_where_the_model_has_settled() -> None:
