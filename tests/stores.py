@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,15 @@ from hf_influence.store.artifacts import write_artifact
 
 Blocks = dict[str, Tensor]
 """Block -> rows `[n, d]`."""
+
+
+def random_blocks(
+    n: int, seed: int, widths: Sequence[int] | Mapping[str, int] = (7, 26), dtype: torch.dtype = torch.float64
+) -> Blocks:
+    """Rows from a normal distribution. Blocks that are given no names are layer0, layer1, …"""
+    named = widths if isinstance(widths, Mapping) else {f"layer{i}": d for i, d in enumerate(widths)}
+    generator = torch.Generator().manual_seed(seed)
+    return {name: torch.randn(n, d, generator=generator, dtype=dtype) for name, d in named.items()}
 
 
 def stats_with_copies(n: int) -> dict[str, Tensor]:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from datasets import Dataset
 from models import bert, labelled, lora, padding
-from stores import Blocks, make_store
+from stores import Blocks, make_store, random_blocks
 from torch import Tensor
 from transformers import Trainer, TrainingArguments
 
@@ -93,13 +93,8 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path: Path) -> None:
         adam_state(trainer.model, store.path, other)
 
 
-def blocks(n: int, seed: int) -> Blocks:
-    generator = torch.Generator().manual_seed(seed)
-    return {f"layer{i}": torch.randn(n, d, generator=generator, dtype=torch.float64) for i, d in enumerate((5, 12))}
-
-
 def moments(seed: int) -> dict[str, dict[str, Tensor]]:
-    draw = blocks(2, seed)
+    draw = random_blocks(2, seed, (5, 12))
     return {name: {"exp_avg": pair[0], "exp_avg_sq": pair[1].square()} for name, pair in draw.items()}
 
 
@@ -136,7 +131,7 @@ def course(path: Path) -> dict[int, tuple[Blocks, Blocks, Tensor]]:
     """Two points of training, on disk and in memory."""
     points = {}
     for point in (1, 2):
-        train, query = blocks(N, point), blocks(M, 10 + point)
+        train, query = random_blocks(N, point, (5, 12)), random_blocks(M, 10 + point, (5, 12))
         rate = torch.rand(N, dtype=torch.float64)
         stats = {"learning_rate": rate, "step": torch.arange(N)}
         make_store(path, train, query, stats=stats, point=point)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from scipy.optimize import brentq
 from scipy.stats import norm, rankdata, spearmanr
 from sightings import estimated_share
 from sklearn.metrics import roc_auc_score, roc_curve
-from stores import Blocks, make_store, make_trained_store
+from stores import Blocks, make_store, make_trained_store, random_blocks
 from torch import Tensor
 
 from hf_influence import Scores, attribute
@@ -35,9 +36,7 @@ CLASSES = {"name": "classification", "problem_type": None, "num_labels": 2}
 TEXTS = {"name": "causal_lm", "loss_reduction": "mean"}
 
 
-def blocks(n: int, seed: int) -> Blocks:
-    generator = torch.Generator().manual_seed(seed)
-    return {name: torch.randn(n, 6, generator=generator, dtype=torch.float64) for name in ("a", "b")}
+blocks = partial(random_blocks, widths={"a": 6, "b": 6})
 
 
 def losses(seed: int) -> dict[str, Tensor]:

@@ -8,7 +8,7 @@ from pathlib import Path
 import oracle
 import pytest
 import torch
-from stores import Blocks, make_store
+from stores import Blocks, make_store, random_blocks
 from torch import Tensor
 
 import hf_influence.store.rows
@@ -21,9 +21,7 @@ assert_exact = partial(torch.testing.assert_close, rtol=1e-8, atol=1e-8)
 
 def blocks(n: int, seed: int, dtype: torch.dtype = torch.float64, widths: tuple[int, ...] = (7, 26)) -> Blocks:
     """Rows with one direction that dwarfs all others, so that the spectral norm is found to the last digit."""
-    generator = torch.Generator().manual_seed(seed)
-    rows = {f"layer{i}": torch.randn(n, d, generator=generator, dtype=dtype) for i, d in enumerate(widths)}
-    return {name: g + 10 for name, g in rows.items()}
+    return {name: g + 10 for name, g in random_blocks(n, seed, widths, dtype).items()}
 
 
 TRAIN, QUERY = blocks(20, 1), blocks(5, 2)

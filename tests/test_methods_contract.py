@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from stores import Blocks, make_trained_store
+from stores import Blocks, make_trained_store, random_blocks
 
 import hf_influence.store.rows
 from hf_influence.attribution import attribute, methods
@@ -23,11 +23,8 @@ WORDS = ["", "a red house", "the house", "red red wine", "ship"]
 every_method = pytest.mark.parametrize("method", TABLE)
 
 
-def random_blocks(n: int, seed: int, widths: tuple[int, ...] = (9, 30)) -> Blocks:
-    generator = torch.Generator().manual_seed(seed)
-    return {
-        f"layer{i}.weight": torch.randn(n, d, generator=generator, dtype=torch.float64) for i, d in enumerate(widths)
-    }
+def blocks(n: int, seed: int, widths: tuple[int, ...] = (9, 30)) -> Blocks:
+    return random_blocks(n, seed, {f"layer{i}.weight": d for i, d in enumerate(widths)})
 
 
 def statistics(n: int) -> dict[str, torch.Tensor]:
@@ -47,7 +44,7 @@ def passed(method: str, n: int, m: int = 4) -> dict[str, Any]:
 
 
 def make(path: Path, n: int = 20, m: int = 4, widths: tuple[int, ...] = (9, 30)) -> GradientStore:
-    return make_trained_store(path, random_blocks(n, 1, widths), random_blocks(m, 2, widths), stats=statistics(n))
+    return make_trained_store(path, blocks(n, 1, widths), blocks(m, 2, widths), stats=statistics(n))
 
 
 def hashes(store: GradientStore) -> dict[str, str]:
@@ -71,16 +68,14 @@ def test_chunks_and_shards_do_not_change_the_scores(
     tmp_path: Path, method: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     expected = attribute(make(tmp_path / "a"), method, **passed(method, 20)).values
-    store = make_trained_store(
-        tmp_path / "b", random_blocks(20, 1), random_blocks(4, 2), stats=statistics(20), shards=7
-    )
+    store = make_trained_store(tmp_path / "b", blocks(20, 1), blocks(4, 2), stats=statistics(20), shards=7)
     monkeypatch.setattr(hf_influence.store.rows, "CHUNK_BYTES", 500)
     torch.testing.assert_close(attribute(store, method, **passed(method, 20)).values, expected)
 
 
 @every_method
 def test_permuted_rows_have_permuted_scores(tmp_path: Path, method: str) -> None:
-    train, query, stats = random_blocks(20, 1), random_blocks(4, 2), statistics(20)
+    train, query, stats = blocks(20, 1), blocks(4, 2), statistics(20)
     ids = [f"example {i}" for i in range(20)]
     order = torch.randperm(20, generator=torch.Generator().manual_seed(3))
     straight = make_trained_store(tmp_path / "a", train, query, stats=stats, ids=ids)
@@ -99,7 +94,7 @@ def test_permuted_rows_have_permuted_scores(tmp_path: Path, method: str) -> None
 
 @pytest.mark.parametrize("method", [name for name in WITH_QUERIES if {"rows", "members"} & set(TABLE[name].needs)])
 def test_copy_of_the_query_is_worth_keeping_and_its_mislabelled_copy_is_not(tmp_path: Path, method: str) -> None:
-    train, query = random_blocks(40, 1), random_blocks(1, 2)
+    train, query = blocks(40, 1), blocks(1, 2)
     label = torch.arange(40) % 2
     side = 2.0 * label - 1
     for name, v in query.items():  # class 1 looks like the query, class 0 like its opposite
@@ -127,7 +122,7 @@ def test_settings_survive_save_and_load_and_give_the_same_scores(tmp_path: Path,
 def test_another_split_of_queries_is_among_the_settings(tmp_path: Path, method: str) -> None:
     store = make(tmp_path, m=20)
     writer = store.writer("validation", adapter="", dataset="", n=20)
-    writer.append(list(range(20)), random_blocks(20, 3), {"loss": torch.zeros(20)})
+    writer.append(list(range(20)), blocks(20, 3), {"loss": torch.zeros(20)})
     writer.flush()
     writer.close()
     scores = attribute(store, method, query_split="validation")
@@ -150,7 +145,7 @@ def test_empty_and_tiny_stores(tmp_path: Path, method: str, n: int, m: int, widt
 
 @every_method
 def test_zero_gradients_give_finite_scores(tmp_path: Path, method: str) -> None:
-    train, query = random_blocks(6, 1), random_blocks(3, 2)
+    train, query = blocks(6, 1), blocks(3, 2)
     train["layer0.weight"].zero_()
     train["layer1.weight"][2] = 0
     store = make_trained_store(tmp_path, train, query, stats=statistics(6))

@@ -12,7 +12,7 @@ import pytest
 import torch
 from sklearn.ensemble import IsolationForest
 from sklearn.random_projection import johnson_lindenstrauss_min_dim
-from stores import Blocks, make_store
+from stores import make_store, random_blocks
 from torch import Tensor
 
 from hf_influence.attribution import attribute
@@ -23,12 +23,7 @@ from hf_influence.gradients.compress import Compressor, dropout, gaussian
 assert_exact = partial(torch.testing.assert_close, rtol=1e-8, atol=1e-8)
 
 
-def blocks(n: int, seed: int, dtype: torch.dtype = torch.float64, widths: tuple[int, ...] = (7, 26)) -> Blocks:
-    generator = torch.Generator().manual_seed(seed)
-    return {f"layer{i}": torch.randn(n, d, generator=generator, dtype=dtype) for i, d in enumerate(widths)}
-
-
-TRAIN, QUERY = blocks(20, 1), blocks(5, 2)
+TRAIN, QUERY = random_blocks(20, 1), random_blocks(5, 2)
 INVERSES = {"ip": oracle.identity, "datainf": oracle.mean_of_inverses, "fisher": oracle.fisher}
 
 
@@ -78,7 +73,9 @@ def test_both_sides_of_the_fisher_matrix_agree(
 
 
 def test_both_sides_of_the_fisher_matrix_agree_in_float32(tmp_path: Path) -> None:
-    store = make_store(tmp_path, blocks(30, 1, torch.float32, (300, 20)), blocks(5, 2, torch.float32, (300, 20)))
+    store = make_store(
+        tmp_path, random_blocks(30, 1, (300, 20), torch.float32), random_blocks(5, 2, (300, 20), torch.float32)
+    )
     gram, dense = (attribute(store, "fisher", side=side).values for side in ("gram", "dense"))
     assert (gram - dense).norm() / dense.norm() < 1e-5
 
@@ -163,7 +160,7 @@ def test_labels_are_recorded_by_a_fingerprint(tmp_path: Path) -> None:
 
 
 def test_projected_rows_keep_their_distances(tmp_path: Path) -> None:
-    train = blocks(12, 1, widths=(900, 1500))
+    train = random_blocks(12, 1, (900, 1500))
     rows = make_store(tmp_path, train).rows("train")
     projected = torch.from_numpy(_sketch(rows, eps=0.3, seed=0)(rows))
     assert projected.shape[1] == johnson_lindenstrauss_min_dim(12, eps=0.3) < 2400
@@ -183,7 +180,7 @@ def test_baselines_are_signed_statistics(tmp_path: Path, method: str, statistic:
 
 
 def test_random_numbers_follow_the_seed(tmp_path: Path) -> None:
-    store = make_store(tmp_path, blocks(400, 1))
+    store = make_store(tmp_path, random_blocks(400, 1))
     first, other = attribute(store, "random").values, attribute(store, "random", seed=1).values
     assert_exact(attribute(store, "random").values, first)
     assert not torch.equal(first, other)

@@ -9,7 +9,7 @@ from typing import Any
 import oracle
 import pytest
 import torch
-from stores import Blocks, make_store
+from stores import make_store, random_blocks
 from torch import Tensor
 
 from hf_influence.attribution import attribute
@@ -27,16 +27,11 @@ ENSEMBLES = {
 }
 every_ensemble = pytest.mark.parametrize("method", ENSEMBLES)
 
-
-def random(*seed: int, n: int) -> Blocks:
-    draw = torch.Generator().manual_seed(sum(100**i * s for i, s in enumerate(seed)))
-    return {name: torch.randn(n, d, generator=draw, dtype=torch.float64) for name, d in WIDTHS.items()}
-
-
-TRAIN, QUERY = random(1, n=N), random(2, n=M)
+blocks = partial(random_blocks, widths=WIDTHS)
+TRAIN, QUERY = blocks(N, 1), blocks(M, 2)
 LOSS = {point: torch.rand(N + M, generator=torch.Generator().manual_seed(point)).double() for point in range(4)}
-NEAR = [(random(3, member, n=N), random(4, member, n=M)) for member in range(3)]
-STEPS = [random(5, member, n=1) for member in range(3)]
+NEAR = [(blocks(N, 3 + 100 * member), blocks(M, 4 + 100 * member)) for member in range(3)]
+STEPS = [blocks(1, 5 + 100 * member) for member in range(3)]
 
 
 def store_of(path: Path, kinds: Any = MEMBERS, **options: Any) -> GradientStore:

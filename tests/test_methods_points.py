@@ -11,7 +11,7 @@ import pytest
 import torch
 from datasets import Dataset
 from models import bert, labelled, lora, padding
-from stores import Blocks, make_artifacts, make_store, make_trained_store
+from stores import Blocks, make_artifacts, make_store, make_trained_store, random_blocks
 from torch import Tensor
 from transformers import Trainer, TrainingArguments
 
@@ -29,15 +29,13 @@ OVER_POINTS = [name for name, about in methods().items() if "points" in about.ne
 PRESENT = {1: [0, 1, 2, 3, 4, 6, 7], 2: [0, 2, 3, 5, 6, 7], 4: [0, 1, 2, 3, 4, 7]}
 """What each point of the store holds; the example 5 is in one of them only."""
 
+blocks = partial(random_blocks, widths=(5, 12))
+narrow = partial(random_blocks, widths=(5,))
+
 
 def per_query(method: str) -> bool:
     """Whether a method has a column for each query."""
     return "queries" in methods()[method].needs and not method.startswith(("vote", "kernel_ridge"))
-
-
-def random(seed: int, n: int, *widths: int) -> Blocks:
-    generator = torch.Generator().manual_seed(seed)
-    return {f"layer{i}": torch.randn(n, d, generator=generator, dtype=torch.float64) for i, d in enumerate(widths)}
 
 
 def course(seed: int) -> tuple[Blocks, Blocks, dict[str, Tensor]]:
@@ -46,7 +44,7 @@ def course(seed: int) -> tuple[Blocks, Blocks, dict[str, Tensor]]:
     names = ("learning_rate", "loss", "margin", "el2n")
     stats = {name: torch.rand(N, generator=generator, dtype=torch.float64) for name in names}
     stats["correct"] = torch.randint(0, 2, (N,), generator=generator).double()
-    return random(seed, N, 5, 12), random(100 + seed, M, 5, 12), {**stats, "step": torch.arange(N) + 10 * seed}
+    return blocks(N, seed), blocks(M, 100 + seed), {**stats, "step": torch.arange(N) + 10 * seed}
 
 
 COURSE = {point: course(point) for point in PRESENT}
@@ -54,7 +52,7 @@ COURSE = {point: course(point) for point in PRESENT}
 
 def store_of(path: Path, points: Any = PRESENT, **options: Any) -> GradientStore:
     """The points of COURSE, and other rows at point 0."""
-    store = make_store(path, random(7, N, 5, 12), random(8, M, 5, 12), stats={"loss": torch.zeros(N)}, **options)
+    store = make_store(path, blocks(N, 7), blocks(M, 8), stats={"loss": torch.zeros(N)}, **options)
     for point in points:
         train, query, stats = COURSE[point]
         make_store(path, train, query, stats=stats, point=point, **{"present": PRESENT[point], **options})
@@ -121,7 +119,7 @@ def test_means_over_training_take_checkpoints_where_there_is_no_more(tmp_path: P
     losses = torch.arange(2.0 * N, dtype=torch.float64).view(2, N)
     for k in range(2):
         about = PointAbout("checkpoint", {"step": k})
-        make_store(tmp_path, random(k, N, 5), random(9, M, 5), stats={"loss": losses[k]}, point=5 + k, about=about)
+        make_store(tmp_path, narrow(N, k), narrow(M, 9), stats={"loss": losses[k]}, point=5 + k, about=about)
     scores = attribute(tmp_path, "loss_mean")
     assert scores.settings["points"] == [5, 6]
     assert_exact(scores.values[:, 0], -losses.mean(0))
@@ -135,7 +133,7 @@ def test_checkpoints_count_in_the_order_of_training_whatever_that_of_collecting(
             about = PointAbout("checkpoint", {"step": step})
             notes = {"correct": torch.tensor(right[step]), "loss": torch.arange(4.0) * (step == 30)}
             path = tmp_path / str(order)
-            store = make_store(path, random(0, 4, 5), stats=notes, about=about, point=number_of(path, about))
+            store = make_store(path, narrow(4, 0), stats=notes, about=about, point=number_of(path, about))
         at_end = attribute(store, parts=["loss"])
         found.append((attribute(store, "forgetting").values[:, 0].tolist(), at_end.values[:, 0].tolist()))
         assert [store.point_about(k).details["step"] for k in at_end.settings["points"]] == [10, 20, 30]
@@ -223,10 +221,10 @@ def test_other_methods_look_at_one_point(tmp_path: Path, method: str) -> None:
 def test_checkpoints_that_were_collected_are_named(tmp_path: Path) -> None:
     """TracIn as in its paper: rows at fixed weights, no learning rate known."""
     for point in (0, 1, 2):
-        make_store(tmp_path, random(point, N, 5), random(10 + point, M, 5), point=point)
+        make_store(tmp_path, narrow(N, point), narrow(M, 10 + point), point=point)
     with pytest.raises(MissingRows, match=r"without a learning rate.*weighted=False"):
         attribute(tmp_path, "tracin", points=[0, 1, 2])
-    parts = [(random(point, N, 5), random(10 + point, M, 5), torch.ones(N), list(range(N))) for point in (0, 1, 2)]
+    parts = [(narrow(N, point), narrow(M, 10 + point), torch.ones(N), list(range(N))) for point in (0, 1, 2)]
     scores = attribute(tmp_path, "tracin", points=range(3), weighted=False)
     assert_exact(scores.values, oracle.tracin(parts, N, weighted=False))
 
@@ -329,7 +327,7 @@ def test_every_method_over_points_runs_on_what_a_trainer_leaves(tmp_path: Path) 
 
 def test_a_wrong_label_sinks_where_training_memorises_it(tmp_path: Path) -> None:
     """At the end all losses are alike; on the way they were not."""
-    train, query = random(1, N, 5), random(2, M, 5)
+    train, query = narrow(N, 1), narrow(M, 2)
     late = torch.tensor([2.0 if i == 5 else 0.1 for i in range(N)])
     make_trained_store(tmp_path, train, query, stats={"loss": late})
     make_store(tmp_path, train, query, stats={"loss": torch.full((N,), 0.1), "step": torch.arange(N)}, point=4)

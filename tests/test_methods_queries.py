@@ -13,7 +13,7 @@ import pytest
 import torch
 from models import bert, labelled, lora, stored
 from sklearn.kernel_ridge import KernelRidge
-from stores import Blocks, make_store, make_trained_store
+from stores import make_store, make_trained_store, random_blocks
 from torch import Tensor, nn
 
 from hf_influence import Scores
@@ -24,12 +24,7 @@ from hf_influence.store import GradientStore
 assert_exact = partial(torch.testing.assert_close, rtol=1e-8, atol=1e-8)
 
 
-def blocks(n: int, seed: int) -> Blocks:
-    generator = torch.Generator().manual_seed(seed)
-    return {f"layer{i}": torch.randn(n, d, generator=generator, dtype=torch.float64) for i, d in enumerate((7, 26))}
-
-
-TRAIN, QUERY = blocks(20, 1), blocks(5, 2)
+TRAIN, QUERY = random_blocks(20, 1), random_blocks(5, 2)
 GROUPS = ["b", "a", "b", "c", "a"]
 COSINES = oracle.cosine(TRAIN, QUERY)
 
@@ -131,7 +126,7 @@ def test_lengths_do_not_matter_and_a_zero_gradient_is_neutral(tmp_path: Path, me
 def test_one_column_has_the_name_of_the_method_and_needs_a_query(tmp_path: Path, method: str) -> None:
     assert attribute(make_store(tmp_path / "some", TRAIN, QUERY), method).query_ids == [method]
     with pytest.raises(MissingRows, match=r"holds no examples.*Collect some queries"):
-        attribute(make_store(tmp_path / "none", TRAIN, blocks(0, 1)), method)
+        attribute(make_store(tmp_path / "none", TRAIN, random_blocks(0, 1)), method)
 
 
 @pytest.mark.parametrize("settings", [{"k": 0}, {"k": 2.0}])

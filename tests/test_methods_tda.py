@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from stores import Blocks, make_store
+from stores import Blocks, make_store, random_blocks
 from torch import Tensor
 
 from hf_influence.attribution import attribute, lacking
@@ -28,10 +28,7 @@ PRESENT = {1: [0, 1, 2, 3, 4, 6, 7], 2: [0, 2, 3, 5, 6, 7], 4: [0, 1, 2, 3, 4, 7
 CUT = [[1, 2], [4, 5], [6]]
 RATE = 0.1
 
-
-def random(seed: int, n: int, dtype: torch.dtype = torch.float64) -> Blocks:
-    draw = torch.Generator().manual_seed(seed)
-    return {name: torch.randn(n, d, generator=draw, dtype=dtype) for name, d in WIDTHS.items()}
+blocks = partial(random_blocks, widths=WIDTHS)
 
 
 def noted(point: int, n: int = N, rate: float = RATE) -> dict[str, Tensor]:
@@ -40,14 +37,14 @@ def noted(point: int, n: int = N, rate: float = RATE) -> dict[str, Tensor]:
     return {"step": step, "learning_rate": torch.full((n,), rate / point, dtype=torch.float64)}
 
 
-TRAIN, QUERY = {point: random(point, N) for point in PRESENT}, random(100, M)
+TRAIN, QUERY = {point: blocks(N, point) for point in PRESENT}, blocks(M, 100)
 MASS = [2 * RATE * (1 + 1 / 2), 2 * RATE * (2 / 4 + 1 / 5), 2 * RATE / 6]
 """Twice a point, and the steps of point 3, which is not stored, with the rate of point 4."""
 
 
 def store_of(path: Path, *, queries: int | None = 0, notes: bool = True) -> GradientStore:
     """The points of PRESENT, and the query rows at one point."""
-    store = make_store(path, random(7, N), QUERY if queries == 0 else None)
+    store = make_store(path, blocks(N, 7), QUERY if queries == 0 else None)
     for point, present in PRESENT.items():
         asked = QUERY if point == queries else None
         make_store(path, TRAIN[point], asked, stats=noted(point) if notes else None, point=point, present=present)
@@ -129,7 +126,7 @@ def test_self_influence_is_that_of_the_last_row_of_each_example(tmp_path: Path, 
         for block in WIDTHS
     }
     store = store_of(tmp_path / "a")
-    make_store(tmp_path / "a", random(7, N), last, point=9)
+    make_store(tmp_path / "a", blocks(N, 7), last, point=9)
     with_queries = attribute(store, "tda", points=list(PRESENT), query_point=9, thin=thin).values
     if not thin:
         assert_exact(with_queries, dense(last, MASS))
@@ -239,13 +236,13 @@ def test_checkpoints_bring_step_and_rate_themselves(tmp_path: Path) -> None:
     """And their order: it is that of the steps, not of the numbers."""
     for step in (30, 10, 60):
         about = PointAbout("checkpoint", {"step": step, "learning_rate": 1 / step})
-        make_store(tmp_path, random(step, N), random(1, M), about=about, point=number_of(tmp_path, about))
+        make_store(tmp_path, blocks(N, step), blocks(M, 1), about=about, point=number_of(tmp_path, about))
     scores = attribute(tmp_path, "tda")
     assert scores.settings["step_mass"] == pytest.approx([10 / 10, 20 / 30, 30 / 60])
     assert scores.settings["query_point"] == GradientStore.open(tmp_path).points("checkpoint")[-1]
     for point, step in enumerate((10, 30, 60), 1):
         notes = {"step": torch.full((N,), step), "learning_rate": torch.full((N,), 1 / step, dtype=torch.float64)}
-        make_store(tmp_path / "in order", random(step, N), random(1, M), stats=notes, point=point)
+        make_store(tmp_path / "in order", blocks(N, step), blocks(M, 1), stats=notes, point=point)
     assert_exact(scores.values, attribute(tmp_path / "in order", "tda").values)
 
 
@@ -260,7 +257,7 @@ def test_queries_are_those_after_training_or_of_the_last_point(tmp_path: Path, q
 def test_queries_without_rows_after_training_do_not_count(tmp_path: Path) -> None:
     """Losses at point 0 may have been collected for another method."""
     store = store_of(tmp_path, queries=6)
-    make_store(tmp_path, random(7, N), QUERY, query_stats={"loss": torch.zeros(M)}, rows=False, point=0)
+    make_store(tmp_path, blocks(N, 7), QUERY, query_stats={"loss": torch.zeros(M)}, rows=False, point=0)
     assert attribute(store, "tda").settings["query_point"] == 6
 
 
@@ -297,6 +294,6 @@ def test_masses_that_are_none_are_refused(tmp_path: Path, masses: Any) -> None:
 
 def test_points_of_two_runs_are_refused(tmp_path: Path) -> None:
     for point in (1, 2):
-        make_store(tmp_path, random(point, N), QUERY, stats=noted(1), point=point)
+        make_store(tmp_path, blocks(N, point), QUERY, stats=noted(1), point=point)
     with pytest.raises(StoreMismatch, match=r"step 1, and the point before it goes up to step 2.*points=\["):
         attribute(tmp_path, "tda")

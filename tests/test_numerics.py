@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from stores import Blocks, make_store, make_trained_store
+from stores import Blocks, make_store, make_trained_store, random_blocks
 from torch import Tensor
 
 from hf_influence.attribution import attribute
@@ -20,8 +20,7 @@ CLASSES = {"name": "classification", "problem_type": None, "num_labels": 2}
 
 
 def blocks(n: int, seed: int, width: int = 33) -> Blocks:
-    generator = torch.Generator().manual_seed(seed)
-    return {name: torch.randn(n, width, generator=generator) for name in ("a", "b")}
+    return random_blocks(n, seed, {"a": width, "b": width}, torch.float32)
 
 
 def times(rows: Blocks, factor: Any) -> Blocks:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import pytest
 import torch
 from datasets import Dataset
 from models import bert, labelled, lora
-from stores import make_store
+from stores import make_store, random_blocks
 from torch import Tensor
 
 from hf_influence import attribute, collect
@@ -25,8 +26,7 @@ N = 40
 CLASSES = {"name": "classification", "problem_type": "single_label_classification", "num_labels": 4}
 
 
-def rows(n: int, seed: int) -> dict[str, Tensor]:
-    return {"a": torch.randn(n, 3, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)}
+rows = partial(random_blocks, widths={"a": 3})
 
 
 def store_of(path: Path, labels: list[int], query: list[int], hashes: list[int] | None = None) -> GradientStore:
