@@ -18,14 +18,14 @@ from hf_influence.attribution.method import class_of, make_method
 from hf_influence.attribution.over_points import OverPoints
 from hf_influence.callbacks.capture import GradientCapture
 from hf_influence.callbacks.contexts import log, trainer_of
-from hf_influence.callbacks.decisions import (
+from hf_influence.callbacks.draws import Draws, drawn_through
+from hf_influence.callbacks.rule_checks import (
     NOT_WHILE_TRAINING,
     check_actions,
     check_decides,
     check_method,
     check_rule,
 )
-from hf_influence.callbacks.draws import Draws, drawn_through
 from hf_influence.callbacks.schedule import chosen_epochs
 from hf_influence.errors import BadSetting, StoreMismatch
 from hf_influence.filter.decision import Decision

@@ -17,7 +17,8 @@ from hf_influence.attribution.attribute import attribute
 from hf_influence.attribution.given import fingerprint
 from hf_influence.attribution.method import make_method
 from hf_influence.callbacks.capture import GradientCapture
-from hf_influence.callbacks.decisions import (
+from hf_influence.callbacks.packing import in_pieces
+from hf_influence.callbacks.rule_checks import (
     AFTER_TRAINING,
     check_actions,
     check_decides,
@@ -25,14 +26,13 @@ from hf_influence.callbacks.decisions import (
     check_rule,
     check_uses,
 )
-from hf_influence.callbacks.packing import in_pieces
 from hf_influence.dataset.contents import content_of
 from hf_influence.dataset.matching import ids_of
 from hf_influence.errors import BadExample, BadSetting, StoreMismatch
+from hf_influence.filter.carrying_out import carried_out
 from hf_influence.filter.decision import Decision
 from hf_influence.filter.rankings import statistic_in
 from hf_influence.filter.relabel import Relabel
-from hf_influence.filter.replay import carried_out
 from hf_influence.filter.whole import Rule, decide_on_scored, on_whole
 from hf_influence.gradients.processes import first_process_first, rank, wait_for_all
 from hf_influence.saving import as_kept

@@ -102,7 +102,7 @@ def attribute(
     from hf_influence.attribution import attribute as score
     from hf_influence.dataset.matching import positions
     from hf_influence.errors import BadSetting
-    from hf_influence.filter.replay import of_split
+    from hf_influence.filter.carrying_out import of_split
     from hf_influence.filter.wording import printable
     from hf_influence.saving import as_json
 
@@ -270,7 +270,7 @@ def _load(data: str, split: str, texts: str | None = None) -> Any:
     from datasets.exceptions import DatasetsError
 
     from hf_influence.errors import BadExample
-    from hf_influence.filter.replay import of_split
+    from hf_influence.filter.carrying_out import of_split
     from hf_influence.filter.wording import printable
 
     path = Path(data)

@@ -12,6 +12,7 @@ from torch import Tensor
 from hf_influence.dataset.matching import aligned
 from hf_influence.errors import BadExample, BadSetting
 from hf_influence.filter.actions import Written
+from hf_influence.filter.carrying_out import carried_out, of_split
 from hf_influence.filter.cutting import (
     check_amount,
     count_of,
@@ -22,9 +23,8 @@ from hf_influence.filter.cutting import (
     reasons_of,
 )
 from hf_influence.filter.decision import Decision, sources_of
+from hf_influence.filter.group_sizes import group_sizes
 from hf_influence.filter.rankings import Given, rankings_of
-from hf_influence.filter.replay import carried_out, of_split
-from hf_influence.filter.report import group_sizes
 from hf_influence.filter.streams import By, StreamRows
 from hf_influence.filter.thresholds import THRESHOLDS, Threshold, check_scale, name_of
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from datasets import Dataset
 
@@ -16,15 +16,22 @@ from hf_influence.dataset.contents import row_codes
 from hf_influence.errors import BadExample, StoreError
 from hf_influence.filter.actions import DONE, Written
 from hf_influence.filter.card import section
+from hf_influence.filter.carrying_out import replayed, undone
 from hf_influence.filter.on_disk import fields_of, text_of
-from hf_influence.filter.replay import replayed, undone
-from hf_influence.filter.report import Removed
 from hf_influence.filter.wording import number, printable, quoted, settings_of
-from hf_influence.scores import Scores
 from hf_influence.saving import write_whole
+from hf_influence.scores import Scores
 
 if TYPE_CHECKING:
     from hf_influence.filter.streams import By
+
+
+class Removed(NamedTuple):
+    """One example that was dropped: its id, its mean score, its rank (0 = the first to go)."""
+
+    id: int | str
+    score: float
+    rank: int
 
 
 def sources_of(*rankings: Scores) -> tuple[dict[str, Any], ...]:

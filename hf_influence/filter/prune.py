@@ -12,12 +12,12 @@ from hf_influence.attribution.combined import compare_with_queries
 from hf_influence.dataset.contents import row_codes
 from hf_influence.dataset.matching import ids_of, in_dataset_order
 from hf_influence.errors import BadSetting
+from hf_influence.filter.carrying_out import carried_out, of_split
 from hf_influence.filter.cutting import check_amount, count_of, gone_by, groups_of, reasons_of
 from hf_influence.filter.dataset_filter import Data
 from hf_influence.filter.decision import Decision, sources_of
+from hf_influence.filter.group_sizes import group_sizes
 from hf_influence.filter.rankings import Given, one_ranking_of
-from hf_influence.filter.replay import carried_out, of_split
-from hf_influence.filter.report import group_sizes
 from hf_influence.scores import Scores
 
 

@@ -13,11 +13,11 @@ from torch import Tensor
 
 from hf_influence.errors import BadExample, BadSetting
 from hf_influence.filter.actions import Written
+from hf_influence.filter.carrying_out import carried_out, of_split
 from hf_influence.filter.dataset_filter import Data, DatasetFilter
 from hf_influence.filter.decision import Decision
+from hf_influence.filter.group_sizes import group_sizes
 from hf_influence.filter.rankings import Given, StoreOrPath, rankings_of, statistic_in, store_of, wrong_of
-from hf_influence.filter.replay import carried_out, of_split
-from hf_influence.filter.report import group_sizes
 from hf_influence.filter.streams import By, StreamRows
 from hf_influence.filter.wording import printable, quoted
 from hf_influence.scores import Scores

@@ -10,10 +10,10 @@ from torch import Tensor
 
 from hf_influence.errors import BadExample, BadSetting
 from hf_influence.filter.actions import Written
+from hf_influence.filter.carrying_out import carried_out, of_split
 from hf_influence.filter.dataset_filter import Data, DatasetFilter
 from hf_influence.filter.decision import Decision
 from hf_influence.filter.rankings import Given, rankings_of, wrong_of
-from hf_influence.filter.replay import carried_out, of_split
 from hf_influence.filter.streams import By
 from hf_influence.filter.thresholds import all_equal
 from hf_influence.scores import mean_ranks

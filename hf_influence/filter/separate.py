@@ -13,11 +13,11 @@ from torch import Tensor
 from hf_influence.dataset.matching import ids_of, in_dataset_order
 from hf_influence.errors import BadExample, BadSetting
 from hf_influence.filter.actions import Written
+from hf_influence.filter.carrying_out import carried_out, of_split
 from hf_influence.filter.decision import Decision, sources_of
+from hf_influence.filter.group_sizes import group_sizes
 from hf_influence.filter.prune import check_without_queries
 from hf_influence.filter.rankings import Given, one_ranking_of
-from hf_influence.filter.replay import carried_out, of_split
-from hf_influence.filter.report import group_sizes
 from hf_influence.filter.thresholds import THRESHOLDS, all_equal, check_scale
 from hf_influence.filter.wording import quoted
 

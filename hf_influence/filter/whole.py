@@ -12,7 +12,7 @@ from datasets import Dataset
 from hf_influence.dataset.matching import ids_of
 from hf_influence.filter.actions import Written
 from hf_influence.filter.decision import Decision
-from hf_influence.filter.report import group_sizes
+from hf_influence.filter.group_sizes import group_sizes
 from hf_influence.scores import Scores
 
 UNSCORED = "it has no score yet, so nothing is done about it"

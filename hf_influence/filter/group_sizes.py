@@ -1,22 +1,14 @@
-"""How the classes, tasks or sources of a dataset fared."""
+"""How many rows of each class, task or source a decision leaves."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Hashable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 from datasets import ClassLabel, Dataset
 
 MOST_CLASSES = 50
-
-
-class Removed(NamedTuple):
-    """One example that was dropped: its id, its mean score, its rank (0 = the first to go)."""
-
-    id: int | str
-    score: float
-    rank: int
 
 
 def group_sizes(
