@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from datasets import Dataset, DatasetDict, Value
-from sklearn.mixture import GaussianMixture
 from torch import Tensor
 
 from hf_influence.dataset.matching import ids_of, in_dataset_order
@@ -18,7 +17,7 @@ from hf_influence.filter.decision import Decision, sources_of
 from hf_influence.filter.group_sizes import group_sizes
 from hf_influence.filter.prune import check_without_queries
 from hf_influence.filter.rankings import Given, one_ranking_of
-from hf_influence.filter.thresholds import THRESHOLDS, all_equal, check_scale
+from hf_influence.filter.thresholds import THRESHOLDS, check_scale, normal_components
 from hf_influence.filter.wording import quoted
 
 HOW = ("mixture", "otsu")
@@ -142,16 +141,11 @@ def components(values: Tensor, k: int) -> Tensor:
         values: `[n, q]`.
         k: At least 2.
     """
-    mean = values.double().mean(1)
-    if len(mean) < 2 * k or all_equal(mean):
-        return torch.zeros(len(mean), dtype=torch.long)
-    scaled = ((mean - mean.mean()) / mean.std()).numpy()[:, None]
-    one, several = (GaussianMixture(c, n_init=5, random_state=0).fit(scaled) for c in (1, k))
-    if several.bic(scaled) >= one.bic(scaled):
-        return torch.zeros(len(mean), dtype=torch.long)
-    centers, order = torch.from_numpy(several.means_[:, 0]).sort()
-    odds = torch.from_numpy(several.predict_proba(scaled))[:, order]  # [n, k]
-    upper = torch.searchsorted(centers, torch.from_numpy(scaled[:, 0]).contiguous())  # [n], 0 to k
+    fitted = normal_components(values, k)
+    if fitted is None:
+        return torch.zeros(len(values), dtype=torch.long)
+    scaled, centers, odds = fitted
+    upper = torch.searchsorted(centers, scaled)  # [n], 0 to k
     lower, upper = (upper - 1).clamp(min=0), upper.clamp(max=k - 1)
-    rows = torch.arange(len(mean))
+    rows = torch.arange(len(values))
     return torch.where(odds[rows, upper] > odds[rows, lower], upper, lower)

@@ -66,17 +66,36 @@ def mixture(values: Tensor) -> Tensor:
 
     Source: Arazo et al., Unsupervised Label Noise Modeling, ICML 2019, there for losses.
     """
-    mean = values.double().mean(1)
-    if len(mean) < 4 or all_equal(mean):
-        return torch.zeros(len(mean), dtype=torch.bool)
-    scaled = ((mean - mean.mean()) / mean.std()).numpy()[:, None]
-    one, two = (GaussianMixture(k, n_init=5, random_state=0).fit(scaled) for k in (1, 2))
-    if two.bic(scaled) >= one.bic(scaled):
-        return torch.zeros(len(mean), dtype=torch.bool)
-    lower = int(two.means_[:, 0].argmin())
-    odds = torch.from_numpy(two.predict_proba(scaled)[:, lower]) > 0.5
+    fitted = normal_components(values, 2)
+    if fitted is None:
+        return torch.zeros(len(values), dtype=torch.bool)
+    scaled, centers, odds = fitted
     # a wide lower component claims the far end of the other side as well; only what lies below goes
-    return odds & (torch.from_numpy(scaled[:, 0]) < float(two.means_[1 - lower, 0]))
+    return (odds[:, 0] > 0.5) & (scaled < centers[1])
+
+
+def normal_components(values: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor] | None:
+    """K normal distributions that the mean scores are a mixture of, in ascending order of their means.
+
+    Args:
+        values: `[n, q]`.
+        k: At least 2.
+
+    Returns:
+        The mean scores, standardised, `[n]`; the means of the distributions on that scale, `[k]`; the probability that
+        a row belongs to each, `[n, k]`. `None` for fewer than 2 k rows, equal scores, and where one distribution
+        explains the scores as well (by the Bayesian information criterion).
+    """
+    mean = values.double().mean(1)
+    if len(mean) < 2 * k or all_equal(mean):
+        return None
+    scaled = (mean - mean.mean()) / mean.std()
+    rows = scaled.numpy()[:, None]
+    one, several = (GaussianMixture(c, n_init=5, random_state=0).fit(rows) for c in (1, k))
+    if several.bic(rows) >= one.bic(rows):
+        return None
+    centers, order = torch.from_numpy(several.means_[:, 0]).sort(stable=True)
+    return scaled, centers, torch.from_numpy(several.predict_proba(rows))[:, order]
 
 
 def negative(values: Tensor) -> Tensor:
