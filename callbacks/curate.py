@@ -29,8 +29,9 @@ from hf_influence.callbacks.rule_checks import (
 from hf_influence.callbacks.schedule import chosen_epochs
 from hf_influence.errors import BadSetting, StoreMismatch
 from hf_influence.filter.decision import Decision
+from hf_influence.filter.rule import Decides
 from hf_influence.filter.thresholds import doubtful
-from hf_influence.filter.whole import Rule, decide_on_scored
+from hf_influence.filter.whole import decide_on_scored
 from hf_influence.gradients.processes import first_process_first, rank, wait_for_all
 from hf_influence.scores import Scores
 from hf_influence.store import GradientStore
@@ -87,7 +88,7 @@ class CurateEachEpoch(TrainerCallback):
     def __init__(
         self,
         capture: GradientCapture,
-        rule: Rule,
+        rule: Decides,
         method: str = "auto",
         *,
         after: int = 1,

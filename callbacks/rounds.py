@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 from weakref import ref
 
 import torch
 from datasets import Dataset
-from torch import Tensor
 from transformers import Trainer, TrainerCallback
 
 from hf_influence.attribution.attribute import attribute
@@ -33,7 +32,8 @@ from hf_influence.filter.carrying_out import carried_out
 from hf_influence.filter.decision import Decision
 from hf_influence.filter.rankings import statistic_in
 from hf_influence.filter.relabel import Relabel
-from hf_influence.filter.whole import Rule, decide_on_scored, on_whole
+from hf_influence.filter.rule import Decides
+from hf_influence.filter.whole import decide_on_scored, on_whole
 from hf_influence.gradients.processes import first_process_first, rank, wait_for_all
 from hf_influence.saving import as_kept
 from hf_influence.scores import LOG_ODDS, Scores
@@ -65,7 +65,7 @@ class Retrained:
 def curate_and_retrain(
     make_trainer: MakeTrainer,
     dataset: Dataset,
-    rule: Rule,
+    rule: Decides,
     folder: str | Path,
     method: str = "auto",
     *,
@@ -135,6 +135,11 @@ def curate_and_retrain(
             f"{type(dataset).__name__} is not a datasets.Dataset, and the rows of each round are found by their places "
             "in it. Make one (Dataset.from_list, Dataset.from_generator)."
         )
+    if isinstance(rule, Relabel) and rule.probabilities is not None:
+        raise BadSetting(
+            "the rule has probabilities=…, and those of a round are those of the model that it trains, which are in "
+            "its store. Leave them out: Relabel(how=…)."
+        )
     like = GradientCapture(folder, query_dataset, **capture)
     check_method(method, settings, like, AFTER_TRAINING, "collect that after training, attribute, and apply the rule")
     probable = method == "auto" and not settings.get("parts") and query_dataset is not None
@@ -166,7 +171,7 @@ def curate_and_retrain(
             )
         left = dataset.select(at)
         try:
-            decision = decide_on_scored(_told(rule, left, scores, place / "rows"), left, scores)
+            decision = decide_on_scored(_knowing(rule, left, scores, place / "rows"), left, scores)
         except BadSetting as error:
             raise BadSetting(
                 f"{error} Round {number} is trained and scored: the same call with another rule goes on from there."
@@ -219,24 +224,13 @@ def _train(
     return trainer
 
 
-@dataclass(frozen=True)
-class _Told:
-    """A relabelling that knows the probabilities of the classes, `[n, K]` in the order of the scored rows."""
-
-    rule: Relabel
-    probabilities: Tensor | None
-
-    def decide(self, dataset: Any, scores: Scores) -> Decision:
-        return self.rule.decide(dataset, scores, self.probabilities)
-
-
-def _told(rule: Rule, dataset: Dataset, scores: Scores, store: Path) -> Rule:
+def _knowing(rule: Decides, dataset: Dataset, scores: Scores, store: Path) -> Decides:
     """The rule; if it relabels, with what the store of the round, as long as it is there, has on the classes."""
     if not isinstance(rule, Relabel) or not store.is_dir():
         return rule
     scored = set(scores.ids)
     ids = [name for name in ids_of(dataset, scores.id_column) if name in scored]
-    return _Told(rule, statistic_in(store, scores, "probabilities", ids))
+    return replace(rule, probabilities=statistic_in(store, scores, "probabilities", ids))
 
 
 def _left(settings: Mapping[str, Any], at: Sequence[int], dataset: Dataset) -> dict[str, Any]:
@@ -250,13 +244,13 @@ def _left(settings: Mapping[str, Any], at: Sequence[int], dataset: Dataset) -> d
     return left
 
 
-def _tried(rule: Rule, dataset: Dataset) -> Rule:
+def _tried(rule: Decides, dataset: Dataset) -> Decides:
     """The rule; if it relabels, with probabilities, as the store will have them, that are all alike."""
     if not isinstance(rule, Relabel) or rule.label not in dataset.column_names:
         return rule
     labels = [label for label in dataset.with_format(None)[rule.label] if isinstance(label, int)]
     classes = 1 + max([1, *labels])
-    return _Told(rule, torch.full((1, classes), 1 / classes, dtype=torch.float64).expand(len(dataset), -1))
+    return replace(rule, probabilities=torch.full((len(dataset), classes), 1 / classes, dtype=torch.float64))
 
 
 def _asked(

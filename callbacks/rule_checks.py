@@ -15,7 +15,7 @@ from hf_influence.dataset.matching import ids_of
 from hf_influence.errors import BadSetting
 from hf_influence.filter.actions import Written
 from hf_influence.filter.decision import Decision
-from hf_influence.filter.whole import Rule
+from hf_influence.filter.rule import Decides
 from hf_influence.scores import Scores
 
 ACTIONS = {"keep", "drop", "weight"}
@@ -85,7 +85,7 @@ def check_method(
 
 
 def check_decides(
-    rule: Rule,
+    rule: Decides,
     dataset: Dataset,
     method: str,
     settings: Mapping[str, Any],
@@ -97,7 +97,7 @@ def check_decides(
     """Try a rule out on random scores, and refuse what the true ones would not let it do either.
 
     Args:
-        rule: See `Rule`.
+        rule: See `Decides`.
         dataset: What it is to decide on.
         method: The name of that by which the scores will be.
         settings: Of the method.

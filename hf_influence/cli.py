@@ -171,7 +171,8 @@ def relabel(
     from hf_influence.filter import DatasetFilter, Relabel
 
     rows = None if suspects is None else DatasetFilter(drop=_amount(suspects))
-    _curate(Relabel(suspects=rows, how=how, label=label), data, split, scores, output, probabilities=store)
+    rule = Relabel(suspects=rows, how=how, label=label, probabilities=store)
+    _curate(rule, data, split, scores, output)
 
 
 @app.command()
@@ -189,7 +190,7 @@ def demo(
     Demo(model=model, size=size, seed=seed, output=output).run(Console())
 
 
-def _curate(rule: Any, data: str, split: str, scores: Path, output: Path, **more: Any) -> None:
+def _curate(rule: Any, data: str, split: str, scores: Path, output: Path) -> None:
     """Apply a rule of the filter module, and keep what comes of it."""
     from hf_influence.errors import BadSetting, StoreError
     from hf_influence.filter import save_curated
@@ -208,7 +209,7 @@ def _curate(rule: Any, data: str, split: str, scores: Path, output: Path, **more
     check_folder(output)
     given = Scores.load(scores) if scores.is_file() else scores
     texts = _text_ids(given if isinstance(given, Scores) else _rows(given))
-    curated = rule.apply(_load(data, split, texts), given, split=split, **more)
+    curated = rule.apply(_load(data, split, texts), given, split=split)
     save_curated(curated, rule.report, output)
     print(f"{rule.report}\nwritten to {output}; datasets.load_from_disk({str(output)!r}) reads it")
 

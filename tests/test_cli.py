@@ -259,9 +259,10 @@ def test_of_more_than_two_classes_labels_are_given_by_the_probabilities_in_a_sto
     assert done.exit_code == 0, done.output
     phi, data = GradientStore.open("classified").rows().stats["probabilities"], load_from_disk("classes")
     if "odds.st" in words:
-        expected = Relabel(how="posterior").apply(data, Scores.load("odds.st"), phi)
+        expected = Relabel(how="posterior", probabilities=phi).apply(data, Scores.load("odds.st"))
     else:
-        expected = Relabel(suspects=DatasetFilter(drop=0.5)).apply(data, attribute("classified"), phi)
+        rule = Relabel(suspects=DatasetFilter(drop=0.5), probabilities=phi)
+        expected = rule.apply(data, attribute("classified"))
     assert load_from_disk(tmp_path / "out").to_dict() == expected.to_dict() != data.to_dict()
 
 

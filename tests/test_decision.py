@@ -190,9 +190,9 @@ def test_the_explanation_names_the_group_the_vote_the_label_and_the_weight() -> 
 
 
 def test_soft_labels_are_taken_back_with_their_feature(tmp_path: Path) -> None:
-    soft = Relabel(suspects=DatasetFilter(drop=2), how="soft")
+    soft = Relabel(suspects=DatasetFilter(drop=2), how="soft", probabilities=torch.full((N, 2), 0.5))
     data = plain()
-    curated = soft.apply(data, scores_of(VALUES), torch.full((N, 2), 0.5))
+    curated = soft.apply(data, scores_of(VALUES))
     soft.report.save(tmp_path / "d.json")
     decision = Decision.load(tmp_path / "d.json")
     same(decision.replay(data), curated)

@@ -277,11 +277,11 @@ def test_scores_are_read_from_their_file(tmp_path: Path) -> None:
     scores.save(tmp_path / "s.st")
     for given in (tmp_path / "s.st", str(tmp_path / "s.st"), [scores, tmp_path / "s.st"]):
         assert DatasetFilter(drop=1).apply(numbered(3), given)["row"][:] == [0, 2]
-    flip = Relabel(suspects=DatasetFilter(drop=1))
-    phi = torch.tensor([[0.1, 0.9]] * 3)
-    assert flip.apply(numbered(3, label=[0, 0, 1]), str(tmp_path / "s.st"), phi)["label"][:] == [0, 1, 1]
+    trim, labelled = DatasetFilter(drop=1), numbered(3, label=[0, 0, 1])
+    flip = Relabel(suspects=trim, probabilities=torch.tensor([[0.1, 0.9]] * 3))
+    assert flip.apply(labelled, str(tmp_path / "s.st"))["label"][:] == [0, 1, 1]
     with pytest.raises(BadSetting, match="needs the model's probabilities"):
-        flip.apply(numbered(3, label=[0, 0, 1]), str(tmp_path / "s.st"))
+        Relabel(suspects=trim).apply(labelled, str(tmp_path / "s.st"))
     (tmp_path / "other").write_text("x")
     with pytest.raises(StoreError, match="does not hold scores"):
         DatasetFilter(drop=1).apply(numbered(3), tmp_path / "other")

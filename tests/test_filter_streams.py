@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -192,10 +193,10 @@ def test_labels_and_weights_of_a_stream_are_written_as_it_comes(tmp_path: Path) 
     stream = data.to_iterable_dataset()
     phi = torch.tensor([[0.5, 0.5]]).expand(8, 2)
     for how in ("flip", "predicted", "soft"):
-        relabel = Relabel(suspects=DatasetFilter(drop=3), how=how, label="labels")
-        new = relabel.apply(data, scores, phi)
-        assert list(relabel.apply(stream, scores, phi, by=tmp_path / "rows")) == new.to_list()
-        lazily = relabel.apply(stream, scores, phi, by=by)
+        relabel = Relabel(suspects=DatasetFilter(drop=3), how=how, label="labels", probabilities=phi)
+        new = relabel.apply(data, scores)
+        assert list(relabel.apply(stream, scores, by=tmp_path / "rows")) == new.to_list()
+        lazily = relabel.apply(stream, scores, by=by)
         assert lazily.features == new.features
         assert list(lazily) == new.to_list()
     weigh = Reweight()
@@ -228,9 +229,11 @@ def test_what_a_stream_cannot_tell_is_refused(captured: tuple[Path, Scores]) -> 
     for refused, message in cases:
         with pytest.raises(BadSetting, match=message):
             refused()
-    for remedy in (Prune(), Separate()):
-        with pytest.raises(BadExample, match=r"has all its rows at its end only.*Dataset\.from_generator"):
-            remedy.apply(stream, scores)
+    splits = IterableDatasetDict(train=stream)
+    for remedy, data, how in product((Prune(), Separate(column="part")), (stream, splits), (None, by)):
+        name = type(remedy).__name__
+        with pytest.raises(BadExample, match=rf"its end only, and {name} needs them before.*Dataset\.from_generator"):
+            remedy.apply(data, scores, by=how)
     both = DatasetFilter(drop=3).apply(stream, [scores, scores], by=by)
     assert names(both) == names(DatasetFilter(drop=3).apply(stream, scores, by=by))
 

@@ -1,6 +1,7 @@
 """Relabelling, reweighting, pruning, separating: what changes, what stays, and what is refused."""
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,8 @@ from stores import make_store
 from hf_influence import GradientStore, attribute, collect
 from hf_influence.attribution import combined
 from hf_influence.errors import BadExample, BadSetting, StoreError
-from hf_influence.filter import DatasetFilter, Decision, Prune, Relabel, Reweight, Separate, StreamRows
+from hf_influence.filter import DatasetFilter, Decision, Prune, Relabel, Reweight, Rule, Separate, StreamRows
+from hf_influence.filter.rankings import rankings_of
 from hf_influence.filter.separate import components
 from hf_influence.scores import Scores
 
@@ -33,14 +35,14 @@ def test_suspicious_rows_get_the_other_label_or_the_likeliest_other_one():
     scores = scores_of([3.0, -1.0, 2.0, -2.0])
     flip = Relabel(suspects=DatasetFilter(drop=2), how="flip")
     assert flip.apply(rows([0, 1, 1, 0]), scores)["label"][:] == [0, 0, 1, 1]
-    assert flip.changed == (3, 1)
-    predicted = Relabel(suspects=DatasetFilter(drop=2))
-    assert predicted.apply(rows([0, 2, 1, 1]), scores, PHI)["label"][:] == [0, 1, 1, 2]  # never the label it has
+    assert flip.suggest(rows([0, 1, 1, 0]), scores)["row"][:] == [3, 1]
+    predicted = Relabel(suspects=DatasetFilter(drop=2), probabilities=PHI)
+    assert predicted.apply(rows([0, 2, 1, 1]), scores)["label"][:] == [0, 1, 1, 2]  # never the label it has
 
 
 def test_soft_labels_follow_the_formula():
-    soft = Relabel(suspects=DatasetFilter(drop=1), how="soft")
-    new = torch.tensor(soft.apply(rows([0, 2, 1, 1]), scores_of([1.0, -1.0, 1.0, 1.0]), PHI)["label"][:])
+    soft = Relabel(suspects=DatasetFilter(drop=1), how="soft", probabilities=PHI)
+    new = torch.tensor(soft.apply(rows([0, 2, 1, 1]), scores_of([1.0, -1.0, 1.0, 1.0]))["label"][:])
     expected = torch.eye(3)[[0, 2, 1, 1]]
     expected[1] = torch.tensor([math.log(0.4) / (2 * math.log(0.1)), math.log(0.4) / (2 * math.log(0.3)), 0])
     torch.testing.assert_close(new, expected)
@@ -51,20 +53,21 @@ def test_soft_labels_of_a_model_that_is_sure_are_finite():
 
     Of (1 − δ, δ, 0) it is (1/2, 0, 0).
     """
-    soft = Relabel(suspects=DatasetFilter(drop=1), how="soft")
+    trim, scores = DatasetFilter(drop=1), scores_of([1.0, -1.0])
     for phi, first in ((torch.tensor([20.0, 0.0, 0.0]).softmax(0), 0.25), (torch.tensor([1.0, 0.0, 0.0]), 0.5)):
         assert phi[0] == 1, "in float32"
-        new = soft.apply(rows([0, 1]), scores_of([1.0, -1.0]), phi.expand(2, 3))["label"][:]
+        soft = Relabel(suspects=trim, how="soft", probabilities=phi.expand(2, 3))
+        new = soft.apply(rows([0, 1]), scores)["label"][:]
         assert new[1] == pytest.approx([first, 0, 0], abs=1e-6)
-    certain = soft.apply(rows([0, 0]), scores_of([1.0, -1.0]), torch.tensor([[1.0, 0, 0], [1.0, 0, 0]]))["label"][:]
+    certain = soft.apply(rows([0, 0]), scores)["label"][:]
     assert certain[1] == pytest.approx([0, 0.5, 0.5])
 
 
 def test_soft_labels_of_two_classes_are_flipped_ones():
     phi = torch.tensor([[0.25, 0.75], [1.0, 0.0]])
-    soft = Relabel(suspects=DatasetFilter(drop=1), how="soft")
+    soft = Relabel(suspects=DatasetFilter(drop=1), how="soft", probabilities=phi)
     for row, scores in enumerate(([-1.0, 1.0], [1.0, -1.0])):
-        new = soft.apply(rows([0, 0]), scores_of(scores), phi)["label"][:]
+        new = soft.apply(rows([0, 0]), scores_of(scores))["label"][:]
         assert new[row] == [0.0, 1.0]
         assert new[1 - row] == [1.0, 0.0]
 
@@ -81,7 +84,7 @@ def test_labels_by_how_far_they_are_believed():
     whole = Relabel(how="posterior")
     new = whole.apply(data, scores)
     torch.testing.assert_close(torch.tensor(new["label"][:]), torch.tensor([[0.8, 0.2], [0.01, 0.99], [0.9, 0.1]]))
-    assert whole.changed == (2, 0, 1)
+    assert whole.suggest(data, scores)["row"][:] == [2, 0, 1]
     assert "the rule relabel how='posterior' gives each class the probability that it is right" in whole.report.explain(
         "c"
     )
@@ -92,12 +95,12 @@ def test_labels_by_how_far_they_are_believed():
 
 def test_what_is_not_believed_goes_to_the_other_classes_as_the_model_sees_them():
     scores, labels = odds([0.4, 0.1, 0.5, 0.0001]), [0, 2, 1, 1]
-    new = torch.tensor(Relabel(how="posterior").apply(rows(labels), scores, PHI)["label"][:])
+    new = torch.tensor(Relabel(how="posterior", probabilities=PHI).apply(rows(labels), scores)["label"][:])
     assert new[range(4), labels].tolist() == pytest.approx([0.6, 0.9, 0.5, 0.9999])
     assert new.sum(1).tolist() == pytest.approx([1.0] * 4)
     assert new[0, 1:].tolist() == pytest.approx([0.4 * 0.2 / 0.3, 0.4 * 0.1 / 0.3])
     certain = torch.tensor([[0.0, 0.0, 1.0]] * 4)  # of the others nothing is known
-    new = torch.tensor(Relabel(how="posterior").apply(rows(labels), scores, certain)["label"][:])
+    new = torch.tensor(Relabel(how="posterior", probabilities=certain).apply(rows(labels), scores)["label"][:])
     assert new[1].tolist() == pytest.approx([0.05, 0.05, 0.9])
 
 
@@ -120,12 +123,13 @@ def test_what_the_model_gives_the_classes_is_found_in_the_store(classified, how)
     wrong = [0.9, 0.1, 0.3, 0.8, 0.2, 0.5, 0.4]
     relabel = Relabel(how=how, suspects=DatasetFilter(drop=3), label="labels")
     by_number, by_name = odds(wrong), odds(wrong, data["id"][:], "id")
-    expected = relabel.apply(data, by_number, phi)["labels"][:]
-    assert relabel.apply(data, by_number, numbers)["labels"][:] == expected
-    assert relabel.apply(data, by_number, GradientStore.open(numbers))["labels"][:] == expected
-    assert relabel.apply(DatasetDict(train=data), by_name, str(names))["train"]["labels"][:] == expected
-    assert relabel.apply(data.select(order), by_name, names)["labels"][:] == [expected[i] for i in order]
-    assert relabel.suggest(data, by_name, names)["label_after"][:] == [expected[i] for i in (0, 3, 5)]
+    yours, by_text = replace(relabel, probabilities=phi), replace(relabel, probabilities=str(names))
+    expected = yours.apply(data, by_number)["labels"][:]
+    for store in (numbers, GradientStore.open(numbers)):
+        assert replace(relabel, probabilities=store).apply(data, by_number)["labels"][:] == expected
+    assert by_text.apply(DatasetDict(train=data), by_name)["train"]["labels"][:] == expected
+    assert by_text.apply(data.select(order), by_name)["labels"][:] == [expected[i] for i in order]
+    assert by_text.suggest(data, by_name)["label_after"][:] == [expected[i] for i in (0, 3, 5)]
     streamed = relabel.apply(data.to_iterable_dataset(), by_number, by=StreamRows(store=numbers))
     assert [row["labels"] for row in streamed] == expected
 
@@ -135,13 +139,13 @@ def test_a_store_in_place_of_scores_says_what_the_model_gives_the_classes(classi
     data, numbers, names = classified
     phi, relabel = torch.eye(3)[[2, 2, 1, 0, 2, 1, 0]], Relabel(how=how, suspects=DatasetFilter(drop=3), label="labels")
     theirs = GradientStore.open(names).rows().stats["probabilities"]
-    expected = relabel.apply(data, attribute(names), theirs)["labels"][:]
+    expected = replace(relabel, probabilities=theirs).apply(data, attribute(names))["labels"][:]
     for store in (numbers, str(names), GradientStore.open(names)):
         assert relabel.apply(data, store)["labels"][:] == expected
     shuffled = data.select(range(6, -1, -1))
     assert relabel.apply(shuffled, names)["labels"][:] == expected[::-1]
-    yours = relabel.apply(data, names, phi)["labels"][:]
-    assert yours == relabel.apply(data, attribute(names), phi)["labels"][:] != expected
+    yours = replace(relabel, probabilities=phi)
+    assert yours.apply(data, names)["labels"][:] == yours.apply(data, attribute(names))["labels"][:] != expected
 
 
 def test_a_store_of_other_labels_or_without_probabilities_is_refused(classified, tmp_path):
@@ -150,21 +154,26 @@ def test_a_store_of_other_labels_or_without_probabilities_is_refused(classified,
     plain = make_store(tmp_path / "plain", {"a": torch.ones(7, 2)}, stats={"loss": torch.rand(7)}).path
     for store in (plain, names):  # in which they have other names
         with pytest.raises(BadSetting, match=r"needs the model's probabilities\. Pass the store that"):
-            posterior.apply(data, scores, store)
+            replace(posterior, probabilities=store).apply(data, scores)
     with pytest.raises(BadSetting, match="'predicted' needs the model's probabilities"):
         Relabel(suspects=DatasetFilter(drop=1), label="labels").apply(data, plain)
+    by_number = replace(posterior, probabilities=numbers)
     with pytest.raises(BadSetting, match="row 0 has the label 1 in the dataset and 0 in the store"):
-        posterior.apply(data.select([4, *range(1, 7)]).remove_columns("id"), scores, numbers)
+        by_number.apply(data.select([4, *range(1, 7)]).remove_columns("id"), scores)
     with pytest.raises(StoreError, match="is not a gradient store"):
-        posterior.apply(data, scores, tmp_path / "nowhere")
-    two = posterior.apply(rows([0, 1] * 3 + [0]).rename_column("label", "labels"), scores, plain)["labels"]
+        replace(posterior, probabilities=tmp_path / "nowhere").apply(data, scores)
+    of_plain = replace(posterior, probabilities=plain)
+    two = of_plain.apply(rows([0, 1] * 3 + [0]).rename_column("label", "labels"), scores)["labels"]
     assert two[:] == [[0.5, 0.5]] * 7, "of two classes none are needed"
 
 
 def test_probabilities_are_those_of_the_point_that_was_scored(tmp_path):
     n, data = 6, rows([0, 1, 2] * 2)
     phi = torch.rand(4, n, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64).softmax(2)
-    relabel = Relabel(suspects=DatasetFilter(drop=0.5), how="soft")
+
+    def relabelled(scores: Any, probabilities: Any = None) -> list[Any]:
+        relabel = Relabel(suspects=DatasetFilter(drop=0.5), how="soft", probabilities=probabilities)
+        return relabel.apply(data, scores)["label"][:]
 
     def make(path, point, **held):
         stats = {"loss": torch.arange(n) * 1.0, "label": torch.tensor(data["label"][:]), "probabilities": phi[point]}
@@ -175,11 +184,11 @@ def test_probabilities_are_those_of_the_point_that_was_scored(tmp_path):
         make(tmp_path, point, present=range(n if point == 1 else n - point))
     scores = attribute(tmp_path, "loss_mean")
     seen = torch.stack([phi[3, 0], phi[3, 1], phi[3, 2], phi[2, 3], phi[1, 4], phi[1, 5]])
-    assert relabel.apply(data, tmp_path)["label"][:] == relabel.apply(data, scores, seen)["label"][:]
+    assert relabelled(tmp_path) == relabelled(scores, seen)
     store = make(tmp_path, 0)
     for given, point in ((scores, 0), (attribute(store), 0), (attribute(store, "loss", point=1), 1)):
-        assert relabel.apply(data, given, store)["label"][:] == relabel.apply(data, given, phi[point])["label"][:]
-    assert relabel.apply(data, store)["label"][:] == relabel.apply(data, attribute(store), phi[0])["label"][:]
+        assert relabelled(given, store) == relabelled(given, phi[point])
+    assert relabelled(store) == relabelled(attribute(store), phi[0])
 
 
 def test_weights_by_how_far_labels_are_believed():
@@ -216,9 +225,9 @@ def test_labels_may_be_true_and_false(tmp_path, how, file):
         getattr(data, f"to_{kind}")(tmp_path / file)
         options = {"data_files": str(tmp_path / file), "split": "train", "cache_dir": str(tmp_path / "cache")}
         data = load_dataset(kind, **options)
-    relabel = Relabel(how=how, suspects=DatasetFilter(drop=1))
     phi = None if how in ("flip", "posterior") else torch.tensor([[0.3, 0.7]] * 3)
-    new = relabel.apply(data, odds([0.2, 0.1, 0.75]), phi)
+    relabel = Relabel(how=how, suspects=DatasetFilter(drop=1), probabilities=phi)
+    new = relabel.apply(data, odds([0.2, 0.1, 0.75]))
     expected = {"soft": [[0.0, 1.0], [1.0, 0.0], [1.0, 0.0]], "posterior": [[0.0, 1.0], [1.0, 0.0], [0.75, 0.25]]}
     torch.testing.assert_close(torch.tensor(new["label"][:]), torch.tensor(expected.get(how, [True, False, False])))
     if how in ("flip", "predicted"):
@@ -256,6 +265,24 @@ def test_the_label_may_be_the_only_column():
     new = flip.apply(data, scores_of([0.2, 0.1, -0.75]))
     assert new.to_dict() == {"label": [0, 1, 0]}
     assert flip.report.undo(new).to_dict() == data.to_dict()
+
+
+def test_a_rule_keeps_every_row_until_it_decides_otherwise(tmp_path):
+    class KeepAll(Rule):
+        def decide(self, dataset, scores, by=None):
+            return Decision.keeping_all(dataset, rankings_of(scores), by)
+
+    data, rule = rows([0, 1, 1, 1], id=list("abcd")), KeepAll()
+    scores = scores_of([-2.0, 2.0, -1.0, 3.0], list("dcba"), "id")
+    assert rule.apply(data, scores).to_dict() == data.to_dict()
+    assert rule.apply(data, scores, by=tmp_path / "of a stream").to_dict() == data.to_dict()
+    assert rule.report.scores == [3.0, -1.0, 2.0, -2.0]
+    assert rule.report.ranks == [3, 1, 2, 0]
+    assert rule.report.groups == {0: (1, 1), 1: (3, 3)}
+    assert rule.report.but(actions=["keep", "drop", "keep", "keep"]).groups == {0: (1, 1), 1: (3, 2)}
+    assert list(rule.apply(data.to_iterable_dataset(), scores)) == data.to_list()
+    rule.report.save(tmp_path / "d.json")
+    assert Decision.load(tmp_path / "d.json") == rule.report
 
 
 @pytest.mark.parametrize("remedy", [DatasetFilter(drop=1, columns=True), Reweight(), Relabel(how="posterior")])
@@ -328,8 +355,9 @@ def test_features_and_order_of_columns_stay():
     ],
 )
 def test_what_cannot_be_relabelled_is_named(how, data, probabilities, error, message):
+    relabel = Relabel(suspects=DatasetFilter(drop=1), how=how, probabilities=probabilities)
     with pytest.raises(error, match=message):
-        Relabel(suspects=DatasetFilter(drop=1), how=how).apply(data, scores_of([0.0, 1.0]), probabilities)
+        relabel.apply(data, scores_of([0.0, 1.0]))
     with pytest.raises(BadSetting, match="no way to relabel"):
         Relabel(suspects=DatasetFilter(drop=1), how="guess")
 

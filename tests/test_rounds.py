@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -124,7 +125,8 @@ def test_of_more_than_two_classes_a_round_takes_the_probabilities_from_its_store
     place, given = tmp_path / "r/round-01", {"query_dataset": clean, "capture": {"during": "epochs"}}
     done = curate_and_retrain(make, data, rule, tmp_path / "r", **given)
     phi = GradientStore.open(place / "rows").rows("train").stats["probabilities"]
-    expected = rule.apply(data, Scores.load(place / "scores.safetensors"), phi)["labels"][:]
+    told = replace(rule, probabilities=phi)
+    expected = told.apply(data, Scores.load(place / "scores.safetensors"))["labels"][:]
     assert done.dataset["labels"][:] == expected == rule.apply(data, place / "rows")["labels"][:]
     assert torch.tensor(expected).shape == (45, 3)
     assert {"labels": expected[0]}.items() <= make.made[-1].train_dataset[0].items()
@@ -285,6 +287,7 @@ FLIPS = Relabel(suspects=DROPS, how="flip", label="kind")
 BEFORE: dict[str, tuple[Any, str, dict[str, Any], type[Exception], str]] = {
     "no column": (DatasetFilter(drop=2, within="sorce"), "loss", {}, BadExample, "'sorce'"),
     "no label": (Relabel(suspects=DROPS, how="flip"), "loss", {}, BadExample, "no column 'label'"),
+    "own probabilities": (replace(FLIPS, probabilities=torch.ones(12, 2)), "loss", {}, BadSetting, "Leave them out"),
     "relabels twice": (FLIPS, "loss", {"rounds": 2}, BadSetting, "wants to relabel rows"),
     "leaves none": (DatasetFilter(drop=12), "loss", {}, BadSetting, "leaves none"),
     "no gaps": (DatasetFilter(drop="otsu"), "auto", {}, BadSetting, "a ranking on a scale"),

@@ -6,6 +6,7 @@ from hf_influence.filter.decision import Decision, Removed
 from hf_influence.filter.prune import Prune
 from hf_influence.filter.relabel import Relabel
 from hf_influence.filter.reweight import Reweight
+from hf_influence.filter.rule import Rule
 from hf_influence.filter.separate import Separate
 from hf_influence.filter.streams import StreamRows
 from hf_influence.filter.thresholds import discovery
@@ -17,6 +18,7 @@ __all__ = [
     "Relabel",
     "Removed",
     "Reweight",
+    "Rule",
     "Separate",
     "StreamRows",
     "add_to_card",

@@ -2,43 +2,32 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from dataclasses import dataclass
+from typing import Any
 
 import torch
-from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict, Value
+from datasets import Dataset, IterableDataset, Value
 from torch import Tensor
 
-from hf_influence.dataset.matching import aligned
 from hf_influence.errors import BadExample, BadSetting
 from hf_influence.filter.actions import Written
-from hf_influence.filter.carrying_out import carried_out, of_split
-from hf_influence.filter.cutting import (
-    check_amount,
-    count_of,
-    gone_by,
-    groups_of,
-    lengths_of,
-    mean_place,
-    reasons_of,
-)
-from hf_influence.filter.decision import Decision, sources_of
-from hf_influence.filter.group_sizes import group_sizes
-from hf_influence.filter.rankings import Given, rankings_of
-from hf_influence.filter.streams import By, StreamRows
+from hf_influence.filter.cutting import check_amount, count_of, gone_by, groups_of, lengths_of, reasons_of
+from hf_influence.filter.decision import Decision
+from hf_influence.filter.rankings import Given, rankings_of, values_of
+from hf_influence.filter.rule import Rule
+from hf_influence.filter.streams import By
 from hf_influence.filter.thresholds import THRESHOLDS, Threshold, check_scale, name_of
 
 _ADDED = {"influence": Value("float64"), "influence_rank": Value("int64")}
-Data = TypeVar("Data", bound=Any)
-"""A `Dataset`, `DatasetDict`, `IterableDataset` or `IterableDatasetDict`; the same kind comes back."""
 
 
 @dataclass(kw_only=True)
-class DatasetFilter:
+class DatasetFilter(Rule):
     """The rows of a dataset that are most worth keeping, in their original order.
 
     Rows are ranked by their mean score over the queries; the lowest are dropped, the earlier row first where scores
-    are equal. A fraction f stands for ⌊f · n⌋ rows, f as written (0.29 of 100 is 29). Cost: one sort.
+    are equal. A fraction f stands for ⌊f · n⌋ rows, f as written (0.29 of 100 is 29). Several scores drop a row only if
+    they agree; its score is then the mean of its places in the rankings, from 0 (worst) to 1. Cost: one sort.
 
     >>> train = Dataset.from_dict({"text": ["good", "bad", "fine", "fair"]})
     >>> from hf_influence.scores import Scores
@@ -77,9 +66,6 @@ class DatasetFilter:
     """Add `influence` (mean score) and `influence_rank` (0 = least worth keeping, before the drop). The other splits of
     a `DatasetDict` do not get them, and the hub takes splits with the same columns: push that split alone."""
 
-    report: Decision | None = field(default=None, init=False, repr=False, compare=False)
-    """What the last `apply` decided: `report.explain(id)`, `report.save(path)`, `report.replay(dataset)`, …"""
-
     def __post_init__(self) -> None:
         given = [name for name in ("drop", "keep", "keep_tokens") if getattr(self, name) is not None]
         if len(given) > 1:
@@ -98,43 +84,18 @@ class DatasetFilter:
             return
         check_amount(name, amount, fractions=name != "keep_tokens")
 
-    def apply(self, dataset: Data, scores: Given, *, split: str = "train", by: By = None) -> Data:
-        """A new dataset with the same columns (and two more if `columns`); `dataset` itself is left alone.
-
-        Args:
-            dataset: What was scored, or a `DatasetDict` of which one split was; its other splits stay as they are. Of
-                an `IterableDataset` the rows are dropped as they come.
-            scores: Of every row, or a file of them, or a store, which then is scored by "auto". Several of them drop a
-                row only if they agree; its score is then the mean of its places in the rankings, from 0 (worst) to 1.
-            split: Which of a `DatasetDict`.
-            by: For a stream whose scores have no id column: how its rows are known; see `StreamRows`, or the store.
-
-        Raises:
-            BadExample: Not a dataset, no rows, or a column that is missing or taken.
-            BadSetting: Scores of another dataset, or a rule that leaves no row.
-        """
-        if isinstance(dataset, (DatasetDict, IterableDatasetDict)):
-            return type(dataset)({**dataset, split: self.apply(of_split(dataset, split), scores, split=split, by=by)})
-        self.report = self.decide(dataset, scores, by)
-        return carried_out(self.report, dataset, by)
-
     def decide(self, dataset: Dataset | IterableDataset, scores: Given, by: By = None) -> Decision:
         """What `apply` would do with each row; arguments and errors as there."""
         rankings = rankings_of(scores)
         needed = self._votes(len(rankings))
         for ranking in rankings:
             check_scale(self.drop, ranking)
-        values, names = aligned(dataset, rankings)  # each [n, q]
-        table = dataset if isinstance(dataset, Dataset) else None
-        n = len(names)
+        decision = Decision.keeping_all(dataset, rankings, by)
+        values, n = [values_of(ranking, decision.ids) for ranking in rankings], decision.before  # each [n, q]
         if self.columns and (taken := [column for column in _ADDED if column in (dataset.column_names or ())]):
             raise BadExample(f"the dataset has {taken} already. Rename or remove them, or leave columns=False.")
-        mean = values[0].mean(1) if len(values) == 1 else mean_place(values)
-        order = mean.argsort(stable=True)  # [n], worst first
-        rank = order.argsort()  # [n]
-
-        groups = groups_of(table, self.within, n)
-        lengths = lengths_of(table, self.tokens) if self.keep_tokens is not None else None
+        groups = groups_of(decision.dataset, self.within, n)
+        lengths = lengths_of(decision.dataset, self.tokens) if self.keep_tokens is not None else None
 
         def cut(values: Tensor, rows: list[int]) -> Tensor:
             return self._gone(values, None if lengths is None else lengths[rows], n)
@@ -149,27 +110,15 @@ class DatasetFilter:
         else:
             asks = f"of {len(values)} rankings would drop it, the rule {rule} asks for {needed}"
             reasons, reason = tuple(f"{k} {asks}" for k in range(len(values) + 1)), votes.tolist()
-        added = dict(zip(_ADDED, (mean.tolist(), rank.tolist()), strict=True)) if self.columns else {}
-        stay = (~gone).nonzero()[:, 0].tolist()
-        known, per_token = None, True
-        if table is None and rankings[0].id_column is None:
-            known, per_token = StreamRows.of(by).stored(rankings[0])
-        return Decision(
+        added: dict[str, list[Any]] = {}
+        if self.columns:
+            added = dict(zip(_ADDED, (decision.scores, decision.ranks), strict=True))
+        return decision.but(
             rule=rule,
-            sources=sources_of(*rankings),
-            ids=list(names),
-            id_column=rankings[0].id_column,
             actions=["drop" if flag else "keep" for flag in gone.tolist()],
-            scores=mean.tolist(),
-            ranks=rank.tolist(),
             reasons=reasons,
             reason=reason,
-            groups={} if table is None else group_sizes(table, stay),
-            columns=None if table is None else tuple(table.column_names),
-            writes=tuple(Written(name=name, new=new, feature=_ADDED[name]) for name, new in added.items()),
-            tokens=known,
-            per_token=per_token,
-            dataset=table,
+            writes=tuple(Written(name=name, new=list(new), feature=_ADDED[name]) for name, new in added.items()),
         )
 
     def _rule(self) -> tuple[str, Any]:

@@ -4,26 +4,27 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 
 from hf_influence.dataset.contents import row_codes
+from hf_influence.dataset.matching import aligned
 from hf_influence.errors import BadExample, StoreError
 from hf_influence.filter.actions import DONE, Written
 from hf_influence.filter.card import section
 from hf_influence.filter.carrying_out import replayed, undone
+from hf_influence.filter.cutting import mean_place
+from hf_influence.filter.group_sizes import group_sizes
 from hf_influence.filter.on_disk import fields_of, text_of
+from hf_influence.filter.streams import By, StreamRows
 from hf_influence.filter.wording import number, printable, quoted, settings_of
 from hf_influence.saving import write_whole
 from hf_influence.scores import Scores
-
-if TYPE_CHECKING:
-    from hf_influence.filter.streams import By
 
 
 class Removed(NamedTuple):
@@ -32,11 +33,6 @@ class Removed(NamedTuple):
     id: int | str
     score: float
     rank: int
-
-
-def sources_of(*rankings: Scores) -> tuple[dict[str, Any], ...]:
-    """What a decision says of the scores that it was made by."""
-    return tuple({"method": scores.method, "settings": dict(scores.settings)} for scores in rankings)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,6 +93,50 @@ class Decision:
     dataset: Dataset | None = field(default=None, repr=False, compare=False)
     """What was decided on, from which `contents` are computed when they are first asked for; not saved."""
     known_contents: list[str] | None = field(default=None, repr=False, compare=False)
+
+    @classmethod
+    def keeping_all(cls, dataset: Dataset | IterableDataset, rankings: Sequence[Scores], by: By = None) -> Decision:
+        """The decision that every rule starts from: all rows stay as they are, ranked from the lowest score.
+
+        Args:
+            dataset: What was scored.
+            rankings: One or several scores of every row.
+            by: For a stream whose scores have no id column: the store that knows its rows.
+
+        Raises:
+            BadExample: Not a dataset, no rows, or no such id column.
+            BadSetting: Scores of another dataset, or a stream of which nothing says how its rows are known.
+        """
+        values, ids = aligned(dataset, rankings)  # each [n, q]
+        mean = values[0].mean(1) if len(values) == 1 else mean_place(values)  # [n]
+        table = dataset if isinstance(dataset, Dataset) else None
+        tokens, per_token = None, True
+        if table is None and rankings[0].id_column is None:
+            tokens, per_token = StreamRows.of(by).stored(rankings[0])
+        whole = cls(
+            rule="keep all",
+            sources=tuple({"method": scores.method, "settings": dict(scores.settings)} for scores in rankings),
+            ids=list(ids),
+            id_column=rankings[0].id_column,
+            actions=["keep"] * len(ids),
+            scores=mean.tolist(),
+            ranks=mean.argsort(stable=True).argsort().tolist(),
+            reasons=("every row is kept",),
+            reason=[0] * len(ids),
+            columns=None if table is None else tuple(table.column_names),
+            tokens=tokens,
+            per_token=per_token,
+            dataset=table,
+        )
+        return whole.but()
+
+    def but(self, **fields: Any) -> Decision:
+        """The same decision with other values of some fields; of a dataset that is at hand, `groups` counted anew."""
+        new = replace(self, **fields)
+        if new.dataset is None:
+            return new
+        written = {column.name: column.new for column in new.writes}
+        return replace(new, groups=group_sizes(new.dataset, new.kept, written))
 
     @property
     def before(self) -> int:

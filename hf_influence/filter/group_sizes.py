@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
 from datasets import ClassLabel, Dataset
@@ -12,7 +12,7 @@ MOST_CLASSES = 50
 
 
 def group_sizes(
-    dataset: Dataset, stay: list[int], written: dict[str, Sequence[Any]] | None = None
+    dataset: Dataset, stay: Sequence[int], written: Mapping[str, Sequence[Any]]
 ) -> dict[Hashable, tuple[int, int]]:
     """Rows before and after for each class, of the first of the columns label, task and source that holds classes.
 
@@ -31,7 +31,7 @@ def group_sizes(
     if column is None:
         return {}
     values = plain[column][:]
-    new = values if written is None else written.get(column, values)
+    new = written.get(column, values)
     if not all(isinstance(value, (str, int)) for value in new):  # label vectors
         return {}
     names = getattr(dataset.features[column], "names", None)

@@ -2,27 +2,25 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
-from datasets import Dataset, DatasetDict
+from datasets import Dataset, IterableDataset
 from torch import Tensor
 
 from hf_influence.attribution.combined import compare_with_queries
 from hf_influence.dataset.contents import row_codes
-from hf_influence.dataset.matching import ids_of, in_dataset_order
 from hf_influence.errors import BadSetting
-from hf_influence.filter.carrying_out import carried_out, of_split
 from hf_influence.filter.cutting import check_amount, count_of, gone_by, groups_of, reasons_of
-from hf_influence.filter.dataset_filter import Data
-from hf_influence.filter.decision import Decision, sources_of
-from hf_influence.filter.group_sizes import group_sizes
+from hf_influence.filter.decision import Decision
 from hf_influence.filter.rankings import Given, one_ranking_of
+from hf_influence.filter.rule import Rule, check_no_stream
+from hf_influence.filter.streams import By
 from hf_influence.scores import Scores
 
 
 @dataclass(kw_only=True)
-class Prune:
+class Prune(Rule):
     """A smaller dataset that teaches about as much: rows that the others already teach are dropped.
 
     Scores without queries (`self_…`, losses, norms) are the higher the more typical a row is, and the most typical rows
@@ -40,7 +38,7 @@ class Prune:
     Source: GEX, section 5.3; Feldman & Zhang, What Neural Networks Memorize and Why, NeurIPS 2020.
 
     Raises:
-        BadSetting: `drop` is neither a fraction nor a count.
+        BadSetting: `drop` is neither a fraction nor a count; when it is applied, scores with queries, or several.
     """
 
     drop: float | int = 0.3
@@ -50,38 +48,19 @@ class Prune:
     within: str | None = None
     """A column of classes, tasks or sources: each is pruned for itself."""
 
-    report: Decision | None = field(default=None, init=False, repr=False, compare=False)
-    """What the last `apply` decided, row by row."""
-
     def __post_init__(self) -> None:
         check_amount("drop", self.drop)
 
-    def apply(self, dataset: Data, scores: Given, *, split: str = "train") -> Data:
-        """A new dataset with the same columns.
-
-        Args:
-            dataset: What was scored, or a `DatasetDict` of which one split was; its other splits stay as they are.
-            scores: Of every row, or a file of them, or a store, which then is scored by "auto".
-            split: Which of a `DatasetDict`.
-
-        Raises:
-            BadExample: Not a dataset, a stream, no rows, or no such column.
-            BadSetting: Scores with queries, several, or of another dataset, or a rule that leaves no row.
-        """
-        if isinstance(dataset, DatasetDict):
-            return DatasetDict({**dataset, split: self.apply(of_split(dataset, split), scores)})
-        self.report = self.decide(dataset, scores)
-        return carried_out(self.report, dataset)
-
-    def decide(self, dataset: Dataset, scores: Given) -> Decision:
+    def decide(self, dataset: Dataset | IterableDataset, scores: Given, by: By = None) -> Decision:
         """What `apply` would do with each row; arguments and errors as there."""
-        scores = one_ranking_of(scores, "Prune")
-        check_without_queries(scores, "Prune drops the highest scores")
-        mean = in_dataset_order(dataset, scores).mean(1)  # [n]
-        n, names = len(mean), ids_of(dataset, scores.id_column)
-        first = self._copies(dataset, scores.id_column)
+        ranking = one_ranking_of(scores, "Prune")
+        check_without_queries(ranking, "Prune drops the highest scores")
+        check_no_stream(dataset, "Prune")
+        decision = Decision.keeping_all(dataset, [ranking], by)
+        n, mean = decision.before, decision.scores
+        first = self._copies(dataset, ranking.id_column)
         is_copy = torch.tensor([i in first for i in range(n)])
-        order = sorted(range(n), key=lambda i: (i not in first, -float(mean[i]), i))
+        order = sorted(range(n), key=lambda i: (i not in first, -mean[i], i))
         rank = torch.tensor(order).argsort()  # [n], 0 goes first
 
         def cut(places: Tensor, rows: list[int]) -> Tensor:
@@ -96,21 +75,14 @@ class Prune:
         if gone.all():
             raise BadSetting(f"{rule} leaves none of the {n} rows to train on. Drop fewer.")
         reasons, reason = reasons_of(rule, gone, groups, self.within)
-        return Decision(
+        return decision.but(
             rule=rule,
-            sources=sources_of(scores),
-            ids=list(names),
-            id_column=scores.id_column,
             actions=["drop" if flag else "keep" for flag in gone.tolist()],
-            scores=mean.tolist(),
             ranks=rank.tolist(),
             from_highest=True,
             reasons=reasons,
             reason=reason,
             copies=first,
-            groups=group_sizes(dataset, (~gone).nonzero()[:, 0].tolist()),
-            columns=tuple(dataset.column_names),
-            dataset=dataset,
         )
 
     def _copies(self, dataset: Dataset, id_column: str | None) -> dict[int, int]:

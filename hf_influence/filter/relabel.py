@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from datasets import ClassLabel, Dataset, DatasetDict, IterableDataset, IterableDatasetDict, Value
+from datasets import ClassLabel, Dataset, IterableDataset, Value
 from datasets import List as ListOf
 from torch import Tensor
 
 from hf_influence.errors import BadExample, BadSetting
 from hf_influence.filter.actions import Written
-from hf_influence.filter.carrying_out import carried_out, of_split
-from hf_influence.filter.dataset_filter import Data, DatasetFilter
+from hf_influence.filter.dataset_filter import DatasetFilter
 from hf_influence.filter.decision import Decision
-from hf_influence.filter.group_sizes import group_sizes
 from hf_influence.filter.rankings import Given, StoreOrPath, rankings_of, statistic_in, store_of, wrong_of
+from hf_influence.filter.rule import Rule
 from hf_influence.filter.streams import By, StreamRows
 from hf_influence.filter.wording import printable, quoted
 from hf_influence.scores import Scores
@@ -26,7 +25,7 @@ HOW = ("predicted", "flip", "soft", "posterior")
 
 
 @dataclass(kw_only=True)
-class Relabel:
+class Relabel(Rule):
     """New labels for the rows that a filter would drop, or for all; every row stays, in its place.
 
     With φ the probabilities that the model gives the K classes of a row, which the store has, m its label, p the
@@ -43,6 +42,10 @@ class Relabel:
     at once: give it their loss, `Trainer(…, compute_loss_func=soft_cross_entropy)` of `hf_influence.callbacks`. Soft
     labels of two classes are flipped ones; rows that keep their label among vectors get a one-hot one.
 
+    The other splits of a `DatasetDict` keep their labels, so that metrics read them as before. The hub takes splits
+    with labels of the same kind: after "soft" and "posterior" push that split alone, `new["train"].push_to_hub(…)`. A
+    stream is relabelled as its rows come; `by` must name the store then, which knows their labels.
+
     Look at `suggest(...)` first: it gives the rows, with old and new label, for a person to decide.
 
     >>> train = Dataset.from_dict({"text": ["fine", "awful"], "label": [1, 1]})
@@ -54,7 +57,11 @@ class Relabel:
     "posterior" is of this library.
 
     Raises:
-        BadSetting: An unknown `how`, or no suspects where it needs them.
+        BadSetting: An unknown `how`, or no suspects where it needs them; when it is applied, probabilities that are
+            missing or do not fit, a store of other labels, or "posterior" by scores that are no log-odds.
+        BadExample: When it is applied: no column of class numbers, or of two names, or of names beside tokens that
+            were made of them.
+        StoreError: When it is applied: a path that is none of a store.
     """
 
     suspects: DatasetFilter | None = None
@@ -63,11 +70,12 @@ class Relabel:
     label: str = "label"
     """The column of class numbers; for "flip" it may name the classes, as the answers of a language model do, where
     they are not tokenised yet."""
-    changed: tuple[int, ...] = field(default=(), init=False, repr=False, compare=False)
-    """Rows that the last `apply` relabelled, worst first."""
-
-    report: Decision | None = field(default=None, init=False, repr=False, compare=False)
-    """What the last `apply` decided, row by row."""
+    probabilities: StoreOrPath | Tensor | Sequence[Sequence[float]] | None = field(
+        default=None, repr=False, compare=False
+    )
+    """Of the classes, for "predicted" and "soft", and for "posterior" of more than two classes: the store that was
+    scored, which has those of a classifier, or its path, or numbers of yours, `[n, K]` in the order of the dataset, of
+    a stream in that of the scores. By default those of the store that is given in place of scores, or for a stream."""
 
     def __post_init__(self) -> None:
         if self.how not in HOW:
@@ -78,25 +86,14 @@ class Relabel:
                 "Relabel(suspects=DatasetFilter(drop=0.05), …), or --suspects 0.05."
             )
 
-    def suggest(self, dataset: Dataset, scores: Given, probabilities: Any = None) -> Dataset:
+    def suggest(self, dataset: Dataset, scores: Given) -> Dataset:
         """The suspicious rows, worst first, with the columns `row`, `score`, `label_before` and `label_after` added.
 
-        Args:
-            dataset: What was scored.
-            scores: As for the filter.
-            probabilities: Of the classes, for "predicted" and "soft", and for "posterior" of more than two classes: the
-                store that was scored, which has those of a classifier, or its path, or numbers of yours, `[n, K]` in
-                dataset order. By default those of the store, if that is what `scores` is.
-
-        Raises:
-            BadExample: No column of class numbers, or of two names, or of names beside tokens that were made of them.
-            BadSetting: Probabilities that are missing or do not fit, a store of other labels, or "posterior" by scores
-                that are no log-odds.
-            StoreError: A path that is none of a store.
+        Arguments and errors as in `apply`.
         """
         if not isinstance(dataset, Dataset):
             raise BadExample(f"suggestions are rows of a datasets.Dataset, not of {type(dataset).__name__}.")
-        decision = self.decide(dataset, scores, probabilities)
+        decision = self.decide(dataset, scores)
         rows, (column,) = _suspects(decision), decision.writes
         assert column.old is not None
         chosen = dataset.select(rows)
@@ -112,53 +109,26 @@ class Relabel:
             chosen = chosen.add_column(name, values)
         return chosen
 
-    def apply(
-        self,
-        dataset: Data,
-        scores: Given,
-        probabilities: Any = None,
-        *,
-        split: str = "train",
-        by: By = None,
-    ) -> Data:
-        """The dataset with the new labels; arguments and errors as in `suggest`.
-
-        Of a `DatasetDict` the rows of one `split` are relabelled, and the others stay as they are, so that metrics read
-        their labels as before. The hub takes splits with labels of the same kind: after "soft" and "posterior" push
-        that split alone, `new["train"].push_to_hub(…)`.
-
-        An `IterableDataset` is relabelled as its rows come; `by` must name the store then, which knows their labels and
-        probabilities. Numbers of yours are in the order of the scores.
-        """
-        if isinstance(dataset, (DatasetDict, IterableDatasetDict)):
-            new = self.apply(of_split(dataset, split), scores, probabilities, by=by)
-            return type(dataset)({**dataset, split: new})
-        self.report = self.decide(dataset, scores, probabilities, by)
-        self.changed = tuple(_suspects(self.report))
-        return carried_out(self.report, dataset, by)
-
-    def decide(
-        self,
-        dataset: Dataset | IterableDataset,
-        scores: Given,
-        probabilities: Any = None,
-        by: By = None,
-    ) -> Decision:
+    def decide(self, dataset: Dataset | IterableDataset, scores: Given, by: By = None) -> Decision:
         """What `apply` would do with each row; arguments and errors as there."""
         rankings, by = rankings_of(scores), StreamRows.of(by)
-        decision = (self.suspects or DatasetFilter(drop=0)).decide(dataset, rankings, by)
+        if self.suspects is None:
+            decision = Decision.keeping_all(dataset, rankings, by)
+        else:
+            decision = self.suspects.decide(dataset, rankings, by)
         labels, names = self._labels(dataset, rankings[0], by)
         rows = [i for i, action in enumerate(decision.actions) if action == "drop" or self.suspects is None]
         feature = (dataset.features or {}).get(self.label)
-        places = (store_of(scores), by.store) if probabilities is None else (probabilities,)
+        given: Any = self.probabilities
+        places = (store_of(scores), by.store) if given is None else (given,)
         store = next((place for place in places if isinstance(place, StoreOrPath)), None)
         if store is not None and self.how != "flip":
-            probabilities = self._stored(store, rankings[0], decision.ids, labels)
+            given = self._stored(store, rankings[0], decision.ids, labels)
         if self.how == "posterior":
-            new = self._believed(rows, labels, feature, probabilities, wrong_of(rankings, decision.ids))
+            new = self._believed(rows, labels, feature, given, wrong_of(rankings, decision.ids))
             kind: Any = ListOf(Value("float64"))
         else:
-            new, kind = self._new(rows, labels, feature, probabilities)
+            new, kind = self._new(rows, labels, feature, given)
         as_given: Callable[[int], Any] = bool if feature == Value("bool") else names.__getitem__ if names else int
         old = list(map(as_given, labels))
         if kind == feature:
@@ -179,14 +149,11 @@ class Relabel:
             rule = f"relabel how={self.how!r} of {decision.rule}"
             instead = f", and such rows get another label (how={self.how!r}) instead"
             reasons = tuple(reason + instead for reason in decision.reasons)
-        stay, table = range(len(labels)), decision.dataset
-        return replace(
-            decision,
+        return decision.but(
             rule=rule,
             actions=actions,
             reasons=reasons,
             reason=[0] * len(labels) if self.suspects is None else decision.reason,
-            groups={} if table is None else group_sizes(table, list(stay), {self.label: new}),
             writes=(Written(name=self.label, new=new, feature=kind, old=old, old_feature=feature),),
         )
 
@@ -226,7 +193,7 @@ class Relabel:
             )
         return list(map(int, labels)), None
 
-    def _new(self, rows: list[int], labels: list[int], feature: Any, probabilities: Any) -> tuple[list[Any], Any]:
+    def _new(self, rows: list[int], labels: list[int], feature: Any, given: Any) -> tuple[list[Any], Any]:
         """The labels of all rows after relabelling some, and the type of the column."""
         new: list[Any] = list(labels)
         if self.how == "flip":
@@ -235,7 +202,7 @@ class Relabel:
             for row in rows:
                 new[row] = 1 - labels[row]
             return new, feature
-        phi = self._probabilities(probabilities, labels)
+        phi = self._phi(given, labels)
         if self.how == "soft":
             new = torch.eye(phi.shape[1], dtype=torch.float64)[torch.tensor(labels)].tolist()
             feature = ListOf(Value("float64"))
@@ -244,14 +211,12 @@ class Relabel:
             new[row] = give(phi[row], labels[row])
         return new, feature
 
-    def _believed(
-        self, rows: list[int], labels: list[int], feature: Any, probabilities: Any, wrong: Tensor
-    ) -> list[Any]:
+    def _believed(self, rows: list[int], labels: list[int], feature: Any, given: Any, wrong: Tensor) -> list[Any]:
         """The probabilities of all classes for some rows, one-hot for the others."""
-        if probabilities is None and _two(labels, feature):
+        if given is None and _two(labels, feature):
             phi = torch.full((len(labels), 2), 0.5, dtype=torch.float64)  # all of p goes to the one other class
         else:
-            phi = self._probabilities(probabilities, labels)
+            phi = self._phi(given, labels)
         own = torch.eye(phi.shape[1], dtype=torch.float64)[labels]  # [n, K]
         others = phi.clamp(min=torch.finfo(torch.float64).tiny) * (1 - own)
         believed = own * (1 - wrong)[:, None] + others / others.sum(1, keepdim=True) * wrong[:, None]
@@ -269,15 +234,16 @@ class Relabel:
             )
         return statistic_in(store, scores, "probabilities", ids)
 
-    def _probabilities(self, probabilities: Any, labels: list[int]) -> Tensor:
-        if probabilities is None:
+    def _phi(self, given: Any, labels: list[int]) -> Tensor:
+        """The probabilities that are given, `[n, K]` in float64, if they fit."""
+        if given is None:
             of = " of more than two classes" if self.how == "posterior" else ""
             raise BadSetting(
-                f"how={self.how!r}{of} needs the model's probabilities. Pass the store that was scored, apply(dataset, "
-                "scores, 'runs/mine') or --store runs/mine, which has them if it is of a classifier with one label a "
-                "row; or numbers of yours, [n, K] in dataset order."
+                f"how={self.how!r}{of} needs the model's probabilities. Pass the store that was scored, "
+                "Relabel(probabilities='runs/mine', …) or --store runs/mine, which has them if it is of a classifier "
+                "with one label a row; or numbers of yours, [n, K] in dataset order."
             )
-        phi = torch.as_tensor(probabilities).double()
+        phi = torch.as_tensor(given).double()
         if phi.ndim != 2 or len(phi) != len(labels) or phi.shape[1] <= max(labels):
             raise BadSetting(
                 f"probabilities of shape {list(phi.shape)} for {len(labels)} rows with labels up to {max(labels)}: "

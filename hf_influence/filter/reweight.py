@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 
 import torch
-from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict, Value
+from datasets import Dataset, IterableDataset, Value
 from torch import Tensor
 
 from hf_influence.errors import BadExample, BadSetting
 from hf_influence.filter.actions import Written
-from hf_influence.filter.carrying_out import carried_out, of_split
-from hf_influence.filter.dataset_filter import Data, DatasetFilter
 from hf_influence.filter.decision import Decision
 from hf_influence.filter.rankings import Given, rankings_of, wrong_of
+from hf_influence.filter.rule import Rule
 from hf_influence.filter.streams import By
 from hf_influence.filter.thresholds import all_equal
 from hf_influence.scores import mean_ranks
@@ -22,7 +21,7 @@ HOW = ("softmax", "clipped", "ranks", "posterior")
 
 
 @dataclass(kw_only=True)
-class Reweight:
+class Reweight(Rule):
     """A column of weights with mean 1, the larger the more a row is worth keeping.
 
     With z the mean scores, standardised to mean 0 and deviation 1 over the dataset, and w scaled to mean 1:
@@ -34,7 +33,8 @@ class Reweight:
                     rather right than wrong; for one set of scores by "auto" of classes with queries
 
     Train on them with `hf_influence.callbacks.WeightedTrainer`, which weighs the loss of each example or draws examples
-    in proportion.
+    in proportion. The other splits of a `DatasetDict` get no column, and the hub takes splits with the same columns:
+    push that split alone, `new["train"].push_to_hub(…)`.
 
     >>> train = Dataset.from_dict({"text": ["good", "bad"]})
     >>> from hf_influence.scores import Scores
@@ -45,7 +45,8 @@ class Reweight:
     Source: Inner product and its ensemble, section on reweighting (softmax of the scores).
 
     Raises:
-        BadSetting: An unknown `how`, or a temperature that is not above 0.
+        BadSetting: An unknown `how`, or a temperature that is not above 0; when it is applied with "posterior", scores
+            that are no log-odds, or by which every label is rather wrong than right.
     """
 
     how: str = "softmax"
@@ -53,34 +54,16 @@ class Reweight:
     """Small: few rows count for much. Large: all count alike."""
     column: str = "weight"
 
-    report: Decision | None = field(default=None, init=False, repr=False, compare=False)
-    """What the last `apply` decided, row by row."""
-
     def __post_init__(self) -> None:
         if self.how not in HOW:
             raise BadSetting(f"how={self.how!r} is no way to weigh. Choose one of {', '.join(map(repr, HOW))}.")
         if not self.temperature > 0:
             raise BadSetting(f"temperature={self.temperature!r} must be above 0.")
 
-    def apply(self, dataset: Data, scores: Given, *, split: str = "train", by: By = None) -> Data:
-        """The dataset with the column of weights; rows of an `IterableDataset` get theirs as they come.
-
-        Of a `DatasetDict` the rows of one `split` are weighed, and the others stay as they are. The hub takes splits
-        with the same columns: push that split alone, `new["train"].push_to_hub(…)`.
-
-        Raises:
-            BadExample: The column is taken.
-            BadSetting: Scores of another dataset, or by which every label is rather wrong than right.
-        """
-        if isinstance(dataset, (DatasetDict, IterableDatasetDict)):
-            return type(dataset)({**dataset, split: self.apply(of_split(dataset, split), scores, by=by)})
-        self.report = self.decide(dataset, scores, by)
-        return carried_out(self.report, dataset, by)
-
     def decide(self, dataset: Dataset | IterableDataset, scores: Given, by: By = None) -> Decision:
         """What `apply` would do with each row; arguments and errors as there."""
         rankings = rankings_of(scores)
-        decision = DatasetFilter(drop=0).decide(dataset, rankings, by)
+        decision = Decision.keeping_all(dataset, rankings, by)
         if self.column in (dataset.column_names or ()):
             raise BadExample(f"the dataset has a column {self.column!r} already. Name another: Reweight(column='…').")
         if self.how == "posterior":
@@ -94,8 +77,7 @@ class Reweight:
         else:
             weights = self._weights(torch.tensor(decision.scores, dtype=torch.float64)).tolist()
         rule = f"reweight how={self.how!r}, temperature={self.temperature!r}"
-        return replace(
-            decision,
+        return decision.but(
             rule=rule,
             actions=["weight"] * len(weights),
             reasons=(f"the rule {rule} gives weights with mean 1",),

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from datasets import Dataset, DatasetDict, Value
+from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict, Value
 from torch import Tensor
 
-from hf_influence.dataset.matching import ids_of, in_dataset_order
 from hf_influence.errors import BadExample, BadSetting
 from hf_influence.filter.actions import Written
-from hf_influence.filter.carrying_out import carried_out, of_split
-from hf_influence.filter.decision import Decision, sources_of
-from hf_influence.filter.group_sizes import group_sizes
+from hf_influence.filter.decision import Decision
 from hf_influence.filter.prune import check_without_queries
 from hf_influence.filter.rankings import Given, one_ranking_of
+from hf_influence.filter.rule import Rule, check_no_stream
+from hf_influence.filter.streams import By
 from hf_influence.filter.thresholds import THRESHOLDS, check_scale, normal_components
 from hf_influence.filter.wording import quoted
 
@@ -25,7 +24,7 @@ COLUMN = "influence_group"
 
 
 @dataclass(kw_only=True)
-class Separate:
+class Separate(Rule):
     """The groups of a mixed dataset, from the least typical rows (group_0) to the most typical.
 
     Sources differ in how much their rows teach that the others do not, which self-influence measures:
@@ -47,7 +46,8 @@ class Separate:
     Information, ICLR 2021.
 
     Raises:
-        BadSetting: An unknown `how`, or a number of groups that it cannot make.
+        BadSetting: An unknown `how`, or a number of groups that it cannot make; when it is applied, scores with
+            queries, several, by ranks, or that form fewer groups.
     """
 
     groups: int = 2
@@ -55,45 +55,32 @@ class Separate:
     column: str | None = None
     """Give the dataset with this column of group names, instead of a DatasetDict."""
 
-    report: Decision | None = field(default=None, init=False, repr=False, compare=False)
-    """What the last `apply` decided, row by row."""
-
     def __post_init__(self) -> None:
         if self.how not in HOW:
             raise BadSetting(f"how={self.how!r} is no way to separate. Choose one of {', '.join(map(repr, HOW))}.")
         if not isinstance(self.groups, int) or self.groups < 2 or (self.how == "otsu" and self.groups != 2):
             raise BadSetting(f"groups={self.groups!r}: give a whole number, at least 2; how='otsu' makes exactly 2.")
 
-    def apply(self, dataset: Any, scores: Given, *, split: str = "train") -> Any:
+    def apply(self, dataset: Any, scores: Given, *, split: str = "train", by: By = None) -> Any:
         """A DatasetDict with a split for each group; with `column` a dataset with one more column.
 
-        Args:
-            dataset: What was scored; with `column` also a `DatasetDict` of which one split was. Its other splits stay
-                as they are.
-            scores: Of every row, or a file of them, or a store, which then is scored by "auto".
-            split: Which of a `DatasetDict`.
-
-        Raises:
-            BadExample: Not a dataset, a stream, no rows, or the column is taken.
-            BadSetting: Scores with queries, several, of another dataset or by ranks, or scores that form fewer groups;
-                a `DatasetDict` without `column`.
+        Arguments and errors as for every rule (`Rule.apply`); with `column` alone `dataset` may be a `DatasetDict`.
         """
-        if isinstance(dataset, DatasetDict):
-            if self.column is None:
-                raise BadSetting(
-                    "the groups become the splits of a DatasetDict, and this dataset has splits already. Give one of "
-                    "them, dataset['train'], or Separate(column='…'), which names the group of each row."
-                )
-            return DatasetDict({**dataset, split: self.apply(of_split(dataset, split), scores)})
-        self.report = self.decide(dataset, scores)
-        return carried_out(self.report, dataset)
+        if self.column is None and isinstance(dataset, (DatasetDict, IterableDatasetDict)):
+            raise BadSetting(
+                "the groups become the splits of a DatasetDict, and this dataset has splits already. Give one of "
+                "them, dataset['train'], or Separate(column='…'), which names the group of each row."
+            )
+        return super().apply(dataset, scores, split=split, by=by)
 
-    def decide(self, dataset: Dataset, scores: Given) -> Decision:
+    def decide(self, dataset: Dataset | IterableDataset, scores: Given, by: By = None) -> Decision:
         """What `apply` would do with each row; arguments and errors as there."""
-        scores = one_ranking_of(scores, "Separate")
-        check_without_queries(scores, "Separate takes scores apart that say how typical a row is")
-        check_scale(self.how, scores)
-        values = in_dataset_order(dataset, scores)  # [n, 1]
+        ranking = one_ranking_of(scores, "Separate")
+        check_without_queries(ranking, "Separate takes scores apart that say how typical a row is")
+        check_scale(self.how, ranking)
+        check_no_stream(dataset, "Separate")
+        decision = Decision.keeping_all(dataset, [ranking], by)
+        values = torch.tensor(decision.scores, dtype=torch.float64)[:, None]  # [n, 1]
         name = self.column or COLUMN
         if name in dataset.column_names:
             raise BadExample(f"the dataset has a column {name!r} already. Name another: Separate(column='…').")
@@ -101,32 +88,23 @@ class Separate:
         sizes = torch.bincount(group, minlength=self.groups).tolist()
         if 0 in sizes:
             raise BadSetting(
-                f"the scores by {scores.method} form fewer than {self.groups} groups (sizes {sizes}), so there is "
+                f"the scores by {ranking.method} form fewer than {self.groups} groups (sizes {sizes}), so there is "
                 "nothing to separate by. Try fewer groups, another method such as self_gex, or how='otsu', which "
                 "always cuts."
             )
-        mean, rule = values.mean(1), f"separate groups={self.groups}, how={self.how!r}"
-        ids = ids_of(dataset, scores.id_column)
+        rule = f"separate groups={self.groups}, how={self.how!r}"
         names = [f"group_{k:0{len(str(self.groups - 1))}d}" for k in range(self.groups)]
-        ends = [(float(mean[group == k].min()), float(mean[group == k].max())) for k in range(self.groups)]
-        return Decision(
+        ends = [tuple(map(float, values[group == k].aminmax())) for k in range(self.groups)]
+        return decision.but(
             rule=rule,
-            sources=sources_of(scores),
-            ids=list(ids),
-            id_column=scores.id_column,
-            actions=["separate"] * len(ids),
-            scores=mean.tolist(),
-            ranks=mean.argsort(stable=True).argsort().tolist(),
+            actions=["separate"] * decision.before,
             reasons=tuple(
                 f"the rule {rule} puts scores from {a:.3g} to {b:.3g} into {quoted(group_name)}"
                 for group_name, (a, b) in zip(names, ends, strict=True)
             ),
             reason=group.tolist(),
-            groups=group_sizes(dataset, list(range(len(ids)))),
-            columns=tuple(dataset.column_names),
             writes=(Written(name=name, new=[names[k] for k in group.tolist()], feature=Value("string")),),
             split_by=None if self.column else name,
-            dataset=dataset,
         )
 
 

@@ -5,34 +5,27 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, Protocol
+from typing import Any
 
 from datasets import Dataset
 
 from hf_influence.dataset.matching import ids_of
 from hf_influence.filter.actions import Written
 from hf_influence.filter.decision import Decision
-from hf_influence.filter.group_sizes import group_sizes
+from hf_influence.filter.rule import Decides
 from hf_influence.scores import Scores
 
 UNSCORED = "it has no score yet, so nothing is done about it"
 
 
-class Rule(Protocol):
-    """What decides: `DatasetFilter`, `Reweight`, `Prune`, or an object of yours."""
-
-    def decide(self, dataset: Any, scores: Scores) -> Decision:
-        """What happens to each row of the dataset that was scored."""
-
-
-def decide_on_scored(rule: Rule, dataset: Dataset, scores: Scores) -> Decision:
+def decide_on_scored(rule: Decides, dataset: Dataset, scores: Scores) -> Decision:
     """What a rule says of a dataset of which not every row has a score.
 
     Those without one are kept, with the label that they have, or weight 1; they come last in the ranks and have the
     score NaN. The rule looks at the others alone: a share is a share of them.
 
     Args:
-        rule: See `Rule`.
+        rule: See `Decides`.
         dataset: All rows.
         scores: Of some of them, known by index or by the values of the id column.
     """
@@ -78,9 +71,7 @@ def on_whole(decision: Decision, dataset: Dataset, at: Sequence[int], before: De
         ranks[i] = first + decision.ranks[k]
     for k, i in enumerate(rest):
         ranks[i] = others + k
-    writes = tuple(_of_all(column, dataset, at) for column in decision.writes)
-    return replace(
-        decision,
+    return decision.but(
         ids=list(ids_of(dataset, decision.id_column)),
         actions=actions,
         scores=scores,
@@ -88,11 +79,8 @@ def on_whole(decision: Decision, dataset: Dataset, at: Sequence[int], before: De
         reasons=reasons,
         reason=reason,
         copies=copies,
-        groups=group_sizes(
-            dataset, [i for i in range(n) if actions[i] != "drop"], {column.name: column.new for column in writes}
-        ),
         columns=tuple(dataset.column_names),
-        writes=writes,
+        writes=tuple(_of_all(column, dataset, at) for column in decision.writes),
         dataset=dataset,
         known_contents=None,
     )

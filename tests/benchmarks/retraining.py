@@ -58,8 +58,9 @@ def curated(train: Dataset, store: Path, given: Given, args: argparse.Namespace)
     for own in scores.values():
         if LOG_ODDS in own.report:
             yield "doubtful", DatasetFilter(drop="doubtful").apply(train, own)
-            yield "posterior", Relabel(how="posterior").apply(train, own, store)
-    yield f"relabel {first}", Relabel(suspects=trim, how="predicted").apply(train, scores[first], store)
+            yield "posterior", Relabel(how="posterior", probabilities=store).apply(train, own)
+    predicted = Relabel(suspects=trim, how="predicted", probabilities=store)
+    yield f"relabel {first}", predicted.apply(train, scores[first])
     how = "posterior" if LOG_ODDS in scores[first].report else "softmax"
     yield f"reweight {first}", Reweight(column=WEIGHT, how=how).apply(train, scores[first])
     for method, own in scores.items():

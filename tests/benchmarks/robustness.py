@@ -51,7 +51,7 @@ def cured(train: Dataset, scores: Scores, store: Path, drop: float) -> dict[str,
     trim = DatasetFilter(drop=drop)
     cures = (
         trim.apply(train, scores),
-        Relabel(suspects=trim, how="predicted").apply(train, scores, store),
+        Relabel(suspects=trim, how="predicted", probabilities=store).apply(train, scores),
         Reweight(column=WEIGHT).apply(train, scores),
     )
     return dict(zip(REMEDIES, cures, strict=True))
