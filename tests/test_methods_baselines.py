@@ -40,6 +40,31 @@ def test_self_confidence_is_the_probability_of_the_label(tmp_path: Path) -> None
     assert_exact(scores_of(tmp_path, "self_confidence").values, torch.tensor(expected, dtype=torch.float64))
 
 
+SMOOTHED = {"label_smoothing": 0.1, "loss": "smoothed_cross_entropy"}
+
+
+@pytest.mark.parametrize("method", ["self_confidence", "confidence_entropy"])
+def test_under_another_loss_the_probability_is_the_stored_one(tmp_path: Path, method: str) -> None:
+    plain = scores_of(tmp_path / "plain", method).values
+    rows, smoothed = {"layer": torch.zeros(N, 1, dtype=torch.float64)}, 0.9 * LOSS - 0.1 * P.log().mean(1)
+    store = make_store(tmp_path / "smoothed", rows, stats=STATS | {"loss": smoothed}, task=SMOOTHED)
+    assert_exact(attribute(store, method).values, plain)
+
+
+def test_another_loss_without_probabilities_has_no_confidence(tmp_path: Path) -> None:
+    rows = {"layer": torch.zeros(N, 1, dtype=torch.float64)}
+    store = make_store(tmp_path, rows, stats={"loss": LOSS}, task=SMOOTHED)
+    with pytest.raises(MissingRows, match=r"does not hold the statistic 'probabilities'"):
+        attribute(store, "self_confidence")
+
+
+def test_probabilities_of_whole_texts_that_are_0_are_refused(tmp_path: Path) -> None:
+    losses = {"loss": torch.tensor([80.0, 150, 300])}
+    rows = {"layer": torch.zeros(3, 1)}
+    with pytest.raises(BadSetting, match=r"loss of example 1 is 150, and its probability is 0 .* method='loss'"):
+        attribute(make_store(tmp_path, rows, stats=losses), "self_confidence")
+
+
 def confidence_entropy(p: list[float], y: int) -> float:
     a = -sum(q * math.log(q) for q in p) / (p[y] * math.log(len(p)))
     return math.log(1 + a) / a
@@ -175,6 +200,13 @@ def test_texts_that_are_missing_or_too_few_are_named(tmp_path: Path, settings: d
     store = make_store(tmp_path, {"layer": rows[0]}, {"layer": rows[1]})
     with pytest.raises(BadSetting, match=r"method 'bm25'.*texts=.*one for each"):
         attribute(store, "bm25", **settings)
+
+
+@pytest.mark.parametrize("text", [None, ["hi", "there"]])
+def test_a_text_that_is_none_is_named(tmp_path: Path, text: Any) -> None:
+    store = make_store(tmp_path, {"layer": torch.zeros(2, 1)}, {"layer": torch.zeros(1, 1)})
+    with pytest.raises(BadSetting, match=r"texts is to be texts, and that of training example 1 is"):
+        attribute(store, "bm25", texts=["a", text], query_texts=["a"])
 
 
 @pytest.mark.parametrize(("method", "module"), [("confident_learning", "cleanlab"), ("bm25", "bm25s")])

@@ -64,6 +64,9 @@ def test_numbers_of_numpy_are_numbers(tmp_path: Path) -> None:
     assert scores.settings["k"] == 2
     assert type(scores.settings["k"]) is int
     assert attribute(store, "fisher", damping=np.float32(0.5)).settings["damping"] == 0.5
+    assert attribute(store, "ip", point=np.int64(0)).settings["point"] == 0  # type: ignore[arg-type]
+    for points in (np.array([0]), torch.tensor([0]), [np.int64(0)]):
+        assert attribute(store, "tracin", points=points, weighted=False).settings["points"] == [0]
 
 
 @pytest.mark.parametrize("parts", [5, {"vote": 3}, [["vote"]]])
@@ -80,9 +83,10 @@ def test_a_split_of_queries_that_is_nowhere_is_refused(tmp_path: Path, settings:
     assert len(attribute(store, query_split="typo", parts=["loss"])) == 6
 
 
-def test_a_point_that_is_no_number_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(BadSetting, match=r"point='0' is no number.*points\(\)"):
-        attribute(make_store(tmp_path, TRAIN, QUERY), "ip", point="0")  # type: ignore[arg-type]
+@pytest.mark.parametrize("point", ["0", True])
+def test_a_point_that_is_no_number_is_refused(tmp_path: Path, point: Any) -> None:
+    with pytest.raises(BadSetting, match=r"point=.* is no number.*points\(\)"):
+        attribute(make_store(tmp_path, TRAIN, QUERY), "ip", point=point)
 
 
 def test_missing_store(tmp_path: Path) -> None:

@@ -54,7 +54,7 @@ def test_few_examples_at_a_time_are_compared_with_all(
         return lambda g: pieces.append(len(g)) or solve(g)
 
     monkeypatch.setattr(kind, "fit", watched)
-    monkeypatch.setattr("hf_influence.attribution.self_influence.CHUNK_BYTES", 3 * 26 * 8)
+    monkeypatch.setattr("hf_influence.store.rows.CHUNK_BYTES", 3 * 26 * 8)
     torch.testing.assert_close(attribute(store, name).values, whole, rtol=1e-6, atol=1e-6)  # where some iterate
     assert max(pieces) == 3
     assert sum(pieces) == 2 * 20
@@ -147,6 +147,15 @@ def test_classwise_forests_score_the_query_for_all_of_a_class(tmp_path: Path, gi
         forest = IsolationForest(n_estimators=10, random_state=0).fit(in_order_of_their_own(rows[label == c]).numpy())
         expected = torch.from_numpy(forest.score_samples(queries.numpy()))
         assert_exact(scores.values[label == c], expected.expand(int((label == c).sum()), -1))
+
+
+def test_a_class_of_two_is_no_home_for_any_query(tmp_path: Path) -> None:
+    store = make_store(tmp_path, TRAIN, QUERY)
+    labels = ["two"] * 2 + ["many"] * 18
+    with pytest.warns(UserWarning, match=r"fewer than 3 examples, and 1 of the 2 classes .*first: 'two'"):
+        scores = attribute(store, "outlier_classwise", trees=10, labels=labels)
+    assert (scores.values[:2] == -1).all()
+    assert (scores.values[2:] > -1).all()
 
 
 def test_labels_are_recorded_by_a_fingerprint(tmp_path: Path) -> None:

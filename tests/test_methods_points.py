@@ -161,6 +161,25 @@ def test_never_learnt_is_worse_than_any_forgetting(tmp_path: Path) -> None:
     assert scores.values[:, 0].tolist() == list(histories.values())
 
 
+@pytest.mark.parametrize("points", [[0, 1, 2], [2, 1, 0]])
+def test_the_end_comes_after_all_points_of_training(tmp_path: Path, points: list[int]) -> None:
+    store = by_point(tmp_path, [[1.0, 1], [0, 1]])
+    make_store(tmp_path, {"layer": torch.zeros(2, 1, dtype=torch.float64)}, stats={"correct": torch.tensor([0.0, 1])})
+    scores = attribute(store, "forgetting", points=points)
+    assert scores.values[:, 0].tolist() == [-1, 0]
+    assert scores.settings["points"] == [1, 2, 0]
+
+
+def test_two_runs_do_not_forget_for_each_other(tmp_path: Path) -> None:
+    for folder, right in (("a", 1.0), ("b", 0.0)):
+        for step in (10, 20):
+            about = PointAbout("checkpoint", {"step": step, "folder": folder})
+            point = number_of(tmp_path, about)
+            make_store(tmp_path, narrow(2, 0), stats={"correct": torch.full((2,), right)}, about=about, point=point)
+    with pytest.raises(StoreMismatch, match=r"rows of step 10, .* goes up to step 10.*several runs"):
+        attribute(tmp_path, "forgetting")
+
+
 def test_forgetting_of_language_models_is_the_mean_over_the_tokens(tmp_path: Path) -> None:
     """As far as shares can tell: here no token is forgotten while another one is learnt."""
     times = [

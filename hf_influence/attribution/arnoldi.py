@@ -26,7 +26,7 @@ class OnEigenvectors(Method):
 
     def select(self, rows: Selection, point: int | None) -> Selection:
         """The rows that the method looks at; StoreMismatch if they are compressed."""
-        rows.check_whole_rows("the eigenvectors of the Hessian are those of whole rows")
+        rows.store.check_whole("the eigenvectors of the Hessian are those of whole rows")
         return super().select(rows, point)
 
     def coordinates(self, train: Rows, *others: Rows) -> tuple[Tensor, list[Tensor]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -54,17 +55,17 @@ def attribute(
         BadExample: A row holds NaN or infinity.
         NotConverged: A method that iterates did not come to a result.
     """
-    if point is not None and not isinstance(point, int):
+    if point is not None and (isinstance(point, bool) or not isinstance(point, Integral)):
         raise BadSetting(
             f"point={point!r} is no number of a parameter point. GradientStore.open(path).points() has them."
         )
     chosen = make_method(method, settings)
-    opened = store if isinstance(store, GradientStore) else GradientStore.open(store)
+    opened = GradientStore.open(store)
     if query_split != "query" and _looks_at_queries(chosen):
         _check_split(opened, query_split)
     if query_split == "query" and isinstance(chosen, Auto) and chosen.parts is None:
         _tell_of_others(opened, train_split)
-    rows = chosen.select(Selection(opened, train_split, query_split), point)
+    rows = chosen.select(Selection(opened, train_split, query_split), None if point is None else int(point))
     values = chosen.score(rows)
     with_queries = "queries" in chosen.needs
     check_finite(values, *(part.train for part in rows.parts), *(part.query for part in rows.parts if with_queries))

@@ -77,48 +77,56 @@ class Auto(OverTraining, name="auto"):
     Answers that name classes ("positive", "spam") are taken for classification where the queries were collected under
     wrong names too, as `GradientCapture` does where each answer of the queries occurs five times or more on average.
 
-    Over training the loss tells wrong examples before the model has learnt them by heart, clean queries tell them
-    later, and the two err in different places. The final rows count as one more point of training.
+    Regression goes by the same parts as classification, each counting as much, since nothing tells which to trust.
 
-    For classification the queries say how far each is to be trusted: w = (f (AUC − ½))⁴, where the AUC is that at which
-    scores tell the queries from the same queries under wrong labels; by `kernel_ridge` each is left out of the
-    regression in turn, and one standard error comes off, which few queries make large; for losses it is that of the
-    margins at the end, of two classes and over training that of the queries' mean losses. Where wrong labels of one
-    class are told clearly worse than all, the AUC is theirs: a model that leans to a class because wrong labels are of
-    that class has low losses for these. Of two classes a wrong label turns the sign of either. Of more,
-    `GradientCapture` collects the queries under wrong labels as well (the split "query-mislabelled"); without them they
-    are taken to do so. Of a class that has less than a quarter of the queries that its share of the examples would give
-    it, the two of them rank no example: what raises one class lowers the others, so to queries of these all its labels
-    look wrong. `kernel_ridge` at the end weighs eight times that beside `kernel_ridge_mean`: the rows of
-    training steps carry the dropout of their step, those at the end do not. What stands at the end alone counts less
-    where the model has learnt labels by heart: f = min(1, o / e) there and 1 elsewhere, o the share of negative scores
-    among the examples and e the one to be expected by the queries, (1 − π) e₊ + π e₋ under right and wrong labels.
-    Where nothing is known all parts weigh the same.
+    The loss over training finds wrong examples before the model has memorised them, clean queries find them afterwards,
+    and the two err in different places. The rows at the end count as one more point of training.
 
-    Where wrong labels are known the score is the log-odds that the label is right, as if right and wrong labels lay on
-    two bell curves in the order of r, that are told apart with the larger AUC of both kinds:
+    **Weights** (classification). The queries say how far each part is to be trusted: w = (f (AUC − ½))⁴.
+
+    - AUC: how well the part's scores tell the queries from the same queries under wrong labels. By `kernel_ridge` each
+      query is left out of the regression in turn, and one standard error comes off, which is large for few queries. For
+      losses it is that of the margins at the end; of two classes and over training, that of the queries' mean losses.
+      Where wrong labels of one class are told clearly worse than all, the AUC is theirs: a model that leans to a class
+      because wrong labels are of that class has low losses for these.
+    - f: parts from the end alone count less where the model has memorised labels: f = min(1, o / e), o the share of
+      negative scores among the examples, e the share to be expected by the queries, (1 − π) e₊ + π e₋ under right and
+      wrong labels. Elsewhere f = 1.
+    - `kernel_ridge` at the end weighs eight times that beside `kernel_ridge_mean`: the rows of training steps carry the
+      dropout of their step, those at the end do not.
+    - Where nothing is known, all parts weigh the same.
+
+    With two classes a wrong label turns the sign of either score. With more, `GradientCapture` collects the queries
+    under wrong labels as well (the split "query-mislabelled"); without them the sign is taken to turn as well. The two
+    kernel methods do not rank a class that has less than a quarter of the queries that its share of the examples would
+    give it: what raises one class lowers the others, so queries of other classes see all its labels as wrong.
+
+    **Log-odds.** Where the queries tell wrong labels, the score is the log-odds that the label is right, as if right
+    and wrong labels lay on two bell curves in the order of r, told apart with the larger AUC of both kinds of parts:
 
         ln((1 − p) / p) = d x + ln((1 − π) / π),   d = √2 Φ⁻¹(AUC)
         (1 − π) Φ(x − d/2) + π Φ(x + d/2) = (rank of r[i] − ½) / n
 
-    π is an estimate of the share of wrong labels. At each point of training, and at its end, the margins of the
-    examples are compared with those of the queries under right and under wrong labels: how many are as far off as wrong
-    labels are. That falls from point to point as the model learns the labels by heart, so a line is laid through it,
-    back to where it had seen none. The same is done with the scores by `kernel_ridge`, from where the model has
-    settled; the larger share counts, since either is rather too low. Beforehand some 8 % are expected to be wrong,
-    mostly less, which few examples or queries hardly move. The end alone shows too few. It may be far off: who has
-    looked at rows says what was found (`share_wrong`). So 0 is even odds: `Relabel(how="posterior")` gives labels for
-    training on the probabilities, `DatasetFilter()` drops what is not twice as probably right as wrong. Elsewhere no
-    probability is known, and no score is negative.
+    So 0 is even odds, `DatasetFilter()` drops every row whose label is less than twice as likely to be right as wrong,
+    and `Relabel(how="posterior")` gives labels for training on the probabilities. Elsewhere no probability is known,
+    and no score is negative.
 
-    The report has the parts with their weights, π, the AUC where the scores are log-odds, and how far the parts
-    agree: for each the correlation of its ranks with the mean ranks of the others.
+    **Noise rate.** π is an estimate of the share of wrong labels. At each point of training and at its end, the margins
+    of the examples are compared with those of the queries under right and under wrong labels: how many are as far off
+    as wrong labels are. That share falls from point to point as the model memorises labels, so a line is fitted to it
+    and followed back to before the first visit. The same is done with the scores by `kernel_ridge`, from where the
+    model has settled. The larger of the two is used, because both tend to underestimate. The prior expects some 8 %,
+    mostly less; few examples or queries hardly move it. From the end alone the estimate is too low. It may be far off:
+    who has looked at rows passes what was found (`share_wrong`).
 
-    For language models the same holds where the answers of the queries were read after two other prompts as well: a
-    wrong answer then is one after a prompt that is not its own, AUC and π are by `prompt_gain`, π by how many answers
-    are below where right and wrong ones of the queries part best, and more the more often training had seen them, as it
-    learns wrong answers to their prompts by heart. Mistakes of other kinds, such as an answer that breaks off, are
-    ranked, but do not count in π.
+    **Answers of language models.** The same holds where the answers of the queries were read after two other prompts as
+    well: a wrong answer is then one after a prompt that is not its own, and AUC and π are by `prompt_gain`. π is how
+    many answers lie below where right and wrong answers of the queries part best, raised with the number of times that
+    training has seen them, as it memorises wrong answers too. Mistakes of other kinds, such as an answer that breaks
+    off, are ranked, but do not count in π.
+
+    The report has the parts with their weights, π, the AUC where the scores are log-odds, and how far the parts agree:
+    for each the correlation of its ranks with the mean ranks of the others.
 
     Cost: that of the parts.
     Use when: always, unless you know better; with rows captured during training and clean queries it has most to go by.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import reprlib
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
@@ -24,8 +25,8 @@ class BM25(Method, name="bm25"):
 
         score[i, q] = Σ_{t ∈ words of q} ln(1 + (n − n_t + ½) / (n_t + ½)) · f_it / (f_it + k₁ (1 − b + b l_i / l̄))
 
-    n_t examples hold the word t, f_it times in i, whose number of words is l_i, l̄ on average. Words are runs of letters
-    and digits in lower case.
+    n_t examples hold the word t, f_it times in i, whose number of words is l_i, l̄ on average. Words are runs of
+    letters, digits and underscores, in lower case.
 
     Cost: O(words); no rows, the texts are passed. Needs the package bm25s.
     Use when: to see what gradients find beyond shared words.
@@ -78,7 +79,13 @@ class BM25(Method, name="bm25"):
                 f"method '{self.name}' compares texts, and stores do not hold them. Pass {setting}=[...], one for each "
                 f"{whose} in dataset order, such as dataset['text']."
             )
-        return one_for_each(texts, rows, self.name, setting, "texts", whose)
+        given = one_for_each(texts, rows, self.name, setting, "texts", whose)
+        if odd := [place for place, text in enumerate(given) if not isinstance(text, str)]:
+            raise BadSetting(
+                f"method '{self.name}': {setting} is to be texts, and that of {whose} {odd[0]} is "
+                f"{reprlib.repr(given[odd[0]])}. Pass its text; an empty one where there is none."
+            )
+        return given
 
 
 def _words(text: str) -> list[str]:

@@ -11,6 +11,7 @@ from torch import Tensor
 from hf_influence.attribution.method import Method
 from hf_influence.attribution.selection import Selection
 from hf_influence.attribution.statistic import statistic
+from hf_influence.errors import BadSetting
 
 
 @dataclass(kw_only=True)
@@ -20,7 +21,8 @@ class SelfConfidence(Method, name="self_confidence"):
         score[i] = exp(−ℓ(x_i, y_i)) = p_i[y_i]
 
     For a language model the geometric mean of the probabilities of the labelled tokens (one over the perplexity), or
-    their product where losses were summed.
+    their product where losses were summed. Of another loss, label smoothing for instance, the stored probabilities of
+    the classes are taken.
 
     Cost: none; the loss is stored with the rows.
     Use when: a score between 0 and 1 is wanted; the order is that of `loss`.
@@ -31,7 +33,21 @@ class SelfConfidence(Method, name="self_confidence"):
     needs = ("loss",)
 
     def score(self, rows: Selection) -> Tensor:
-        return (-statistic(rows.train, "loss", f"method '{self.name}'")).exp().to(rows.train.dtype)[:, None]
+        """Scores `[n, 1]` in (0, 1].
+
+        Raises:
+            BadSetting: Probabilities that are 0 in the precision of the rows, as those of whole texts are.
+        """
+        loss = _own_loss(rows, self.name)
+        p = torch.exp(-loss).to(rows.train.dtype)
+        if (gone := (p == 0).nonzero()).numel():
+            at = int(gone[0])
+            raise BadSetting(
+                f"method '{self.name}': the loss of example {rows.train.ids[at]!r} is {float(loss[at]):.4g}, and its "
+                f"probability is 0 in {p.dtype}, so that examples cannot be told from each other. Use method='loss': "
+                "its order is the same."
+            )
+        return p[:, None]
 
 
 @dataclass(kw_only=True)
@@ -53,7 +69,7 @@ class ConfidenceEntropy(Method, name="confidence_entropy"):
     def score(self, rows: Selection) -> Tensor:
         """Scores `[n, 1]` in (0, 1]."""
         p = statistic(rows.train, "probabilities", f"method '{self.name}'").double()  # [n, c]
-        loss = statistic(rows.train, "loss", f"method '{self.name}'").double()  # −ln p_y
+        loss = _own_loss(rows, self.name)
         if not len(loss):
             return torch.zeros(0, 1, dtype=rows.train.dtype)
         entropy = -torch.special.xlogy(p, p).sum(1)
@@ -61,3 +77,16 @@ class ConfidenceEntropy(Method, name="confidence_entropy"):
         ratio = torch.maximum(entropy * loss.exp().clamp(max=torch.finfo(p.dtype).max), loss) / math.log(p.shape[1])
         score = torch.where(ratio > 0, ratio.log1p() / ratio.clamp(min=torch.finfo(p.dtype).tiny), 1.0)
         return score.to(rows.train.dtype)[:, None]
+
+
+def _own_loss(rows: Selection, method: str) -> Tensor:
+    """−ln p_y of each training example, `[n]` in float64: its loss, unless that is another one than cross-entropy.
+
+    Raises:
+        MissingRows: It is another one, and neither probabilities nor labels are stored.
+    """
+    needed_by = f"method '{method}'"
+    if "loss" not in rows.store.header.task:
+        return statistic(rows.train, "loss", needed_by).double()
+    p, label = (statistic(rows.train, name, needed_by) for name in ("probabilities", "label"))
+    return -p.double().gather(1, label.long()[:, None])[:, 0].log() if len(p) else torch.zeros(0, dtype=torch.float64)

@@ -18,7 +18,7 @@ class OnFactors(KroneckerEigenbasis, Method):
 
     def select(self, rows: Selection, point: int | None) -> Selection:
         """The rows that the method looks at; StoreMismatch if they are compressed."""
-        rows.check_whole_rows("EK-FAC turns whole rows")
+        rows.store.check_whole("EK-FAC turns whole rows")
         return super().select(rows, point)
 
 

@@ -49,7 +49,7 @@ def lacking(
     Raises:
         StoreError: There is no store, or it is damaged.
     """
-    store = store if isinstance(store, GradientStore) else GradientStore.open(store)
+    store = GradientStore.open(store)
     rows = Selection(store, train_split, query_split)
     words = {point: _words(rows.at(point)) for point in {0, *store.points()}}
     artifacts = {name for name in COLLECTED_BY if has_artifact(store, name)}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import ClassVar
@@ -18,17 +19,20 @@ from hf_influence.attribution.method import Method
 from hf_influence.attribution.selection import Selection
 from hf_influence.store import Rows
 
+FEW = 3
+"""Examples of a class below which a forest gives all queries the same middling score."""
+
 
 @dataclass(kw_only=True)
 class OutlierForest(Method, name="outlier_iforest"):
     """How many random cuts it takes to isolate the gradient from the others: outliers come lowest.
 
-        score[i] = −2^(−E[depth of g_i] / c(n)),   the `score_samples` of an isolation forest, in [−1, 0]
+        score[i] = −2^(−E[depth of g_i] / c(min(n, 256))),   the `score_samples` of an isolation forest, in [−1, 0]
 
     Rows wider than the Johnson-Lindenstrauss bound for `eps` are projected first, sparsely and block by block. The
     scores do not depend on the order of the dataset.
 
-    Cost: O(n √D k) to project D columns to k = O(log n / eps²), O(trees · n log n) for the forest; an n × k matrix.
+    Cost: O(n √D k) to project D columns to k = O(log n / eps²), O(trees · n) for the forest; an n × k matrix.
     Use when: labels may be wrong in ways that the length of the gradient does not show.
     See also: OutlierL1, OutlierL2 (the length alone), OutlierClasswise (against queries).
     Source: Chhabra et al., Outlier Gradient Analysis, ICML 2025, alg. 1 and app. A.2.6.
@@ -66,7 +70,8 @@ class OutlierClasswise(Labelled, OutlierForest, name="outlier_classwise"):
 
         score[i, q] = score_samples of v_q by the isolation forest fitted on {g_k : class of k = class of i}
 
-    All examples of a class get the same score.
+    All examples of a class get the same score. A class of fewer than three examples has no forest: it gets −1 for each
+    query, with a warning.
 
     Cost: that of `outlier_iforest`, and as many forests as classes.
     Use when: each query should find the class of examples that it belongs to.
@@ -82,9 +87,21 @@ class OutlierClasswise(Labelled, OutlierForest, name="outlier_classwise"):
         sketch = _sketch(train, self.eps, self.seed)
         features, targets = sketch(train), sketch(query)
         out = torch.zeros(len(train), len(query), dtype=train.dtype)
+        few = []
         for label in dict.fromkeys(classes):
             member = torch.tensor([other == label for other in classes])  # [n]
+            if member.sum() < FEW:
+                few.append(label)
+                out[member] = -1
+                continue
             out[member] = self.typicality(features[member.numpy()], targets).to(out.dtype)
+        if few:
+            warnings.warn(
+                f"method '{self.name}' cannot tell what is typical of a class of fewer than {FEW} examples, and "
+                f"{len(few)} of the {len(set(classes))} classes are so small (first: {few[0]!r}). They get −1, the "
+                "lowest score, for every query.",
+                stacklevel=3,
+            )
         return out
 
 

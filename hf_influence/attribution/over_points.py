@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -22,18 +24,24 @@ class OverPoints(Method):
     """
 
     points: Sequence[int] | None = None
-    """The points to go over, in any order; by default all whose rows were captured in training steps."""
+    """The points to go over, in any order; by default all whose rows were captured in training steps, of an ensemble
+    all its members."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if isinstance(self.points, Tensor | np.ndarray):
+            self.points = self.points.tolist()
         points = self.points
-        if points is not None and (
+        if points is None:
+            return
+        if (
             isinstance(points, str)
             or not isinstance(points, Sequence)
             or not points
-            or not all(isinstance(point, int) and not isinstance(point, bool) and point >= 0 for point in points)
+            or not all(isinstance(point, Integral) and not isinstance(point, bool) and point >= 0 for point in points)
         ):
             raise BadSetting(f"method '{self.name}': points={points!r} must be a list of point numbers, at least one.")
+        self.points = [int(point) for point in points]
 
     def chosen(self, rows: Selection) -> list[int] | None:
         """The points to go over; `None` for those of training."""

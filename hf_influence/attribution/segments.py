@@ -121,12 +121,10 @@ def segments(whole: Selection, number: int, step_mass: Sequence[float] | None, m
 
 def _rates(part: Selection) -> dict[int, float | None]:
     """The optimizer steps that the rows of a point were taken in, or after, and their learning rates."""
-    stats, details = part.train.stats, part.store.point_about(part.points[0]).details
-    if "step" in stats:
-        steps = stats["step"].tolist()
-        rates = stats["learning_rate"].tolist() if "learning_rate" in stats else [None] * len(steps)
-        return dict(zip(steps, rates, strict=True))
-    return {} if details.get("step") is None else {details["step"]: details.get("learning_rate")}
+    steps, rates = part.of_step("step"), part.of_step("learning_rate")
+    if steps is None:
+        return {}
+    return dict(zip(steps.tolist(), [None] * len(steps) if rates is None else rates.tolist(), strict=True))
 
 
 def _masses(parts: Sequence[Selection]) -> list[float]:

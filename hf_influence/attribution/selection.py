@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -99,28 +100,12 @@ class Selection:
             words |= {"queries"} if len(self.query) and not self.query.statistics_only else set()
         return words
 
-    def check_whole_rows(self, because: str) -> None:
-        """Refuse compressed rows.
-
-        Args:
-            because: What whole rows are needed for, as the second half of a sentence.
-
-        Raises:
-            StoreMismatch: They are.
-        """
-        compress = self.store.header.compress
-        if compress is not None:
-            raise StoreMismatch(
-                f"{self.store.path} holds rows compressed by {compress['name']}, and {because}. Collect the rows "
-                "without compress=…, into another folder."
-            )
-
     def at(self, point: int) -> Selection:
         """The same splits at one point."""
         return replace(self, points=(point,))
 
     def over(self, points: Sequence[int] | None, *, queries: bool) -> Selection:
-        """The same splits at several points in the order of training, as far as they know their steps, 0 first.
+        """The same splits at several points in the order of training, as far as they know their steps, 0 last.
 
         Args:
             points: Which; by default all whose training rows were captured in training steps.
@@ -139,20 +124,30 @@ class Selection:
                 part._check_queries(first)
         return several
 
-    def first_step(self) -> int | None:
-        """The first optimizer step of the rows at the first point, or that of its checkpoint; `None` if not known."""
-        if "step" in self.train.stats and len(self.train):
-            return int(self.train.stats["step"].min())
-        step = self.store.point_about(self.points[0]).details.get("step")
-        return None if step is None else int(step)
+    def of_step(self, name: str) -> Tensor | None:
+        """Step or learning rate of the training rows at the first point, `[n]`; `None` if not known.
+
+        That of the step which each row was captured in, else that of the checkpoint.
+        """
+        if name in self.train.stats:
+            return self.train.stats[name]
+        value = self.store.point_about(self.points[0]).details.get(name)
+        return None if value is None else torch.full((len(self.train),), value, dtype=torch.float64)
 
     def _in_order(self, points: Sequence[int]) -> Selection:
-        """At these points by their first steps, those without rows first; by their numbers if a step is not known."""
+        """At these points by their first steps, those without rows first; by their numbers if a step is not known.
+
+        Point 0, the weights after training, is last.
+        """
+        points = sorted(points, key=lambda point: (not point, point))
         several = replace(self, points=tuple(points))
-        steps = {part.points[0]: part.first_step() if len(part.train) else -1 for part in several.parts}
-        if None in [step for point, step in steps.items() if point]:
-            return several
-        ordered = tuple(sorted(points, key=lambda point: steps[point] if point else -2))  # type: ignore[arg-type,return-value]
+        steps: dict[int, float] = {}
+        for part in several.parts:
+            known = part.of_step("step") if len(part.train) else torch.tensor([-1])
+            if part.points[0] and known is None:
+                return several
+            steps[part.points[0]] = float(known.min()) if part.points[0] and known is not None else math.inf
+        ordered = tuple(sorted(points, key=steps.__getitem__))
         return several if ordered == several.points else replace(self, points=ordered)  # whose rows are open already
 
     def compressed(self, compressor: Compressor) -> Selection:

@@ -11,7 +11,6 @@ from torch import Tensor
 from hf_influence.attribution.method import Method
 from hf_influence.attribution.selection import Selection
 from hf_influence.curvature import EmpiricalFisher, Identity, MeanInverse
-from hf_influence.store.rows import CHUNK_BYTES
 
 
 @dataclass(kw_only=True)
@@ -33,10 +32,9 @@ class SelfInfluence(Identity, Method, name="self_ip"):
     def score(self, rows: Selection) -> Tensor:
         n = len(rows.train)
         out = torch.zeros(n, 1, dtype=rows.train.dtype)
-        for block, width in rows.train.blocks.items():
+        for block in rows.train.blocks:
             solve = self.fit(rows.train, block)
-            few = max(1, CHUNK_BYTES // (max(n, width) * out.element_size())) if self.meets_rows else None
-            for at, g in rows.train.chunks(block, few):
+            for at, g in rows.train.chunks(block, per_row=n if self.meets_rows else 0):
                 out[at] -= (g * solve(g)).sum(1, keepdim=True)  # [b, 1]
         return out
 

@@ -34,17 +34,14 @@ class WeightedPoints(OverTraining):
         train = part.train
         if not self.weighted:
             return torch.full((len(train),), 1 / n_points, dtype=torch.float64)
-        stats = train.stats
-        rate = part.store.point_about(part.points[0]).details.get("learning_rate")
-        if "learning_rate" not in stats and rate is not None:
-            return torch.full((len(train),), rate, dtype=torch.float64)
-        if len(train) and "learning_rate" not in stats:
+        rate = part.of_step("learning_rate")
+        if len(train) and rate is None:
             raise MissingRows(
                 f"{train.folder} holds rows without a learning rate, as rows have that were not captured in a training "
                 "step, or at a checkpoint up to which the Trainer had logged none. Pass weighted=False for the plain "
                 "mean over the points."
             )
-        return stats.get("learning_rate", torch.zeros(0))
+        return torch.zeros(0) if rate is None else rate
 
     def score(self, rows: Selection) -> Tensor:
         """Scores `[n, q]`, one column without queries."""

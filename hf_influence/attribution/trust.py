@@ -99,7 +99,7 @@ def log_odds(ranking: Tensor, auc: float, share: float) -> Tensor:
         (1 − π) Φ(x − d/2) + π Φ(x + d/2) = (rank − ½) / n
 
     as if the scores of right and of wrong labels lay on two bell curves of width 1 that are d apart: then they are told
-    apart with that AUC, and a rank is at x. The mean of p is the share π.
+    apart with that AUC, and a rank is at x. Without ties the mean of p is π.
 
     Args:
         ranking: Ties are in the middle of their ranks.

@@ -62,8 +62,8 @@ class DampedPath(Curvature):
         if narrow and strength and not RANGE[0] < strength < RANGE[1]:
             raise BadExample(
                 f"the gradients of block {block} in {rows.folder} have a mean squared entry of "
-                f"{strength / damping:.2g}, and {rows.dtype} has no room for what is divided by it. Look at the loss "
-                "(is it scaled?), or collect from a model in float64."
+                f"{strength / damping:.2g}, times a damping of {damping:g}, and {rows.dtype} has no room for what is "
+                "divided by it. Look at the damping and the loss (is it scaled?), or collect from a model in float64."
             )
         return strength
 
@@ -75,6 +75,6 @@ class DampedPath(Curvature):
         if self.damping == "auto":
             raise BadSetting(
                 "damping='auto' is chosen by how well the queries agree with each other, and here there are none to "
-                "ask. Pass a number: 0.1 is usual; more keeps closer to the inner product."
+                "ask. Pass a number: 0.1 is usual; with more the curvature counts less."
             )
         return self.prepare(rows, block)(float(self.damping))

@@ -54,7 +54,7 @@ def biases(scores: Scores, store: str | Path | GradientStore, threshold: float =
     """
     if not 0 < threshold <= 1:
         raise BadSetting(f"threshold={threshold!r} is no size of a correlation; give a number above 0, at most 1.")
-    stats = _stats_of(scores, store if isinstance(store, GradientStore) else GradientStore.open(store))
+    stats = _stats_of(scores, GradientStore.open(store))
     _, which, copies = stats["hash"].unique(return_inverse=True, return_counts=True)
     sides = {"length": stats["length"], "labelled": stats["n_tokens"], "duplicates": copies[which]}
     mean = scores.mean().cpu().numpy()[:, None]  # [n, 1]

@@ -87,7 +87,7 @@ def statistic_in(store: StoreOrPath, scores: Scores, name: str, ids: Sequence[An
     Raises:
         StoreError: No store.
     """
-    opened = store if isinstance(store, GradientStore) else GradientStore.open(store)
+    opened = GradientStore.open(store)
     settings, found = scores.settings, dict[Any, Tensor]()
     split = settings.get("train_split", "train")
     points = [settings["point"]] if "point" in settings else settings.get("points", opened.points("weights"))

@@ -126,7 +126,7 @@ class StreamRows:
                 "carry those. Say where their contents are known: by=StreamRows(store='runs/…', data_collator=…), or "
                 "capture with id_column=…."
             )
-        return self.store if isinstance(self.store, GradientStore) else GradientStore.open(self.store)
+        return GradientStore.open(self.store)
 
 
 By = StreamRows | str | Path | GradientStore | None

@@ -71,7 +71,7 @@ def verify(
         StoreError: A row is further off than `tolerance`; the message names the example.
         MissingRows: The split is not there, or not complete.
     """
-    store = store if isinstance(store, GradientStore) else GradientStore.open(store)
+    store = GradientStore.open(store)
     rows = store.rows(split, point)
     plan = _plan(store, model, dataset, rows, point, data_collator, remove_unused_columns, task)
     if tolerance is None:

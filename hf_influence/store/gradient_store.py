@@ -28,12 +28,14 @@ class GradientStore:
         self.header = header
 
     @classmethod
-    def open(cls, path: str | Path) -> GradientStore:
-        """Open an existing store.
+    def open(cls, path: str | Path | GradientStore) -> GradientStore:
+        """Open an existing store; one that is open already comes back as it is.
 
         Raises:
             StoreError: No store there, or one that this version cannot read.
         """
+        if isinstance(path, GradientStore):
+            return path
         path = Path(path)
         if not (path / "store.json").is_file():
             raise StoreError(f"{path} is not a gradient store (it has no store.json). Fill one with collect(...).")
@@ -250,6 +252,21 @@ class GradientStore:
             left = self.splits(point)
             if not left or (0 < point < SPAN and left == ["train"]):  # rows of training steps, at weights that moved
                 write_json(folder / "point.json", {"adapter": None, **asdict(self.point_about(point))})
+
+    def check_whole(self, because: str) -> None:
+        """Refuse compressed rows.
+
+        Args:
+            because: What whole rows are needed for, as the second half of a sentence.
+
+        Raises:
+            StoreMismatch: They are compressed.
+        """
+        if self.header.compress is not None:
+            raise StoreMismatch(
+                f"{self.path} holds rows compressed by {self.header.compress['name']}, and {because}. Collect them "
+                "without compress=…, into another folder."
+            )
 
     def clear(self) -> None:
         """Delete every parameter point."""

@@ -152,19 +152,20 @@ class Rows:
             return None
         return torch.tensor(self.header.columns[name])
 
-    def chunks(self, name: str, size: int | None = None) -> Iterator[tuple[Tensor, Tensor]]:
+    def chunks(self, name: str, size: int | None = None, *, per_row: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         """One block in pieces that fit into memory, in the order of the disk.
 
         Args:
             name: The block.
             size: Rows in a piece at most; by default as many as 32 MiB hold.
+            per_row: How many numbers are computed for each row of a piece, where those are more than the row has.
 
         Yields:
             `(at, rows)`: `rows` is `[b, d]`, `at` is `[b]` and says where they belong in dataset order, so that
             `out[at] = f(rows)` is right whatever the order.
         """
         self._known(name)
-        size = size or max(1, CHUNK_BYTES // max(1, self.header.width(name) * self.dtype.itemsize))
+        size = size or max(1, CHUNK_BYTES // (max(1, self.header.width(name), per_row) * self.dtype.itemsize))
         for rows, index in zip(self._read(f"rows.{name}"), self._index, strict=True):
             for start in range(0, len(index), size):
                 piece = rows[start : start + size]

@@ -13,7 +13,7 @@ from hf_influence.gradients.batches import Collator
 from hf_influence.gradients.identity import adapter_identity
 from hf_influence.gradients.own_loss import OwnTask
 from hf_influence.gradients.plan import Plan
-from hf_influence.gradients.second_order.hessian import Hessian, whole_rows
+from hf_influence.gradients.second_order.hessian import Hessian
 from hf_influence.gradients.second_order.lanczos import lanczos
 from hf_influence.gradients.sweep import BatchSize
 from hf_influence.store import GradientStore
@@ -75,7 +75,7 @@ def collect_hessian(
             "iterations; twice as many iterations as eigenpairs is usual."
         )
     store = GradientStore.open(path)
-    whole_rows(store, "an eigenvector of the Hessian")
+    store.check_whole("an eigenvector of the Hessian multiplies whole rows")
     plan = Plan.again(store, model, dataset, point, data_collator, remove_unused_columns, task)
     with Hessian(model, plan, store.header, examples=examples, seed=seed, batch_size=batch_size) as hessian:
         pairs = lanczos(hessian, hessian.size, iterations, seed=seed, dtype=hessian.dtype, title="Hessian products")

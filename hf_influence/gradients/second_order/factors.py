@@ -14,7 +14,6 @@ from hf_influence.gradients.fixed import FixedWeights
 from hf_influence.gradients.identity import adapter_identity
 from hf_influence.gradients.own_loss import OwnTask
 from hf_influence.gradients.plan import Plan
-from hf_influence.gradients.second_order.hessian import whole_rows
 from hf_influence.gradients.sweep import BatchSize, check_batch_size, sweep
 from hf_influence.gradients.taps import Tap
 from hf_influence.store import GradientStore
@@ -63,7 +62,7 @@ def collect_ekfac(
     """
     check_batch_size(batch_size)
     store = GradientStore.open(path)
-    whole_rows(store, "EK-FAC")
+    store.check_whole("EK-FAC multiplies whole rows")
     plan = Plan.again(store, model, dataset, point, data_collator, remove_unused_columns, task)
     catcher = FactorCatcher(plan.taps)
     lengths = plan.examples.survey()[1]

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from hf_influence.errors import BadSetting, StoreMismatch, UnsupportedModel
+from hf_influence.errors import BadSetting, UnsupportedModel
 from hf_influence.gradients.capture import RowCatcher
 from hf_influence.gradients.fixed import FixedWeights
 from hf_influence.gradients.lora import padding_columns
@@ -25,7 +25,7 @@ from hf_influence.gradients.modes import evaluating
 from hf_influence.gradients.objective import own_losses
 from hf_influence.gradients.plan import Plan
 from hf_influence.gradients.sweep import BatchSize, check_batch_size, sweep
-from hf_influence.store import GradientStore, Header
+from hf_influence.store import Header
 
 INSTEAD = (
     'Load the model with attn_implementation="eager" and without fused kernels, or use a method that needs rows alone, '
@@ -202,19 +202,6 @@ def _check_storage(names: Iterable[str], weights: Sequence[Tensor]) -> None:
                 "own, and products with the Hessian take them one by one. Train without tying them, or use a method "
                 "that needs rows alone, such as 'fisher'."
             )
-
-
-def whole_rows(store: GradientStore, what: str) -> None:
-    """Refuse a store of compressed rows.
-
-    Raises:
-        StoreMismatch: They are compressed.
-    """
-    if store.header.compress is not None:
-        raise StoreMismatch(
-            f"{store.path} holds rows compressed by {store.header.compress['name']}, and {what} multiplies whole rows. "
-            "Collect them without compress=…, into another folder."
-        )
 
 
 def _twice(slopes: Sequence[Tensor], weights: Sequence[Tensor], directions: Sequence[Tensor]) -> Tensor:

@@ -15,7 +15,7 @@ from hf_influence.gradients.batches import Collator
 from hf_influence.gradients.identity import adapter_identity
 from hf_influence.gradients.own_loss import OwnTask
 from hf_influence.gradients.plan import Plan
-from hf_influence.gradients.second_order.hessian import Hessian, whole_rows
+from hf_influence.gradients.second_order.hessian import Hessian
 from hf_influence.gradients.second_order.solvers import conjugate_gradients, lissa
 from hf_influence.gradients.sweep import BatchSize
 from hf_influence.store import GradientStore
@@ -94,7 +94,7 @@ def solve_queries(
             "tolerance above 0 and the iterations are a whole number, at least 1."
         )
     store = GradientStore.open(path)
-    whole_rows(store, "the inverse of the Hessian")
+    store.check_whole("the inverse of the Hessian multiplies whole rows")
     rows = store.rows(query_split, point)
     if not len(rows):
         raise MissingRows(f"{rows.folder} holds no queries, so there is nothing to solve for.")
