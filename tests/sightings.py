@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from hf_influence.attribution.share_wrong import Sighting, estimate
+from hf_influence.attribution.auto.share_wrong import Sighting, estimate
 
 
 def estimated_share(sightings: Sequence[Sighting]) -> float | None:

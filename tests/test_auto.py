@@ -23,9 +23,9 @@ from torch import Tensor
 
 from hf_influence import Scores, attribute
 from hf_influence.attribution import lacking
-from hf_influence.attribution.share_wrong import Sighting, sighting
-from hf_influence.attribution.trust import divide
-from hf_influence.attribution.witnesses import ANSWERS
+from hf_influence.attribution.auto.share_wrong import Sighting, sighting
+from hf_influence.attribution.auto.trust import divide
+from hf_influence.attribution.auto.witnesses import ANSWERS
 from hf_influence.callbacks import GradientCapture
 from hf_influence.errors import BadExample, BadSetting, MissingRows
 from hf_influence.evaluation import mislabel_detection

@@ -13,7 +13,7 @@ from scipy.stats import beta, multivariate_normal, norm
 from sightings import estimated_share, flags
 from torch import Tensor
 
-from hf_influence.attribution.share_wrong import (
+from hf_influence.attribution.auto.share_wrong import (
     Epoch,
     Sighting,
     Suspicion,

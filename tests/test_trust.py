@@ -8,7 +8,7 @@ from scipy.stats import rankdata
 from sightings import flags
 from sklearn.metrics import roc_auc_score
 
-from hf_influence.attribution.trust import auc_at_worst, auc_of, cautious, divide, freshness, log_odds, trust_of
+from hf_influence.attribution.auto.trust import auc_at_worst, auc_of, cautious, divide, freshness, log_odds, trust_of
 
 
 def test_freshness_is_1_unless_the_examples_look_better_than_the_queries() -> None:

@@ -16,8 +16,8 @@ from stores import make_store, random_blocks
 from torch import Tensor
 
 from hf_influence import attribute, collect
-from hf_influence.attribution.share_wrong import Epoch
-from hf_influence.attribution.witnesses import OfDirections, Witness
+from hf_influence.attribution.auto.share_wrong import Epoch
+from hf_influence.attribution.auto.witnesses import OfDirections, Witness
 from hf_influence.errors import BadExample, BadSetting
 from hf_influence.filter import DatasetFilter
 from hf_influence.store import GradientStore

@@ -7,7 +7,7 @@ from numbers import Integral
 from pathlib import Path
 from typing import Any
 
-from hf_influence.attribution.auto import Auto
+from hf_influence.attribution.auto.auto import Auto
 from hf_influence.attribution.finite import check_finite
 from hf_influence.attribution.method import Method, class_of, make_method
 from hf_influence.attribution.selection import Selection

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from hf_influence.attribution.auto import agreement, digits
+from hf_influence.attribution.auto.auto import agreement, digits
 from hf_influence.attribution.given import fingerprint
 from hf_influence.attribution.method import methods
 from hf_influence.dataset.groups import group_of

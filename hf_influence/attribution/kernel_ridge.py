@@ -10,12 +10,12 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
+from hf_influence.attribution.auto.share_wrong import Epoch
 from hf_influence.attribution.finite import check_finite
 from hf_influence.attribution.method import Method
 from hf_influence.attribution.over_points import OverTraining
 from hf_influence.attribution.products import cosines
 from hf_influence.attribution.selection import Selection
-from hf_influence.attribution.share_wrong import Epoch
 from hf_influence.errors import MissingRows, StoreMismatch
 from hf_influence.store import Rows
 

@@ -10,15 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hf_influence.attribution.auto.share_wrong import Epoch
+from hf_influence.attribution.auto.trust import log_odds, normal_scores
+from hf_influence.attribution.auto.witnesses import have_wrong_labels, of_prompts, spoken_of, witnesses
 from hf_influence.attribution.finite import check_finite
 from hf_influence.attribution.given import fingerprint, one_for_each
 from hf_influence.attribution.kernel_ridge import KernelRidge, KernelRidgeMean
 from hf_influence.attribution.method import Method, class_of, make_method
 from hf_influence.attribution.over_points import OverPoints, OverTraining
 from hf_influence.attribution.selection import Selection
-from hf_influence.attribution.share_wrong import Epoch
-from hf_influence.attribution.trust import log_odds, normal_scores
-from hf_influence.attribution.witnesses import have_wrong_labels, of_prompts, spoken_of, witnesses
 from hf_influence.dataset.groups import group_of
 from hf_influence.errors import BadSetting, MissingRows
 from hf_influence.scores import LOG_ODDS, ranks_within

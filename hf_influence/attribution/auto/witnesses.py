@@ -10,10 +10,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from hf_influence.attribution.kernel_ridge import KernelRidge, same_queries
-from hf_influence.attribution.prompt_gain import gain
-from hf_influence.attribution.selection import Selection
-from hf_influence.attribution.share_wrong import (
+from hf_influence.attribution.auto.share_wrong import (
     Epoch,
     Estimate,
     Sighting,
@@ -23,8 +20,11 @@ from hf_influence.attribution.share_wrong import (
     sighting_in,
     sighting_in_first,
 )
+from hf_influence.attribution.auto.trust import auc_of, cautious, divide, freshness, trust_of
+from hf_influence.attribution.kernel_ridge import KernelRidge, same_queries
+from hf_influence.attribution.prompt_gain import gain
+from hf_influence.attribution.selection import Selection
 from hf_influence.attribution.statistic import statistic
-from hf_influence.attribution.trust import auc_of, cautious, divide, freshness, trust_of
 from hf_influence.errors import BadSetting
 from hf_influence.gradients.mislabelled import SPLIT
 from hf_influence.gradients.other_prompts import STATISTIC
