@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -40,10 +41,10 @@ from hf_influence.gradients.during_training.stream import StreamPlan, is_stream
 from hf_influence.gradients.mislabelled import SPLIT, mislabelled
 from hf_influence.gradients.own_loss import OwnTask
 from hf_influence.gradients.plan import Plan, check_collectable, check_folder
-from hf_influence.gradients.processes import first_process_first, rank
+from hf_influence.gradients.processes import by_first, first_process_first, rank
 from hf_influence.gradients.sweep import BatchSize
 from hf_influence.gradients.taps import Modules
-from hf_influence.store import GradientStore, check_room, check_writable
+from hf_influence.store import Claim, GradientStore, check_room, check_writable
 from hf_influence.task import LABELS, Reduction
 
 logger = logging.getLogger(__name__)
@@ -166,6 +167,7 @@ class GradientCapture(TrainerCallback):
         self._train: Any = None  # as the Trainer prepares them
         self._query: Any = None
         self._contents: tuple[int, dict[str, list[Any]]] = 0, {}
+        self._claim: Claim | None = None
         self._during: DuringTraining | None = None
         self._plans: dict[str, Plan | StreamPlan] = {}
 
@@ -223,9 +225,14 @@ class GradientCapture(TrainerCallback):
             check_writable(self.path)
             check_room(self.path, at_end + during)
             logger.info("the gradients will take up to %.2f GiB in %s", (at_end + during) / 2**30, self.path)
-            self._drop_outdated(state)
-            if schedule is not None:
-                self._start(trainer, schedule, args, state, model, train_dataloader, overwrite)
+            self._claim = claim = by_first(partial(Claim.take, self.path))
+            try:
+                self._drop_outdated(state)
+                if schedule is not None:
+                    self._start(trainer, schedule, args, state, model, train_dataloader, overwrite, claim)
+            except Exception:
+                self._release()
+                raise
 
     def _planned(
         self, state: TrainerState, model: nn.Module, split: str, dataset: Any, options: dict[str, Any]
@@ -268,6 +275,7 @@ class GradientCapture(TrainerCallback):
         model: nn.Module,
         train_dataloader: Any,
         overwrite: bool,
+        claim: Claim,
     ) -> None:
         plan = self._plans["train"]
         check_trainer(trainer, args, plan.task, own_task=self.settings["task"] is not None)
@@ -280,7 +288,7 @@ class GradientCapture(TrainerCallback):
             store = GradientStore.create(self.path, plan.header, overwrite=overwrite)
             if rank() == 0 and state.global_step == 0:
                 store.clear()  # checked above: they are to be replaced
-        during = DuringTraining(trainer, plan, store, schedule, self.id_column)
+        during = DuringTraining(trainer, plan, store, schedule, self.id_column, claim)
         if state.global_step > 0:
             check_same_queries(store, self._plans)
             self._finish_point(during.resume(state), model, args)
@@ -334,10 +342,19 @@ class GradientCapture(TrainerCallback):
         if self.at_end:
             with keeping_the_model(trainer_of(state)):
                 self._collect_at_end(args, trainer_of(state), model, train_dataloader)
+        self._release()
+
+    def _release(self) -> None:
+        """The store is free for other runs."""
+        claim, self._claim = self._claim, None
+        if claim is not None and rank() == 0:
+            claim.release()
 
     def _collect_at_end(
         self, args: TrainingArguments, trainer: Trainer, model: nn.Module, train_dataloader: Any
     ) -> None:
+        if self._claim is not None:
+            self._claim.check()
         self._drop_earlier()
         for split, dataset, options in self._splits(args, trainer, train_dataloader):
             others = options.pop("other_prompts", 0)

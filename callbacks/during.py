@@ -24,7 +24,7 @@ from hf_influence.gradients.during_training.stream import Sightings, StreamPlan
 from hf_influence.gradients.during_training.training import Caught, TrainingWatch
 from hf_influence.gradients.plan import Plan
 from hf_influence.gradients.processes import first_process_first, rank, wait_for_all
-from hf_influence.store import GradientStore, RowWriter
+from hf_influence.store import Claim, GradientStore, RowWriter
 from hf_influence.task import CausalLM
 
 logger = logging.getLogger(__name__)
@@ -46,11 +46,13 @@ class DuringTraining:
         store: GradientStore,
         schedule: Schedule,
         id_column: str | None,
+        claim: Claim,
     ):
         self.trainer = trainer
         self.store = store
         self.schedule = schedule
         self.id_column = id_column
+        self.claim = claim
         self.watch = TrainingWatch(trainer.model, plan.task, plan.taps, plan.compress)
         self.positions: Positions | Sightings
         if isinstance(plan, StreamPlan):
@@ -147,6 +149,7 @@ class DuringTraining:
         if self._point == point:
             return
         self.close()
+        self.claim.check()
         with first_process_first():
             if rank() == 0:
                 self._drop_queries(point)
@@ -154,6 +157,7 @@ class DuringTraining:
             if self.positions.n is None and self.positions.ids is not None:
                 self._writer.name(self.positions.ids)
             self._writer.reopen()
+            self._writer.before_writing = self.claim.check
         self._point = point
 
     def _writer_of(self, point: int) -> RowWriter:
@@ -185,6 +189,7 @@ class DuringTraining:
         return point
 
     def _complete(self, writer: RowWriter) -> None:
+        self.claim.check()
         writer.flush()
         wait_for_all()
         if rank() == 0:

@@ -43,9 +43,16 @@ def _plain(value: Any) -> Any:
     raise TypeError(f"it has a {type(value).__name__}")
 
 
-def write_json(file: Path, content: dict[str, Any]) -> None:
-    """A file of JSON; see `write_whole`."""
-    write_whole(file, json.dumps(content, indent=1))
+def write_json(file: Path, content: dict[str, Any], *, advice: str = "Make room and run the same again.") -> None:
+    """A file of JSON; see `write_whole`.
+
+    Raises:
+        StoreError: The disk is full or not writable; what was there is still there. Ends in `advice`.
+    """
+    try:
+        write_whole(file, json.dumps(content, indent=1))
+    except OSError as error:
+        raise StoreError(f"could not write {file} ({error}). {advice}") from error
 
 
 def write_whole(file: Path, text: str) -> None:

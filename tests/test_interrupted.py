@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import re
+import subprocess
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import models
+import psutil
 import pytest
 import torch
 from models import padding, tiny
@@ -14,10 +19,10 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback
 from watched import EXAMPLES, QUERIES, Recording, Stumbling, assert_exact, train
 
-from hf_influence import DatasetFilter, attribute
+from hf_influence import DatasetFilter, attribute, saving
 from hf_influence.callbacks import CurateEachEpoch, GradientCapture, WeightedTrainer
-from hf_influence.errors import StoreMismatch
-from hf_influence.store import GradientStore
+from hf_influence.errors import StoreError, StoreMismatch
+from hf_influence.store import Claim, GradientStore
 
 
 @pytest.mark.parametrize("where", ["forward", "step"])
@@ -249,3 +254,105 @@ def test_a_run_that_goes_on_with_other_queries_is_refused(tmp_path: Path) -> Non
         again = GradientCapture(path, EXAMPLES[:3], during="epochs")
         with pytest.raises(StoreMismatch, match=r"other examples of 'query'|another dataset"):
             train(tiny(torch.float32), tmp_path, again, resume=str(tmp_path / resume), **options)
+
+
+@pytest.fixture
+def other() -> Iterator[psutil.Process]:
+    """Another process of this machine."""
+    process = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    try:
+        yield psutil.Process(process.pid)
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def claim_of(process: psutil.Process, path: Path, **changed: Any) -> None:
+    """Leave what a run of that process would leave in the folder of a store."""
+    Claim.take(path)
+    file = path / "run.json"
+    about = {**json.loads(file.read_text()), "pid": process.pid, "created": process.create_time(), "token": "its own"}
+    file.write_text(json.dumps({**about, **changed}))
+
+
+@pytest.mark.parametrize("settings", [{"during": "epochs"}, {"during": "epochs", "overwrite": True}, {}])
+def test_a_folder_that_another_run_is_filling_is_refused_before_the_first_step(
+    tmp_path: Path, other: psutil.Process, settings: dict[str, Any]
+) -> None:
+    claim_of(other, tmp_path / "rows")
+    seen: list[None] = []
+    kind = type("Counting", (Recording,), {"training_step": lambda *_, **__: seen.append(None)})
+    with pytest.raises(StoreError, match=rf"filled by another training run \(process {other.pid} on .*mixed up"):
+        train(tiny(torch.float32), tmp_path, GradientCapture(tmp_path / "rows", **settings), kind=kind)
+    assert not seen
+    assert json.loads((tmp_path / "rows/run.json").read_text())["token"] == "its own"
+
+
+@pytest.mark.parametrize("state", ["killed", "elsewhere", "number taken again"])
+def test_the_folder_of_a_run_that_is_dead_or_elsewhere_is_taken_over(
+    tmp_path: Path, other: psutil.Process, state: str
+) -> None:
+    changes: dict[str, dict[str, Any]] = {"elsewhere": {"host": "another"}, "number taken again": {"created": 1.0}}
+    claim_of(other, tmp_path / "rows", **changes.get(state, {}))
+    if state == "killed":
+        other.kill()
+        other.wait()
+    capture = GradientCapture(tmp_path / "rows", during="epochs")
+    train(tiny(torch.float32), tmp_path, capture, kind=Trainer)
+    assert [len(held(capture.path, point)) for point in (0, 1, 2)] == [10, 10, 10]
+    assert not (capture.path / "run.json").exists()
+
+
+class Begins(TrainerCallback):
+    """Another run begins in the same folder after some step."""
+
+    def __init__(self, step: int, path: Path, process: psutil.Process):
+        self.step, self.path, self.process = step, path, process
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == self.step:
+            claim_of(self.process, self.path, host="another")
+
+
+@pytest.mark.parametrize(
+    ("during", "step", "points"), [("epochs", 4, []), ("epochs", 5, [1]), ("steps", 2, [1, 2]), (None, 2, [])]
+)
+def test_a_run_whose_folder_another_has_taken_over_writes_no_more(
+    tmp_path: Path, other: psutil.Process, during: Any, step: int, points: list[int]
+) -> None:
+    path = tmp_path / "rows"
+    capture = GradientCapture(path, QUERIES, during=during)
+    begins = Begins(step, path, other)
+    with pytest.raises(StoreError, match=rf"another training run \(process {other.pid} on another\) has begun to fill"):
+        train(tiny(torch.float32), tmp_path, capture, begins, kind=Trainer)
+    whole = [file.parent for file in path.glob("points/*/train/rows.json") if json.loads(file.read_text())["closed"]]
+    assert [int(folder.parent.name) for folder in sorted(whole)] == points
+    assert json.loads((path / "run.json").read_text())["token"] == "its own"
+
+
+def test_a_run_whose_folder_is_deleted_stops(tmp_path: Path) -> None:
+    path = tmp_path / "rows"
+    delete = type("Delete", (At,), {"on_step_end": lambda self, *_, **__: (path / "run.json").unlink()})(1, "")
+    with pytest.raises(StoreError, match=r"run\.json, which says that this training run fills .*, is gone"):
+        train(tiny(torch.float32), tmp_path, GradientCapture(path, during="steps"), delete, kind=Trainer)
+
+
+def test_two_captures_in_one_folder_are_told_apart(tmp_path: Path) -> None:
+    captures = [GradientCapture(tmp_path / "rows", during="epochs") for _ in "ab"]
+    with pytest.raises(StoreError, match=r"this very one.*each callback, a folder of its own"):
+        train(tiny(torch.float32), tmp_path, *captures, kind=Trainer)
+
+
+def test_a_full_disk_is_said_whatever_file_it_keeps_from_being_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = saving.write_whole
+
+    def full(file: Path, text: str) -> None:
+        if file.name == "point.json":
+            raise OSError("No space left on device")
+        plain(file, text)
+
+    monkeypatch.setattr(saving, "write_whole", full)
+    with pytest.raises(StoreError, match=r"could not write .*point\.json \(No space left on device\). Make room"):
+        train(tiny(torch.float32), tmp_path, GradientCapture(tmp_path / "rows", during="epochs"), kind=Trainer)

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any, TypeVar
 
 import torch.distributed as dist
+
+from hf_influence.errors import InfluenceError
+
+Made = TypeVar("Made")
 
 
 def rank() -> int:
@@ -34,6 +39,21 @@ def first_process_first() -> Iterator[None]:
     finally:
         if rank() == 0:
             wait_for_all()
+
+
+def by_first(make: Callable[[], Made]) -> Made:
+    """What process 0 makes, in every process; errors of this library as well."""
+    box: list[Any] = [None]
+    if rank() == 0:
+        try:
+            box = [make()]
+        except InfluenceError as error:
+            box = [error]
+    if _several():
+        dist.broadcast_object_list(box)
+    if isinstance(box[0], InfluenceError):
+        raise box[0]
+    return box[0]
 
 
 def _several() -> bool:

@@ -2,6 +2,7 @@
 
     runs/sst2/
       store.json                      what all rows share: model, task, blocks, compressor, dtype
+      run.json                        the process that fills it, while one trains
       points/0000/point.json          the parameter point: hash of the adapter's values, its kind and details
       points/0000/train/rows.json     dataset, ids, and the list of finished shards with their checksums
       points/0000/train/rows-00000.safetensors
@@ -12,6 +13,7 @@ A shard is written under a temporary name, synced, renamed, and only then listed
 the rows it had not written, and the next one continues where the list ends. Only safetensors and JSON.
 """
 
+from hf_influence.store.claim import Claim
 from hf_influence.store.displacement import Displacement
 from hf_influence.store.files import check_room, check_writable
 from hf_influence.store.gradient_store import GradientStore
@@ -22,6 +24,7 @@ from hf_influence.store.writer import RowWriter
 
 __all__ = [
     "WEIGHTS",
+    "Claim",
     "Displacement",
     "GradientStore",
     "Header",

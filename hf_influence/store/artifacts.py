@@ -82,7 +82,7 @@ def write_artifact(
         about.unlink(missing_ok=True)
         new.replace(file)
         content = {"adapter": adapter, "bytes": file.stat().st_size, "sha256": sha256(file), "details": details}
-        write_json(about, content)
+        write_json(about, content, advice=advice)
     except OSError as error:
         raise StoreError(f"could not write {about} ({error}). {advice}") from error
     finally:

@@ -29,11 +29,13 @@ class RowWriter:
 
     Attributes:
         done: Positions of the examples that have been taken, by this run and those before it.
+        before_writing: Called before each shard; an error in it keeps the shard from being written.
     """
 
     def __init__(self, folder: Path, header: Header, about: Manifest):
         self.folder = folder
         self.header = header
+        self.before_writing: Callable[[], None] | None = None
         self._pending: list[dict[str, Tensor]] = []
         self._bytes = 0
         self._flushed = time.monotonic()
@@ -229,6 +231,8 @@ class RowWriter:
         if not self._pending:
             return
         self._wait()
+        if self.before_writing is not None:
+            self.before_writing()
         pending, self._pending, self._bytes, self._flushed = self._pending, [], 0, time.monotonic()
         self._writing = self._thread.submit(self._write, pending)
 
@@ -252,11 +256,7 @@ class RowWriter:
         return {"file": file.name, "rows": len(rows["index"]), "bytes": file.stat().st_size, "sha256": sha256(file)}
 
     def _list(self) -> None:
-        file = self.folder / "rows.json"
-        try:
-            write_json(file, asdict(self.manifest))
-        except OSError as error:
-            raise StoreError(f"could not write {file} ({error}). {self._advice}") from error
+        write_json(self.folder / "rows.json", asdict(self.manifest), advice=self._advice)
 
     @property
     def _advice(self) -> str:

@@ -52,7 +52,7 @@ from hf_influence.callbacks.schedule import Schedule
 from hf_influence.gradients import dropout
 from hf_influence.gradients.batches import padding_with
 from hf_influence.gradients.plan import Plan
-from hf_influence.store import GradientStore
+from hf_influence.store import Claim, GradientStore
 
 LIMITS = {"whole": 1.03, "dropout": 1.01}
 COMPRESS = {"whole": None, "dropout": dropout(16)}
@@ -103,7 +103,7 @@ def train(name: str, size: int, rounds: int, ways: list[str], folder: str) -> di
         if way != "plain":
             plan = Plan.of(model, data, padding_with(pad), "mean", COMPRESS[way], "lora", (), None, True)
             store = GradientStore.create(Path(folder) / way, plan.header)
-            during = DuringTraining(trainer, plan, store, Schedule("epochs", 1, None), None)
+            during = DuringTraining(trainer, plan, store, Schedule("epochs", 1, None), None, Claim.take(store.path))
             during.epoch = 1
             steps[way] = trainer.training_step
             during.stop()
