@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Hashable, Mapping, Sequence
+from collections.abc import Hashable, Sequence
 from collections.abc import Set as AbstractSet
 from typing import Any
 
@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from hf_influence.errors import BadExample, BadSetting
-from hf_influence.gradients.answers import OF_TEXT
-from hf_influence.gradients.batches import Examples
+from hf_influence.gradients.batches import Examples, by_token
 from hf_influence.gradients.during_training.training import MAIN_INPUTS, Batch
+from hf_influence.task import LABELS
 
 AT_ONCE = 32
 
@@ -64,9 +64,8 @@ class Positions:
             for position, code in zip(at, codes, strict=True):
                 self._table.setdefault(code, []).append(position)
         self.duplicates = sum(len(positions) - 1 for positions in self._table.values())
-        if self.duplicates and (unread := unread_inputs(examples.collated([0]), examples.arguments)):
-            for positions in self._table.values():
-                _check_equal(examples, positions, unread)
+        for positions in self._table.values():
+            _check_equal(examples, positions)
 
     def find(
         self, codes: Sequence[int], taken: AbstractSet[int], names: Sequence[Any] | None = None
@@ -120,20 +119,14 @@ class Positions:
         )
 
 
-def unread_inputs(batch: Mapping[str, Any], arguments: Container[str]) -> list[str]:
-    """What the model is given of the examples of a batch beside the contents by which they are told apart."""
-    main = next((name for name in MAIN_INPUTS if name in batch), None)
-    return [name for name in batch if name in arguments and name != main and name not in OF_TEXT]
-
-
-def _check_equal(examples: Examples, positions: Sequence[int], names: Sequence[str]) -> None:
+def _check_equal(examples: Examples, positions: Sequence[int]) -> None:
     """Refuse examples of equal contents that differ in other inputs."""
     if len(positions) == 1:
         return
-    first = examples.collated(positions[:1])
+    first = _inputs(examples, positions[0])
     for position in positions[1:]:
-        other = examples.collated([position])
-        differ = [name for name in names if not _equal(first.get(name), other.get(name))]
+        other = _inputs(examples, position)
+        differ = [name for name in {**first, **other} if not _equal(first.get(name), other.get(name))]
         if differ:
             raise BadSetting(
                 f"the examples {positions[0]} and {position} have the same tokens and labels and differ in "
@@ -141,6 +134,18 @@ def _check_equal(examples: Examples, positions: Sequence[int], names: Sequence[s
                 "column of ids in the batch (id_column=…, remove_unused_columns=False), or capture at the end alone "
                 "(during=None)."
             )
+
+
+def _inputs(examples: Examples, position: int) -> dict[str, Any]:
+    """What the model is given of an example beside what its hash is made of, without padding around it."""
+    batch = examples.collated([position])
+    main = next((name for name in MAIN_INPUTS if name in batch), None)
+    mask = batch.get("attention_mask")
+    if isinstance(mask, Tensor) and mask.ndim == 2 and len(mask) == 1 and mask.any():
+        real = mask[0].nonzero()[:, 0]
+        cut = by_token(batch, mask)  # what is masked between its tokens stays: it moves the positions behind it
+        batch = {name: value[:, real[0] : real[-1] + 1] if name in cut else value for name, value in batch.items()}
+    return {name: batch[name] for name in batch if name in examples.arguments and name not in (main, *LABELS)}
 
 
 def _equal(one: Any, other: Any) -> bool:

@@ -12,8 +12,9 @@ from torch import nn
 from torch.utils.data import IterableDataset
 
 from hf_influence.errors import BadExample, BadSetting
+from hf_influence.gradients.answers import OF_TEXT
 from hf_influence.gradients.compress import Compressor
-from hf_influence.gradients.during_training.positions import unread_inputs
+from hf_influence.gradients.during_training.training import MAIN_INPUTS
 from hf_influence.gradients.own_loss import OwnTask, task_of
 from hf_influence.gradients.plan import header_of
 from hf_influence.gradients.taps import Modules, Tap, find_taps
@@ -113,7 +114,8 @@ class Sightings:
         Raises:
             BadSetting: Names it.
         """
-        if unread := unread_inputs(inputs, arguments):
+        main = next((name for name in MAIN_INPUTS if name in inputs), None)
+        if unread := [name for name in inputs if name in arguments and name != main and name not in OF_TEXT]:
             raise BadSetting(
                 "the examples of a stream are told apart by their tokens and labels, and the model is given "
                 f"{unread[0]!r} as well, in which equal ones may differ. Keep a column of ids in the batch "
