@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gzip
 import json
-import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -129,20 +128,6 @@ def test_names_of_files_may_be_in_capitals(place: Path, tmp_path: Path) -> None:
     assert len(load_from_disk(tmp_path / "out")) == N - 1
 
 
-@pytest.mark.parametrize("name", ["d.ndjson", "d.jsonl.gz", "d.csv.gz", "D.TSV.GZ", "d.arrow"])
-def test_a_file_is_read_by_its_suffix_packed_or_not(place: Path, tmp_path: Path, name: str) -> None:
-    rows = load_from_disk(str(place / "classes"))
-    if "csv" in name or "TSV" in name:
-        rows.to_csv(tmp_path / "plain", sep="," if "csv" in name else "\t")
-    elif "json" in name:
-        rows.to_json(tmp_path / "plain")
-    else:
-        shutil.copy(next((place / "classes").glob("*.arrow")), tmp_path / "plain")
-    content = (tmp_path / "plain").read_bytes()
-    (tmp_path / name).write_bytes(gzip.compress(content) if name.lower().endswith(".gz") else content)
-    assert cli._load(str(tmp_path / name), "train").to_dict() == rows.to_dict()
-
-
 def test_the_file_that_is_named_is_read_and_no_other(place: Path, tmp_path: Path) -> None:
     """Also where its name looks like a pattern."""
     for name in ("rows[1]", "rows1", "rows?"):
@@ -172,38 +157,6 @@ def test_ids_that_are_texts_stay_texts_where_they_look_like_numbers(
     assert load_from_disk("out").to_dict() == {"uid": ["1", "1e3"], "label": [2, 2]}
     words = ["--data", f"d.{suffix}", "--groups", "label"]
     assert "in another order than those of store" in said(monkeypatch, capsys, "attribute", "store", *words)
-
-
-def cells(file: Path, text: str, texts: str | None = None) -> dict[str, list[Any]]:
-    file.write_text(text, encoding="utf-8")
-    return dict(cli._load(str(file), "train", texts).to_dict())
-
-
-@pytest.mark.parametrize(("suffix", "between"), [("csv", ","), ("tsv", "\t")])
-def test_answers_that_look_like_nothing_stay(tmp_path: Path, suffix: str, between: str) -> None:
-    answers = ["None", "NA", "null", "nan", "N/A", "yes"]
-    rows = [["answer", "share"], *([answer, "0.5"] for answer in answers), ["", ""]]
-    text = "".join(between.join(row) + "\n" for row in rows)
-    assert cells(tmp_path / f"a.{suffix}", text) == {"answer": [*answers, None], "share": [0.5] * 6 + [None]}
-    for column, share in (("answer", 0.5), ("share", "0.5")):
-        kept = cells(tmp_path / f"a.{suffix}", text, column)
-        assert kept == {"answer": [*answers, None], "share": [share] * 6 + [None]}
-
-
-@pytest.mark.parametrize(
-    ("lines", "texts"),
-    [
-        (['"never closed', "next", 'said" he', "last"], None),
-        (['"No" he said', '"all of it"'], None),
-        (['"he said ""no"""', 'he said "no"', '"a\tb"', '"two\nlines"'], ['he said "no"'] * 2 + ["a\tb", "two\nlines"]),
-        (['"a, b"', ""], ["a, b", None]),
-    ],
-)
-def test_quotation_marks_of_a_tsv_file_are_characters_where_they_quote_no_cell(
-    tmp_path: Path, lines: list[str], texts: list[str] | None
-) -> None:
-    text = "text\tlabel\n" + "".join(f"{line}\t{i}\n" for i, line in enumerate(lines)) + "\n"
-    assert cells(tmp_path / "a.tsv", text) == {"text": texts or lines, "label": list(range(len(lines)))}
 
 
 def test_by_default_what_is_doubtful_goes(place: Path, tmp_path: Path) -> None:
@@ -242,7 +195,7 @@ def test_of_a_dataset_on_the_hub_all_splits_are_read(place: Path, tmp_path: Path
     def load(name: str, split: str | None = None) -> Any:
         return whole if split is None else Dataset.from_dict(whole["train"].to_dict(), split=NamedSplit(split))
 
-    monkeypatch.setattr("datasets.load_dataset", load)
+    monkeypatch.setattr("hf_influence.dataset.reading.load_dataset", load)
     for split, rows in (("test", {"train": N, "test": N - 1}), ("train[:4]", N - 1)):
         words = ["filter", "me/data", str(place / "s.st"), "--drop", "1", "--split", split]
         done = CliRunner().invoke(cli.app, [*words, "--output", str(tmp_path / split)])

@@ -7,23 +7,13 @@ from typing import TYPE_CHECKING, Any
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict, concatenate_datasets
 
 from hf_influence.dataset.contents import row_codes
+from hf_influence.dataset.reading import of_split
 from hf_influence.errors import BadExample
 from hf_influence.filter.streams import By, StreamRows, carried_out_on_stream
 from hf_influence.filter.wording import quoted
 
 if TYPE_CHECKING:
     from hf_influence.filter.decision import Decision
-
-
-def of_split(splits: Any, split: str) -> Any:
-    """One split of a DatasetDict.
-
-    Raises:
-        BadExample: It has no such split.
-    """
-    if split not in splits:
-        raise BadExample(f"the DatasetDict has the splits {list(splits)} and no {split!r}. Pass split=….")
-    return splits[split]
 
 
 def carried_out(decision: Decision, dataset: Any, by: By = None) -> Any:

@@ -13,8 +13,9 @@ from datasets import Dataset
 from torch import Tensor
 
 from hf_influence.dataset.groups import group_of
+from hf_influence.dataset.wording import printable
 from hf_influence.errors import BadExample, BadSetting
-from hf_influence.filter.wording import printable, quoted
+from hf_influence.filter.wording import quoted
 from hf_influence.scores import mean_ranks
 
 

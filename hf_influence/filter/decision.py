@@ -14,6 +14,7 @@ from datasets import Dataset, IterableDataset
 
 from hf_influence.dataset.contents import row_codes
 from hf_influence.dataset.matching import aligned
+from hf_influence.dataset.wording import printable
 from hf_influence.errors import BadExample, StoreError
 from hf_influence.filter.actions import DONE, Written
 from hf_influence.filter.card import section
@@ -22,7 +23,7 @@ from hf_influence.filter.cutting import mean_place
 from hf_influence.filter.group_sizes import group_sizes
 from hf_influence.filter.on_disk import fields_of, text_of
 from hf_influence.filter.streams import By, StreamRows
-from hf_influence.filter.wording import number, printable, quoted, settings_of
+from hf_influence.filter.wording import number, quoted, settings_of
 from hf_influence.saving import write_whole
 from hf_influence.scores import Scores
 

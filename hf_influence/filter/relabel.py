@@ -11,6 +11,7 @@ from datasets import ClassLabel, Dataset, IterableDataset, Value
 from datasets import List as ListOf
 from torch import Tensor
 
+from hf_influence.dataset.wording import printable
 from hf_influence.errors import BadExample, BadSetting
 from hf_influence.filter.actions import Written
 from hf_influence.filter.dataset_filter import DatasetFilter
@@ -18,7 +19,7 @@ from hf_influence.filter.decision import Decision
 from hf_influence.filter.rankings import Given, StoreOrPath, rankings_of, statistic_in, store_of, wrong_of
 from hf_influence.filter.rule import Rule
 from hf_influence.filter.streams import By, StreamRows
-from hf_influence.filter.wording import printable, quoted
+from hf_influence.filter.wording import quoted
 from hf_influence.scores import Scores
 
 HOW = ("predicted", "flip", "soft", "posterior")

@@ -8,8 +8,9 @@ from typing import Any, Protocol, TypeVar
 
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
 
+from hf_influence.dataset.reading import of_split
 from hf_influence.errors import BadExample
-from hf_influence.filter.carrying_out import carried_out, of_split
+from hf_influence.filter.carrying_out import carried_out
 from hf_influence.filter.decision import Decision
 from hf_influence.filter.rankings import Given
 from hf_influence.filter.streams import By

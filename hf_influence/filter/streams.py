@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Any
 from datasets import Features, IterableDataset
 
 from hf_influence.dataset.contents import row_code
+from hf_influence.dataset.wording import printable
 from hf_influence.errors import BadExample, BadSetting
 from hf_influence.filter.rankings import statistic_in
-from hf_influence.filter.wording import printable, quoted
+from hf_influence.filter.wording import quoted
 from hf_influence.gradients.batches import Collator, padding_with
 from hf_influence.gradients.during_training.training import MAIN_INPUTS, Batch
 from hf_influence.scores import Scores

@@ -1,17 +1,13 @@
-"""Text from outside, made fit to stand in a sentence or in Markdown."""
+"""Values from outside in a report, an explanation or in Markdown."""
 
 from __future__ import annotations
 
 import re
 from typing import Any
 
-LONGEST, LONGEST_IN_CARD = 80, 400
+from hf_influence.dataset.wording import printable
 
-
-def printable(value: Any, longest: int = LONGEST) -> str:
-    """On one line, without control characters or marks that turn the direction of writing, and not too long."""
-    text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(value)[: longest + 1])
-    return text if len(text) <= longest else text[: longest - 1] + "…"
+LONGEST_IN_CARD = 400
 
 
 def quoted(value: Any) -> str:
