@@ -20,6 +20,9 @@ from hf_influence.saving import as_json, save_tensors
 LOG_ODDS = "log_odds"
 """In the report of scores that are the log-odds of a right label, ln((1 − p) / p) for a wrong one's probability p."""
 
+RANKS_ONLY = "ranks_only"
+"""In the report of scores by "auto" that are no log-odds: why, and what would make them so."""
+
 
 def mean_ranks(values: Tensor) -> Tensor:
     """The rank of each value, 1 for the lowest, ties at their mean rank, `[n]` in float64 on the CPU."""
@@ -89,6 +92,13 @@ class Scores:
     def __len__(self) -> int:
         return len(self.ids)
 
+    def __repr__(self) -> str:
+        """How many, by which method, and the lowest ids: not the numbers themselves."""
+        columns = "" if self.query_ids is None else f" × {len(self.query_ids)} queries"
+        lowest = ", ".join(map(repr, self.lowest(5)))
+        wrong = f", {float(self.probability_wrong().mean()):.0%} probably wrong" if LOG_ODDS in self.report else ""
+        return f"Scores({len(self)} examples{columns} by '{self.method}'{wrong}; lowest {lowest or 'none'})"
+
     def mean(self) -> Tensor:
         """Mean over the queries, `[n_train]` in float64, as a filter ranks by it."""
         return self.values.double().contiguous().mean(1)
@@ -112,12 +122,11 @@ class Scores:
                 queries that tell right from wrong.
         """
         if LOG_ODDS not in self.report:
-            raise BadSetting(
-                f"scores by '{self.method}' rank the examples and are no probabilities. Those by 'auto' are log-odds, "
-                "of single labels or of prompts and answers, where clean queries at the end of training tell right "
-                "from wrong (collect(…) takes wrong_labels=True or other_prompts=2 for that). Of several labels an "
-                "example, and of regression, they never are."
+            why = self.report.get(RANKS_ONLY) or (
+                "those by 'auto' are, of single labels or of prompts and answers, where clean queries at the end of "
+                "training tell right from wrong (collect(…) takes wrong_labels=True or other_prompts=2 for that)"
             )
+            raise BadSetting(f"scores by '{self.method}' rank the examples and are no probabilities: {why}.")
         return torch.sigmoid(-self.mean())
 
     def save(self, path: str | Path) -> None:
@@ -129,7 +138,7 @@ class Scores:
         """
         about = as_json({field.name: getattr(self, field.name) for field in fields(self) if field.name != "values"})
         advice = "Make room there, or name another file."
-        save_tensors(Path(path), {"values": self.values}, about={"scores": about}, advice=advice)
+        save_tensors(Path(path).expanduser(), {"values": self.values}, about={"scores": about}, advice=advice)
 
     @classmethod
     def load(cls, path: str | Path) -> Scores:
@@ -138,7 +147,8 @@ class Scores:
         Raises:
             StoreError: No such file, or not a file of scores.
         """
-        if not Path(path).is_file():
+        path = Path(path).expanduser()
+        if not path.is_file():
             raise StoreError(f"{path} is not a file. Scores are written by `scores.save(path)`.")
         try:
             with safe_open(path, "pt") as file:

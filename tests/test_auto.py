@@ -134,7 +134,7 @@ def agree(scores: Scores, ranking: Tensor, path: Path, point: int = 0) -> None:
     torch.testing.assert_close(scores.values[:, 0], believed(ranking, auc, estimate), atol=5e-3, rtol=5e-3)
 
 
-ALL = {"points": [0, 1, 2]}
+ALL = {"points": [1, 2, 0]}
 BOTH = [("loss_mean", ALL), ("kernel_ridge_mean", ALL), ("kernel_ridge", {})]
 
 
@@ -157,7 +157,7 @@ def test_it_is_the_mean_rank_over_what_the_store_allows(
     path = store(tmp_path / "store", task, training=training, queries=queries)
     scores = attribute(path)
     assert scores.method == "auto"
-    assert scores.settings["points"] == ([0, 1, 2] if training else [0])
+    assert scores.settings["points"] == ([1, 2, 0] if training else [0])
     ranking = torch.stack([ranked(attribute(path, name, **settings)) for name, settings in parts]).mean(0)
     assert scores.report["estimated_share_wrong"] is None or (task is CLASSES and queries)
     agree(scores, ranking, path)
@@ -220,7 +220,7 @@ def test_queries_after_other_prompts_make_the_scores_of_answers_log_odds(tmp_pat
 
     one = {**query, "other_prompt_loss": query["other_prompt_loss"][:, :1]}
     make_store(tmp_path / "one", blocks(N, 0), blocks(M, 50), stats=train, query_stats=one, task=TEXTS)
-    with pytest.raises(BadSetting, match=r"prompts and answers"):
+    with pytest.raises(BadSetting, match=r"not read after two other prompts"):
         attribute(tmp_path / "one").probability_wrong()
 
 
@@ -264,6 +264,30 @@ def test_for_classes_the_parts_weigh_what_the_queries_say(tmp_path: Path, leans:
     assert 0 < (scores.probability_wrong() > 0.5).sum() == (scores.values < 0).sum()
 
 
+REASONS: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
+    "no queries": ({"queries": False}, {}, r"no clean queries .*query_dataset=clean"),
+    "training goes on": ({"queries": False, "final": False}, {}, r"no rows at the final weights: .*at_end=False"),
+    "prompts are learnt": ({}, {}, r"not read after two other prompts.*prompt and completion.*assistant_only_loss"),
+    "parts": ({}, {"parts": ["loss"]}, r"chosen by hand"),
+}
+
+
+@pytest.mark.parametrize("case", REASONS)
+def test_scores_that_are_ranks_say_why_they_are_no_probabilities(tmp_path: Path, case: str) -> None:
+    held, settings, why = REASONS[case]
+    scores = attribute(store(tmp_path / "store", TEXTS, training=True, **held), **settings)
+    with pytest.raises(BadSetting, match=rf"by 'auto' rank the examples and are no probabilities: .*{why}"):
+        scores.probability_wrong()
+    scores.save(tmp_path / "scores")
+    assert Scores.load(tmp_path / "scores").report["ranks_only"] == scores.report["ranks_only"]
+
+
+def test_of_regression_nothing_is_known(tmp_path: Path) -> None:
+    path = store(tmp_path, CLASSES | {"problem_type": "regression"}, training=True)
+    with pytest.raises(BadSetting, match=r"the queries do not tell right from wrong.*of regression"):
+        attribute(path).probability_wrong()
+
+
 def test_a_known_share_of_wrong_labels_takes_the_place_of_the_estimate(tmp_path: Path) -> None:
     mean = {name: g[:1] for name, g in blocks(1, 9).items()}
     query = {name: mean[name] + 0.8 * g for name, g in blocks(M, 50).items()}
@@ -276,7 +300,7 @@ def test_a_known_share_of_wrong_labels_takes_the_place_of_the_estimate(tmp_path:
     assert torch.equal(told.values.argsort(0), found.values.argsort(0))
 
     path = store(tmp_path / "untold", CLASSES, training=True, queries=False)
-    with pytest.raises(BadSetting, match=r"share_wrong=0\.4 is for .* log-odds.*query_dataset"):
+    with pytest.raises(BadSetting, match=r"share_wrong=0\.4 is for .* log-odds.*no clean queries.*query_dataset"):
         attribute(path, share_wrong=0.4)
     with pytest.raises(BadSetting, match=r"parts of your own, \['loss'\], are not"):
         attribute(tmp_path / "told", share_wrong=0.4, parts=["loss"])

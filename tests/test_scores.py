@@ -61,9 +61,11 @@ def test_what_is_no_number_of_scores_is_refused() -> None:
             scores.lowest(wrong)  # type: ignore[arg-type]
 
 
-def test_scores_that_are_no_probabilities_say_which_never_are() -> None:
-    with pytest.raises(BadSetting, match=r"^scores by 'auto' rank .* several labels an example, and of regression"):
-        Scores(torch.zeros(3, 1), [0, 1, 2], "auto").probability_wrong()
+def test_scores_that_are_no_probabilities_say_which_are() -> None:
+    with pytest.raises(
+        BadSetting, match=r"^scores by 'ip' rank .* those by 'auto' are, of single labels"
+    ):
+        Scores(torch.zeros(3, 1), [0, 1, 2], "ip").probability_wrong()
 
 
 @pytest.mark.parametrize("given", [[per_query(torch.zeros(3, 1))] * 2, [], torch.zeros(3, 1), "runs/mine"])
@@ -100,6 +102,22 @@ def test_settings_are_written_as_the_plain_values_that_they_hold(tmp_path: Path)
         "array": [[1, 2]],
     }
     assert json.loads(json.dumps(again.settings)) == again.settings
+
+
+def test_in_short_they_say_what_comes_next(tmp_path: Path) -> None:
+    values = torch.tensor([[3.0], [-1], [2]])
+    assert repr(Scores(values, [7, 8, 9], "ip")) == "Scores(3 examples by 'ip'; lowest 8, 9, 7)"
+    wrong = Scores(values, ["a", "b", "c"], "auto", report={"log_odds": {"auc": 0.9}})
+    assert str(wrong) == "Scores(3 examples by 'auto', 30% probably wrong; lowest 'b', 'c', 'a')"
+    each = Scores(torch.zeros(1, 2), [0], "cosine", query_ids=[0, 1])
+    assert repr(each) == "Scores(1 examples × 2 queries by 'cosine'; lowest 0)"
+
+
+def test_a_home_folder_is_the_users_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    Scores(torch.zeros(1, 1), [0], "mine").save("~/s")
+    assert Scores.load("~/s").method == "mine"
+    assert (tmp_path / "s").is_file()
 
 
 @pytest.mark.parametrize("value", [object(), {1, 2}, {(1, 2): 3}], ids=["object", "set", "key"])

@@ -155,7 +155,7 @@ def check_folder(path: str | Path, header: Header, *, overwrite: bool, resumed: 
     Raises:
         StoreMismatch: It holds other rows, or those of an earlier run.
     """
-    if not (Path(path) / "store.json").is_file() or overwrite:
+    if not (Path(path).expanduser() / "store.json").is_file() or overwrite:
         return
     store = GradientStore.open(path)
     store.header.check(header, store.path)

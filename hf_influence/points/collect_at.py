@@ -57,7 +57,7 @@ def collect_at(
 
     And all that `collect` raises.
     """
-    path, given = Path(path), points
+    path, given = Path(path).expanduser(), points
     points = list(given) if isinstance(given, Iterable) else []
     listed = points and all(isinstance(point, Point) for point in points)
     if not listed or not isinstance(datasets, Mapping) or not datasets:

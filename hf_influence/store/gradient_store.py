@@ -36,9 +36,13 @@ class GradientStore:
         """
         if isinstance(path, GradientStore):
             return path
-        path = Path(path)
+        path = Path(path).expanduser()
         if not (path / "store.json").is_file():
-            raise StoreError(f"{path} is not a gradient store (it has no store.json). Fill one with collect(...).")
+            raise StoreError(
+                f"{path} is not a gradient store (it has no store.json). GradientCapture({str(path)!r}, …) among the "
+                "callbacks of a Trainer fills one when training begins, collect(…) without a Trainer. Is the path "
+                "right?"
+            )
         about = read_json(path / "store.json")
         if about.pop("schema", None) != SCHEMA:
             raise StoreError(f"{path} was written with another store layout. Collect it again with this version.")
@@ -60,7 +64,7 @@ class GradientStore:
             StoreMismatch: The store that is there holds other rows.
             StoreError: No files can be written to the folder.
         """
-        path = Path(path)
+        path = Path(path).expanduser()
         if (path / "store.json").is_file():
             try:
                 store = cls.open(path)

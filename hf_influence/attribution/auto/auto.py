@@ -21,7 +21,8 @@ from hf_influence.attribution.over_points import OverPoints, OverTraining
 from hf_influence.attribution.selection import Selection
 from hf_influence.dataset.groups import group_of
 from hf_influence.errors import BadSetting, MissingRows
-from hf_influence.scores import LOG_ODDS, ranks_within
+from hf_influence.gradients.other_prompts import STATISTIC as OTHERS
+from hf_influence.scores import LOG_ODDS, RANKS_ONLY, ranks_within
 
 Parts = Mapping[str, Mapping[str, Any]]
 """Method -> its settings."""
@@ -204,6 +205,7 @@ class Auto(OverTraining, name="auto"):
             )
         ranking = (values.nan_to_num() * weight).sum(1) / weight.sum(1)
         if share is None or not auc > 0.5:
+            self.report[RANKS_ONLY] = self._why_ranks(rows, last)
             self._refuse_share()
             return normal_scores(ranking).to(rows.train.dtype)[:, None]
         self.report[LOG_ODDS] = {"auc": round(auc, 4)}
@@ -216,13 +218,40 @@ class Auto(OverTraining, name="auto"):
         asked = self.parts is None and witness in parts and "queries" in last.words() and len(last.query) > 1
         return last if asked else None
 
+    def _why_ranks(self, rows: Selection, last: Selection | None) -> str:
+        """Why the scores are no log-odds, and what would make them so."""
+        if self.parts is not None:
+            return "their parts were chosen by hand. Leave out parts=… for those that suit the store"
+        final, path = rows.at(end(rows)), str(rows.store.path)
+        words, at_rest = final.words(), not end(rows)
+        if "queries" not in words or len(final.query) < 2:
+            if not at_rest:
+                return (
+                    f"{path} has no rows at the final weights: training has not ended, or at_end=False. Let it end, or "
+                    "collect(model, dataset, …) there"
+                )
+            return (
+                f"{path} has no clean queries at the end of training to tell right from wrong by: "
+                "GradientCapture(path, query_dataset=clean)"
+            )
+        if not has_classes(rows) and (last is None or last.query.stats[OTHERS].shape[1] < 2):
+            return (
+                "the answers of examples or queries were not read after two other prompts. That is done at the end "
+                "where the labels leave the prompts out: in TRL with the columns prompt and completion (of messages "
+                "prompt=messages[:-1], completion=messages[-1:]) or assistant_only_loss=True; collect(…) takes "
+                "other_prompts=2"
+            )
+        return (
+            "the queries do not tell right from wrong (of several labels an example, and of regression, they never do)"
+        )
+
     def _refuse_share(self) -> None:
         """Where it would go unheard."""
         if self.share_wrong is not None:
             raise BadSetting(
-                f"method 'auto': share_wrong={self.share_wrong} is for scores that are log-odds. These are none: that "
-                "needs clean queries that tell right from wrong, captured at the end (GradientCapture(…, "
-                "query_dataset=…)). DatasetFilter(drop=share) drops as many of any scores."
+                f"method 'auto': share_wrong={self.share_wrong} is for scores that are log-odds. These rank the "
+                f"examples and are none: {self.report[RANKS_ONLY]}. DatasetFilter(drop=share) drops as many of any "
+                "scores."
             )
 
     def _looked_at(self, rows: Selection, name: str, settings: Mapping[str, Any]) -> tuple[Method, Selection]:
