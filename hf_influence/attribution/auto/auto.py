@@ -234,7 +234,8 @@ class Auto(OverTraining, name="auto"):
                 f"{path} has no clean queries at the end of training to tell right from wrong by: "
                 "GradientCapture(path, query_dataset=clean)"
             )
-        if not has_classes(rows) and (last is None or last.query.stats[OTHERS].shape[1] < 2):
+        others = None if last is None else last.query.stats.get(OTHERS)  # [q, k]
+        if not has_classes(rows) and (others is None or others.shape[1] < 2):
             return (
                 "the answers of examples or queries were not read after two other prompts. That is done at the end "
                 "where the labels leave the prompts out: in TRL with the columns prompt and completion (of messages "
