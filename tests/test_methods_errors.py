@@ -13,6 +13,7 @@ from stores import make_store, make_trained_store
 from hf_influence.attribution import attribute, methods
 from hf_influence.errors import BadExample, BadSetting, MissingRows, StoreError, StoreMismatch, UnknownMethod
 from hf_influence.gradients.compress import dropout
+from hf_influence.store import Claim
 
 TRAIN = {"layer": torch.randn(6, 8, generator=torch.Generator().manual_seed(0))}
 QUERY = {"layer": torch.randn(2, 8, generator=torch.Generator().manual_seed(1))}
@@ -87,6 +88,16 @@ def test_a_split_of_queries_that_is_nowhere_is_refused(tmp_path: Path, settings:
 def test_a_point_that_is_no_number_is_refused(tmp_path: Path, point: Any) -> None:
     with pytest.raises(BadSetting, match=r"point=.* is no number.*points\(\)"):
         attribute(make_store(tmp_path, TRAIN, QUERY), "ip", point=point)
+
+
+def test_a_store_that_a_run_of_another_process_fills_is_scored_with_a_warning(tmp_path: Path) -> None:
+    store = make_store(tmp_path, TRAIN, QUERY)
+    claim = Claim.take(tmp_path)
+    attribute(store, "ip")
+    file = tmp_path / "run.json"
+    file.write_text(file.read_text().replace(f'"pid": {claim.pid}', '"pid": 1'))
+    with pytest.warns(UserWarning, match=r"process 1 on .* goes on or was cut short.*resume_from_checkpoint=True"):
+        attribute(store, "ip")
 
 
 def test_missing_store(tmp_path: Path) -> None:

@@ -7,13 +7,15 @@ from numbers import Integral
 from pathlib import Path
 from typing import Any
 
+from torch import distributed as dist
+
 from hf_influence.attribution.auto.auto import Auto
 from hf_influence.attribution.finite import check_finite
 from hf_influence.attribution.method import Method, class_of, make_method
 from hf_influence.attribution.selection import Selection
 from hf_influence.errors import BadSetting, MissingRows
 from hf_influence.scores import Scores
-from hf_influence.store import GradientStore
+from hf_influence.store import Claim, GradientStore
 
 
 def attribute(
@@ -65,6 +67,7 @@ def attribute(
         _check_split(opened, query_split)
     if query_split == "query" and isinstance(chosen, Auto) and chosen.parts is None:
         _tell_of_others(opened, train_split)
+    _tell_of_unfinished(opened)
     rows = chosen.select(Selection(opened, train_split, query_split), None if point is None else int(point))
     values = chosen.score(rows)
     with_queries = "queries" in chosen.needs
@@ -99,6 +102,19 @@ def _tell_of_others(store: GradientStore, train_split: str) -> None:
         warnings.warn(
             f"{store.path} has no split 'query', so 'auto' goes without clean queries. If {others[0]!r} holds some: "
             f"attribute(…, query_split={others[0]!r}).",
+            stacklevel=3,
+        )
+
+
+def _tell_of_unfinished(store: GradientStore) -> None:
+    """Say so where a training run, not this one, still fills the store, or was cut short."""
+    if dist.is_available() and dist.is_initialized():  # this may be a process beside the one that fills it
+        return
+    if run := Claim.of_another(store.path):
+        warnings.warn(
+            f"the training run that fills {store.path} ({run.whose}) goes on or was cut short, so the scores are by "
+            "what it has captured so far. Wait for its end; a run that died goes on from its last checkpoint with "
+            "trainer.train(resume_from_checkpoint=True). If it is to stay as it is, delete the file run.json there.",
             stacklevel=3,
         )
 

@@ -66,6 +66,12 @@ class Claim:
         write_json(_file(path), about)
         return claim
 
+    @classmethod
+    def of_another(cls, path: Path) -> Claim | None:
+        """That of a run of another process which has not ended, or was cut short; `None` if there is none."""
+        other, own = _read(path), psutil.Process()
+        return None if other is None or (other.host, other.pid) == (socket.gethostname(), own.pid) else other
+
     @property
     def whose(self) -> str:
         """In words."""
