@@ -80,8 +80,9 @@ class StreamRows:
             raise BadExample(
                 f"no example of the model can be made of a row of the stream, of whose columns {list(seen)} the "
                 f"collator is given {list(chosen)} ({type(error).__name__}: {printable(error)}). Its rows are known by "
-                "their tokens: filter the tokenised stream that was trained on, or tokenise each row, "
-                "by=StreamRows(prepare=…, …)."
+                "their tokens: filter the tokenised stream that was trained on (trainer.train_dataset of an "
+                "SFTTrainer, which trains on what comes of it as well), or tokenise each row, by=StreamRows(prepare=…, "
+                "…)."
             ) from error
         if len(codes) != 1:
             raise BadExample(
@@ -104,7 +105,7 @@ class StreamRows:
         if self.store is None:
             raise BadSetting(
                 "the labels of a stream are not known before its end, and the decision is made before. Say where they "
-                "are stored: by=StreamRows(store='runs/…', …), or make a Dataset of it (Dataset.from_generator)."
+                "are stored: by='runs/…', the store that was scored, or make a Dataset of it (Dataset.from_generator)."
             )
         return self._stored(scores, "label")
 
@@ -124,8 +125,9 @@ class StreamRows:
         if self.store is None:
             raise BadSetting(
                 "the scores name the rows of a stream by numbers in the order of training, and the stream does not "
-                "carry those. Say where their contents are known: by=StreamRows(store='runs/…', data_collator=…), or "
-                "capture with id_column=…."
+                "carry those. Say where they are known: by='runs/…', the store that was scored, of the stream that was "
+                "trained on (trainer.train_dataset of an SFTTrainer); by=StreamRows(store='runs/…', "
+                "data_collator=…) where the collator changes tokens or labels; or capture with id_column=…."
             )
         return GradientStore.open(self.store)
 
