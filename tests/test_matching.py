@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from datasets import ClassLabel, Dataset, IterableDataset
+from datasets import ClassLabel, Dataset, IterableDataset, concatenate_datasets
 from models import bert, labelled, lora, tiny
 from watched import EXAMPLES, train
 
@@ -17,9 +18,9 @@ from hf_influence import DatasetFilter, attribute, collect
 from hf_influence.attribution.combined import combined
 from hf_influence.callbacks import CurateEachEpoch, GradientCapture
 from hf_influence.dataset.contents import column_codes, content_of
-from hf_influence.errors import BadSetting
+from hf_influence.errors import BadExample, BadSetting
 from hf_influence.evaluation import out_of_fold
-from hf_influence.filter import Relabel, StreamRows
+from hf_influence.filter import Decision, Relabel, StreamRows
 from hf_influence.gradients.batches import padding_with
 from hf_influence.scores import Scores
 
@@ -87,13 +88,24 @@ def test_another_order_is_refused_and_other_values_are_told(scores: Scores, tmp_
     twice = Dataset.from_dict({"text": [f"row {i % 12}" for i in range(24)]})
     with pytest.raises(BadSetting, match="another order"):
         TRIM.apply(twice.shuffle(0), Scores(torch.zeros(24, 1), range(24), "ip", contents=column_codes(twice)))
-    edited = ROWS.select_columns(["text"]).map(lambda row: {"text": row["text"].upper()})
-    with pytest.warns(UserWarning, match="the column 'text' does not hold what was scored"):
-        kept = TRIM.apply(edited, scores)
-    assert kept["text"][:] == [text.upper() for text in TRIM.apply(ROWS, scores)["text"][:]]
     labels = ROWS.select_columns(["labels"])
     with pytest.warns(UserWarning, match="'labels'"):  # turned labels, or another order: who knows
         TRIM.apply(labels.select(range(7, -1, -1)), scores)
+
+
+def test_a_dataset_of_other_rows_is_refused_however_many_it_has(scores: Scores) -> None:
+    other = ROWS.map(lambda row: {"input_ids": [9, *row["input_ids"]], "text": f"other {row['text']}"})
+    told = r"of 'input_ids', 'text' of the dataset do not hold what was scored.*filter first and change.*id_column=…"
+    with pytest.raises(BadSetting, match=told):
+        TRIM.apply(other, scores)
+    with pytest.raises(BadSetting, match="of 'text' of the dataset do not hold what was scored"):
+        TRIM.apply(other.select_columns(["text", "labels"]), scores)  # that its labels are the same tells nothing
+    forced = TRIM.apply(other, replace(scores, contents={}))
+    assert forced["labels"][:] == TRIM.apply(ROWS, scores)["labels"][:]
+    edited = other.remove_columns("input_ids").add_column("input_ids", ROWS["input_ids"][:])
+    with pytest.warns(UserWarning, match="of 'text' of the dataset do not hold .* and the values of 'input_ids' do,"):
+        kept = TRIM.apply(edited, scores)
+    assert kept["text"][:] == [f"other {text}" for text in TRIM.apply(ROWS, scores)["text"][:]]
 
 
 def test_where_nothing_tells_the_order_it_is_said(scores: Scores) -> None:
@@ -102,7 +114,7 @@ def test_where_nothing_tells_the_order_it_is_said(scores: Scores) -> None:
     with pytest.warns(UserWarning, match=r"told apart by \['input_ids', .*with \['raw', 'source'\].*id_column=…"):
         assert TRIM.apply(raw, scores)["raw"][:] == TRIM.apply(ROWS, scores)["text"][:]
     labelled = raw.add_column("label", ROWS["labels"][:])
-    with pytest.warns(UserWarning, match="the column 'labels' does not hold what was scored"):
+    with pytest.warns(UserWarning, match="the values of 'labels' of the dataset do not hold what was scored"):
         TRIM.apply(labelled.select(range(7, -1, -1)), scores)
     tasks = Dataset.from_dict({"labels": [i % 12 for i in range(24)]})
     known = Scores(torch.zeros(24, 1), range(24), "ip", contents=column_codes(tasks))
@@ -125,10 +137,68 @@ def test_scores_of_other_origin_know_the_dataset_as_well(scores: Scores) -> None
     assert TRIM.apply(ROWS.shuffle(0), mine).num_rows == 6  # nothing is known of these
 
 
-def test_scores_of_pieces_are_told_from_those_of_rows() -> None:
-    pieces = Scores(torch.zeros(9, 1), list(range(9)), "loss")
-    with pytest.raises(BadSetting, match=r'"bfd_split" it cuts rows to pieces.*train with "bfd"'):
-        TRIM.apply(ROWS, pieces)
+@pytest.mark.parametrize(
+    ("rows", "columns", "told", "untold"),
+    [
+        (9, None, r'"bfd_split" an SFTTrainer cuts long rows, and .*Train with "bfd"', "left out"),
+        (9, {"piece_of": [0] * 9}, r'"bfd_split".*Train with "bfd"', "left out"),
+        (
+            9,
+            {"text": ["a"] * 9},
+            r"rows were left out since.*leave rows out afterwards, or score with id_column=",
+            "SFT",
+        ),
+        (7, {"text": ["a"] * 7}, r"Filter what was trained on, trainer\.train_dataset; or capture with id_c", "bfd"),
+        (7, None, r"Filter what was trained on, trainer\.train_dataset.*GradientCapture\(…, train_dataset=…\)", "bfd"),
+    ],
+)
+def test_scores_of_more_or_fewer_rows_are_told_by_what_they_may_be_of(
+    rows: int, columns: dict[str, Any] | None, told: str, untold: str
+) -> None:
+    known = {} if columns is None else column_codes(Dataset.from_dict(columns))
+    scored = Scores(torch.zeros(rows, 1), list(range(rows)), "loss", contents=known)
+    with pytest.raises(BadSetting, match=f"cover {rows} examples and the dataset has 8 rows: .*{told}") as error:
+        TRIM.apply(ROWS, scored)
+    assert untold not in str(error.value)
+
+
+@pytest.mark.parametrize("rows", [5, 8])
+def test_scores_of_packed_rows_are_not_taken_for_those_of_examples(rows: int) -> None:
+    packed = Dataset.from_dict({"input_ids": [[1, i] for i in range(rows)], "seq_lengths": [[1, 1]] * rows})
+    scored = Scores(torch.zeros(rows, 1), list(range(rows)), "loss", contents=column_codes(packed))
+    with pytest.raises(BadSetting, match=r"packed several .*Capture with GradientCapture\(…, train_dataset=…\)"):
+        TRIM.apply(ROWS.select_columns(["text"]), scored)
+    assert len(TRIM.apply(packed, scored)) == rows - 2
+
+
+def test_rows_that_were_left_out_since_are_left_aside_where_ids_name_the_others(tmp_path: Path) -> None:
+    named = ROWS.add_column("uid", [f"id {i}" for i in range(8)])
+    odds = torch.tensor([[4.0], [-3.0], [3.0], [-2.0], [2.0], [-1.0], [1.0], [0.5]])
+    scores = Scores(odds, named["uid"][:], "auto", id_column="uid", report={"log_odds": {"auc": 0.9}})
+    left = named.filter(lambda row: row["uid"] not in ("id 1", "id 4")).shuffle(0)
+    trim = DatasetFilter(drop=0.5)  # of the six that are there, not of the eight
+    kept = trim.apply(left, scores)
+    assert sorted(kept["uid"][:]) == ["id 0", "id 2", "id 6"]
+    report = trim.report
+    assert report is not None
+    assert [(row.id, row.rank) for row in report.removed] == [("id 3", 0), ("id 5", 1), ("id 7", 2)]
+    assert sorted(report.ranks) == list(range(6))
+    assert "ranks 0 of 6" in report.explain("id 3")
+    report.save(tmp_path / "d.json")
+    again = Decision.load(tmp_path / "d.json")
+    assert again.replay(left).to_list() == kept.to_list()
+    assert again.undo(kept, rest=named).to_list() == left.to_list()
+    with pytest.raises(BadExample, match="8 rows and the decision is on 6"):
+        again.replay(named)
+    assert sorted(DatasetFilter(drop=0.5).apply(left, [scores, scores])["uid"][:]) == ["id 0", "id 2", "id 6"]
+    soft = Relabel(how="posterior", label="labels").apply(left, scores)
+    whole = Relabel(how="posterior", label="labels").apply(named, scores)
+    believed = dict(zip(whole["uid"][:], whole["labels"][:], strict=True))
+    assert dict(zip(soft["uid"][:], soft["labels"][:], strict=True)).items() <= believed.items()
+    more = concatenate_datasets([left, left.select([0, 1]).map(lambda row: {"uid": f"new {row['uid']}"})])
+    told = r"2 of the 8 rows of the dataset have no score: 'new id \d', 'new id \d' in column 'uid'.*leave them out"
+    with pytest.raises(BadSetting, match=told):
+        trim.apply(more, scores)
 
 
 def test_rows_of_training_know_the_dataset(tmp_path: Path) -> None:
@@ -151,7 +221,7 @@ def test_scores_of_a_stream_are_not_taken_for_those_of_a_dataset(tmp_path: Path)
     scores = attribute(tmp_path / "rows", "loss_mean")
     scores.save(tmp_path / "scores")
     for known in (scores, Scores.load(tmp_path / "scores")):
-        with pytest.raises(BadSetting, match=r"of a stream.*to_iterable_dataset\(\)"):
+        with pytest.raises(BadSetting, match=r"of a stream.*to_iterable_dataset\(\), scores, by='runs/…'\)"):
             TRIM.apply(data, known)
     by = StreamRows(store=tmp_path / "rows", data_collator=padding_with(0))
     kept = list(TRIM.apply(data.to_iterable_dataset(), scores, by=by))

@@ -9,11 +9,12 @@ import torch
 from datasets import Dataset, IterableDataset, Value
 from torch import Tensor
 
+from hf_influence.dataset.matching import in_order
 from hf_influence.errors import BadExample, BadSetting
 from hf_influence.filter.actions import Written
 from hf_influence.filter.cutting import check_amount, count_of, gone_by, groups_of, lengths_of, reasons_of
 from hf_influence.filter.decision import Decision
-from hf_influence.filter.rankings import Given, rankings_of, values_of
+from hf_influence.filter.rankings import Given, rankings_of
 from hf_influence.filter.rule import Rule
 from hf_influence.filter.streams import By
 from hf_influence.filter.thresholds import THRESHOLDS, Threshold, check_scale, name_of
@@ -91,7 +92,7 @@ class DatasetFilter(Rule):
         for ranking in rankings:
             check_scale(self.drop, ranking)
         decision = Decision.keeping_all(dataset, rankings, by)
-        values, n = [values_of(ranking, decision.ids) for ranking in rankings], decision.before  # each [n, q]
+        values, n = [in_order(ranking, decision.ids) for ranking in rankings], decision.before  # each [n, q]
         if self.columns and (taken := [column for column in _ADDED if column in (dataset.column_names or ())]):
             raise BadExample(f"the dataset has {taken} already. Rename or remove them, or leave columns=False.")
         groups = groups_of(decision.dataset, self.within, n)

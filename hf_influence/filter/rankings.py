@@ -60,13 +60,6 @@ def _ranking_of(given: Any) -> Scores:
     )
 
 
-def values_of(scores: Scores, ids: Sequence[Any]) -> Tensor:
-    """The values of the rows `ids`, all of which have a score, `[n, q]` in float64."""
-    place = {name: i for i, name in enumerate(scores.ids)}
-    at = torch.tensor([place[name] for name in ids], dtype=torch.long)
-    return scores.values.detach().cpu().double().index_select(0, at)
-
-
 def wrong_of(rankings: Sequence[Scores], ids: Sequence[Any]) -> Tensor:
     """The probability that the label of each of the rows `ids` is wrong, `[n]` in float64.
 

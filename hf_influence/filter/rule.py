@@ -53,7 +53,9 @@ class Rule(ABC):
             dataset: What was scored, or a `DatasetDict` of which one split was; its other splits stay as they are. Of
                 an `IterableDataset` the rows are dropped, or written into, as they come.
             scores: Of every row, or a file of them, or a store, which then is scored by "auto"; several of them in a
-                list, where the rule takes several.
+                list, where the rule takes several. Where an id column names the rows, some that were scored may have
+                been left out since: ranks, shares and weights, and `replay` and `undo` of the report, are then about
+                the rows that are there.
             split: Which of a `DatasetDict`.
             by: For a stream whose scores have no id column: how its rows are known; see `StreamRows`, or the store.
 
