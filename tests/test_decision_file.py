@@ -13,6 +13,7 @@ from datasets import Dataset, DatasetDict, load_from_disk
 
 from hf_influence.errors import BadSetting, StoreError
 from hf_influence.filter import DatasetFilter, Decision, Prune, Relabel, Reweight, Separate, save_curated
+from hf_influence.filter.on_disk import checksum
 from hf_influence.scores import Scores
 
 N = 6
@@ -57,6 +58,14 @@ def test_a_file_that_was_changed_is_refused(tmp_path: Path, name: str) -> None:
     decided(tmp_path)
     with pytest.raises(StoreError, match=r"changed\.json does not hold a decision as it was saved.*it was changed"):
         Decision.load(changed(tmp_path, **{name: CHANGES[name]}))
+
+
+def test_a_file_of_before_there_were_estimates_is_read(tmp_path: Path) -> None:
+    _, report = decided(tmp_path)
+    saved = json.loads((tmp_path / "d.json").read_text())
+    del saved["sha256"], saved["estimates"]
+    (tmp_path / "old.json").write_text(json.dumps({"sha256": checksum(saved), **saved}))
+    assert Decision.load(tmp_path / "old.json") == report
 
 
 def test_a_file_without_a_checksum_is_refused(tmp_path: Path) -> None:

@@ -15,9 +15,20 @@ from stores import make_store
 from hf_influence import GradientStore, attribute, collect
 from hf_influence.attribution import combined
 from hf_influence.errors import BadExample, BadSetting, StoreError
-from hf_influence.filter import DatasetFilter, Decision, Prune, Relabel, Reweight, Rule, Separate, StreamRows
+from hf_influence.filter import (
+    DatasetFilter,
+    Decision,
+    Prune,
+    Relabel,
+    Reweight,
+    Rule,
+    Separate,
+    StreamRows,
+    save_curated,
+)
 from hf_influence.filter.rankings import rankings_of
 from hf_influence.filter.separate import components
+from hf_influence.filter.thresholds import doubtful
 from hf_influence.scores import Scores
 
 PHI = torch.tensor([[0.7, 0.2, 0.1], [0.1, 0.3, 0.6], [0.05, 0.05, 0.9], [0.2, 0.5, 0.3]], dtype=torch.float64)
@@ -91,6 +102,50 @@ def test_labels_by_how_far_they_are_believed():
     assert whole.report.undo(new)["label"][:] == [0, 1, 1]
     some = Relabel(how="posterior", suspects=DatasetFilter(drop="negative")).apply(data, scores)
     torch.testing.assert_close(torch.tensor(some["label"][:]), torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.9, 0.1]]))
+
+
+ESTIMATED = "auto estimates 3 % to be wrong (right and wrong labels of the queries are told apart with AUC 0.85); with"
+TOLD = "auto was told that 20 % are wrong (right and wrong labels of the queries are told apart with AUC 0.85)"
+SOFT = "to train on it: Trainer(…, compute_loss_func=soft_cross_entropy) of hf_influence.callbacks; a plain Trainer t"
+WEIGHTS = "to train on it: WeightedTrainer(…{}) of hf_influence.callbacks; a plain Trainer drops the weights"
+
+
+@pytest.mark.parametrize(
+    ("rule", "estimated", "last"),
+    [
+        (DatasetFilter(), True, None),
+        (DatasetFilter(drop=doubtful), True, None),
+        (DatasetFilter(drop="negative"), True, None),
+        (DatasetFilter(drop=1), False, None),
+        (Relabel(how="posterior"), True, SOFT),
+        (Relabel(how="posterior", suspects=DatasetFilter(drop=1)), True, SOFT),
+        (Relabel(how="soft", suspects=DatasetFilter(drop=1), probabilities=PHI[:3, :2].softmax(1)), False, SOFT),
+        (Relabel(how="flip", suspects=DatasetFilter()), True, None),
+        (Relabel(how="flip", suspects=DatasetFilter(drop=1)), False, None),
+        (Reweight(how="posterior"), True, WEIGHTS.format("")),
+        (Reweight(column="w"), False, WEIGHTS.format(", weight_column='w'")),
+    ],
+    ids=repr,
+)
+def test_a_report_ends_with_its_estimate_and_with_how_to_train_on_it(
+    tmp_path: Path, rule: Any, estimated: bool, last: str | None
+) -> None:
+    report = {"log_odds": {"auc": 0.8512}, "estimated_share_wrong": 0.0304}
+    for settings, line in (({}, ESTIMATED), ({"share_wrong": 0.2}, TOLD)):
+        scores = replace(odds([0.9, 0.2, 0.01]), report=report, settings=settings)
+        curated = rule.apply(rows([0, 1, 1]), scores)
+        lines = str(rule.report).splitlines()
+        assert [said.startswith(line) for said in lines].count(True) == int(estimated)
+        assert "to train on it" not in lines[-1] if last is None else lines[-1].startswith(last)
+        save_curated(curated, rule.report, tmp_path / "out")
+        again = Decision.load(tmp_path / "out")
+        assert again == rule.report
+        assert str(again) == str(rule.report)
+        card = (tmp_path / "out" / "README.md").read_text()
+        share = "20 %, told" if settings else "3 %, estimated"
+        assert (f"| labels taken for wrong by auto | {share} |" in card) == estimated
+    rule.apply(rows([0, 1, 1]), odds([0.9, 0.2, 0.01]))  # log-odds of yours
+    assert "to be wrong" not in str(rule.report)
 
 
 def test_what_is_not_believed_goes_to_the_other_classes_as_the_model_sees_them():

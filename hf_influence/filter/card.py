@@ -13,6 +13,7 @@ from huggingface_hub import DatasetCard
 from hf_influence.dataset.contents import code_of_all
 from hf_influence.errors import BadExample, BadSetting
 from hf_influence.filter.actions import DONE
+from hf_influence.filter.advice import percent
 from hf_influence.filter.on_disk import text_of
 from hf_influence.filter.wording import markdown
 from hf_influence.saving import write_whole
@@ -50,6 +51,10 @@ def section(decision: Decision) -> str:
     ]
     for source in decision.sources:
         facts += [(f"{source['method']}, {name}", repr(value)) for name, value in source["settings"].items()]
+    for estimate in decision.estimates:
+        how = "told" if estimate["told"] else "estimated"
+        facts.append((f"labels taken for wrong by {estimate['method']}", f"{percent(estimate['wrong'])}, {how}"))
+        facts.append((f"AUC of right and wrong labels of the queries by {estimate['method']}", estimate["auc"]))
     lines = [
         START,
         "## How this dataset was curated",

@@ -14,10 +14,10 @@ from hf_influence.errors import BadExample, BadSetting
 from hf_influence.filter.actions import Written
 from hf_influence.filter.cutting import check_amount, count_of, gone_by, groups_of, lengths_of, reasons_of
 from hf_influence.filter.decision import Decision
-from hf_influence.filter.rankings import Given, rankings_of
+from hf_influence.filter.rankings import Given, estimates_of, rankings_of
 from hf_influence.filter.rule import Rule
 from hf_influence.filter.streams import By
-from hf_influence.filter.thresholds import THRESHOLDS, Threshold, check_scale, name_of
+from hf_influence.filter.thresholds import THRESHOLDS, Threshold, check_scale, goes_by_odds, name_of
 
 _ADDED = {"influence": Value("float64"), "influence_rank": Value("int64")}
 
@@ -119,6 +119,7 @@ class DatasetFilter(Rule):
             actions=["drop" if flag else "keep" for flag in gone.tolist()],
             reasons=reasons,
             reason=reason,
+            estimates=estimates_of(rankings) if goes_by_odds(self.drop) else (),
             writes=tuple(Written(name=name, new=list(new), feature=_ADDED[name]) for name, new in added.items()),
         )
 

@@ -17,6 +17,7 @@ from hf_influence.dataset.matching import aligned
 from hf_influence.dataset.wording import printable
 from hf_influence.errors import BadExample, StoreError
 from hf_influence.filter.actions import DONE, Written
+from hf_influence.filter.advice import advice_of
 from hf_influence.filter.card import section
 from hf_influence.filter.carrying_out import replayed, undone
 from hf_influence.filter.cutting import mean_place
@@ -62,6 +63,8 @@ class Decision:
         from_highest: The highest scores go first.
         reasons: The texts that say how the rule falls.
         reason: Which of them goes with each row.
+        estimates: Where a rule goes by how probable it is that a label is wrong, for each of the scores: how many it
+            takes for wrong, and how well it tells them (see `estimates_of`).
         copies: Row -> the earlier row whose contents it has, where that is why it is dropped.
         groups: Per value of the first of the columns label, task and source that holds classes (see `group_sizes`):
             rows before and after.
@@ -83,6 +86,7 @@ class Decision:
     from_highest: bool = False
     reasons: tuple[str, ...] = ()
     reason: list[int]
+    estimates: tuple[dict[str, Any], ...] = ()
     copies: dict[int, int] = field(default_factory=dict)
     groups: dict[Hashable, tuple[int, int]] = field(default_factory=dict)
     columns: tuple[str, ...] | None = None
@@ -285,7 +289,7 @@ class Decision:
             lines.append(f"{order}: {worst}{', …' if len(self.removed) > 5 else ''}")
         hit_most = sorted(self.groups.items(), key=lambda item: item[1][1] - item[1][0])[:10]
         lines += [f"  {printable(group)}: {before} -> {after}" for group, (before, after) in hit_most]
-        return "\n".join(lines)
+        return "\n".join([*lines, *advice_of(self)])
 
     @cached_property
     def _places(self) -> dict[Any, int]:

@@ -59,6 +59,7 @@ def fields_of(path: str | Path) -> dict[str, Any]:
         saved[name] = None if saved[name] is None else tuple(saved[name])
     saved["groups"] = {group: (before, after) for group, before, after in saved["groups"]}
     saved["copies"] = dict(saved["copies"])
+    saved["estimates"] = tuple(saved.get("estimates", ()))  # which earlier files do not have
     saved["writes"] = tuple(map(Written.of_plain, saved["writes"]))
     saved["known_contents"] = saved.pop("contents")
     return saved

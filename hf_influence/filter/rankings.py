@@ -11,7 +11,7 @@ from torch import Tensor
 
 from hf_influence.attribution.attribute import attribute
 from hf_influence.errors import BadSetting
-from hf_influence.scores import Scores
+from hf_influence.scores import LOG_ODDS, Scores
 from hf_influence.store import GradientStore
 
 StoreOrPath = str | Path | GradientStore
@@ -58,6 +58,21 @@ def _ranking_of(given: Any) -> Scores:
         "store, after the dataset; numbers of yours as Scores(values, ids, 'mine'), values [n, 1] and ids the places "
         "of the rows in the dataset."
     )
+
+
+def estimates_of(rankings: Sequence[Scores]) -> tuple[dict[str, Any], ...]:
+    """What scores that are log-odds take for wrong, one by one; nothing of others, or where it is not known.
+
+    `method`, the share that is `wrong`, whether it was `told` (`share_wrong=…`) or is an estimate, and the `auc` with
+    which right and wrong labels of the queries are told apart.
+    """
+    found = []
+    for scores in rankings:
+        told, auc = scores.settings.get("share_wrong"), scores.report.get(LOG_ODDS, {}).get("auc")
+        share = scores.report.get("estimated_share_wrong") if told is None else told
+        if auc is not None and share is not None:
+            found.append({"method": scores.method, "wrong": share, "told": told is not None, "auc": auc})
+    return tuple(found)
 
 
 def wrong_of(rankings: Sequence[Scores], ids: Sequence[Any]) -> Tensor:

@@ -16,7 +16,7 @@ from hf_influence.errors import BadExample, BadSetting
 from hf_influence.filter.actions import Written
 from hf_influence.filter.dataset_filter import DatasetFilter
 from hf_influence.filter.decision import Decision
-from hf_influence.filter.rankings import Given, StoreOrPath, rankings_of, statistic_in, store_of, wrong_of
+from hf_influence.filter.rankings import Given, StoreOrPath, estimates_of, rankings_of, statistic_in, store_of, wrong_of
 from hf_influence.filter.rule import Rule
 from hf_influence.filter.streams import By, StreamRows
 from hf_influence.filter.wording import quoted
@@ -151,6 +151,7 @@ class Relabel(Rule):
             instead = f", and such rows get another label (how={self.how!r}) instead"
             reasons = tuple(reason + instead for reason in decision.reasons)
         return decision.but(
+            estimates=estimates_of(rankings) if self.how == "posterior" else decision.estimates,
             rule=rule,
             actions=actions,
             reasons=reasons,

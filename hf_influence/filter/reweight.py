@@ -11,7 +11,7 @@ from torch import Tensor
 from hf_influence.errors import BadExample, BadSetting
 from hf_influence.filter.actions import Written
 from hf_influence.filter.decision import Decision
-from hf_influence.filter.rankings import Given, rankings_of, wrong_of
+from hf_influence.filter.rankings import Given, estimates_of, rankings_of, wrong_of
 from hf_influence.filter.rule import Rule
 from hf_influence.filter.streams import By
 from hf_influence.filter.thresholds import all_equal
@@ -82,6 +82,7 @@ class Reweight(Rule):
             actions=["weight"] * len(weights),
             reasons=(f"the rule {rule} gives weights with mean 1",),
             reason=[0] * len(weights),
+            estimates=estimates_of(rankings) if self.how == "posterior" else (),
             writes=(Written(name=self.column, new=weights, feature=Value("float64")),),
         )
 

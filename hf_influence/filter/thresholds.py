@@ -181,7 +181,7 @@ def check_scale(drop: object, scores: Scores) -> None:
             are no log-odds; "negative" on a ranking, on scores of which none is above zero, and on scores without
             queries that all lie between 0 and 1.
     """
-    name = next((name for name, own in THRESHOLDS.items() if drop in (name, own)), None)
+    name = _threshold(drop)
     if name == "doubtful":
         try:
             scores.probability_wrong()
@@ -212,6 +212,15 @@ def check_scale(drop: object, scores: Scores) -> None:
             f"the scores by {scores.method!r} all lie between 0 and 1, as probabilities do, so none is negative and "
             "zero does not part good from bad. Use a share."
         )
+
+
+def goes_by_odds(drop: object) -> bool:
+    """Whether it cuts where a label is so much more probably right than wrong, if the scores tell."""
+    return _threshold(drop) in ("doubtful", "negative")
+
+
+def _threshold(drop: object) -> str | None:
+    return next((name for name, own in THRESHOLDS.items() if drop in (name, own)), None)
 
 
 def name_of(threshold: Threshold) -> str:
