@@ -12,6 +12,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
+from math import prod
 from typing import Any
 
 import torch
@@ -44,10 +46,12 @@ class RowCatcher:
         recomputed: The model uses gradient checkpointing, so what is noted of an input is not to be kept, either.
         float16: Some of the passes compute in it.
         scale: What the gradient of each example was multiplied by, `[b]`; the rows are without.
+        reached: Names of the parameters that have had a gradient in some batch.
     """
 
     def __init__(self, taps: Sequence[Tap], compress: Compressor | None = None):
         self.shapes = {tap.parameter: tap.shape for tap in taps}
+        self.reached: set[str] = set()
         self.rows_in_batch: int | None = None
         self.packing: Packing | None = None
         self.recomputed = False
@@ -58,12 +62,16 @@ class RowCatcher:
         self._noted: list[tuple[Tap, Tensor, Tensor]] = []
         self._later: list[tuple[str, tuple[Tensor, Tensor, Entries]]] = []
         self._handles: list[Any] = []
+        self._called: set[int] = set()
+        self._idle: dict[str, Tap] = {}
+        self._asked: list[Any] = []
         self._by_module: dict[int, list[Tap]] = {}
         for tap in taps:
             self._by_module.setdefault(id(tap.module), []).append(tap)
         self._keep: dict[str, Keep] = {}
         self._places: dict[str, torch.device] = {}
         self._project: dict[str, Any] = {}
+        self._width = prod if compress is None else compress.width
         if compress is not None:
             for name, shape in self.shapes.items():
                 if (columns := compress.columns(name, shape)) is not None:
@@ -92,17 +100,53 @@ class RowCatcher:
         for (name, _), row in zip(self._later, outer_of_many([factors for _, factors in self._later]), strict=True):
             self._sum(name, row)
         self._later.clear()
+        self.reached.update(self._rows)
         missing = [name for name in self.shapes if name not in self._rows]
-        if missing:
-            none = "" if self._rows else " Or the loss was not run backward: there are no gradients at all."
-            raise UnsupportedModel(
-                f"no gradient reached {len(missing)} parameter(s) in this batch (first: {missing[0]}). Either the "
-                "layer is not used by this model's forward pass, or its weights are used without calling it. Leave "
-                f"them out with skip=[{missing[0]!r}, …].{none}"
-            )
+        if odd := [name for name in missing if name not in self._idle]:
+            self.refuse(odd, "" if self._rows else " Or the loss was not run backward: there are no gradients at all.")
+        for name in missing:
+            self._rows[name] = self._zeros(self._idle[name])
         rows = {name: self._rows[name] for name in self.shapes}
-        self._rows.clear()
+        self.clear()
         return rows
+
+    def refuse(self, names: Sequence[str], more: str = "") -> None:
+        """Say that no gradient comes to these parameters.
+
+        Raises:
+            UnsupportedModel: Always.
+        """
+        raise UnsupportedModel(
+            f"no gradient reached {len(names)} parameter(s) in this batch (first: {names[0]}). Either the layer is not "
+            "used by this model's forward pass, or its weights are used without calling it. Leave them out with "
+            f"skip=[{names[0]!r}, …].{more}"
+        )
+
+    def uncalled(self) -> list[Tap]:
+        """Those none of whose modules the batch has called so far, as with layers that are dropped at random."""
+        if all(module in self._called for module in self._by_module):
+            return []
+        called = {tap.parameter for module in self._called for tap in self._by_module.get(module, ())}
+        return [tap for taps in self._by_module.values() for tap in taps if tap.parameter not in called]
+
+    def ask_uncalled(self) -> None:
+        """Between the passes: look out whether the backward pass comes to weights whose modules were not called.
+
+        If not, their gradient is 0 and so are the rows; if so, they are used without a call and have none.
+        """
+        for tap in self.uncalled():
+            if tap.weight.requires_grad:
+                self._idle[tap.parameter] = tap
+                self._asked.append(tap.weight.register_hook(partial(self._not_idle, tap.parameter)))
+
+    def _not_idle(self, name: str, gradient: Tensor) -> None:
+        self._idle.pop(name, None)
+
+    def _zeros(self, tap: Tap) -> Tensor:
+        some = next(iter(self._rows.values()), None)
+        n = self.rows_in_batch if some is None else len(some)
+        exact = _exact(tap.weight.detach()[:0]).dtype if some is None else some.dtype
+        return torch.zeros(n or 0, self._width(tap.shape), dtype=exact, device=tap.weight.device)
 
     def _go_through(self) -> None:
         """Add what was noted during the passes."""
@@ -115,6 +159,10 @@ class RowCatcher:
         self._rows.clear()
         self._noted.clear()
         self._later.clear()
+        self._called.clear()
+        self._idle.clear()
+        while self._asked:
+            self._asked.pop().remove()
         self._overflowed = None
 
     def overflow(self) -> Tensor | None:
@@ -123,6 +171,7 @@ class RowCatcher:
         return self._overflowed
 
     def _watch(self, module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
+        self._called.add(id(module))
         if not torch.is_grad_enabled():
             return
         kind = output.device.type
@@ -143,6 +192,7 @@ class RowCatcher:
             To be called with the gradient at its output, `[b, t, o]`: adds the rows of this call.
         """
         taps = self._by_module.get(id(module), ())
+        self._called.add(id(module))
         x = x.detach()
         tokens = self._tokens(x) if x.is_floating_point() else self._tokens(x[..., None])[..., 0]
         noted = [tap.rule.of_input(tokens, self._kept_of(tap.parameter, x.device)) for tap in taps]

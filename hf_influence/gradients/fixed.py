@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any, NamedTuple
 
@@ -89,8 +89,19 @@ class FixedWeights:
                 self.first_token.detach()
                 self.first_token.enough = False
                 stats = self.backward(batch)
-        rows = self.catcher.take()
+        rows = self.rows(batch)
         return rows, {**stats, "grad_norm": _norm(list(rows.values()))}
+
+    def rows(self, batch: dict[str, Any]) -> dict[str, Tensor]:
+        """Of a batch that went backward: parameter name -> `[b, d]`.
+
+        Where it calls none of the modules of a parameter, it goes through once more, to see whether a gradient comes to
+        that another way: without one the rows are 0.
+        """
+        if idle := self.catcher.uncalled():
+            with _thawed([tap.weight for tap in idle]):
+                self.backward(batch)
+        return self.catcher.take()
 
     def backward(self, batch: dict[str, Any]) -> dict[str, Tensor]:
         """Let the catcher see a batch go forward and backward; its statistics -> `[b]`.
@@ -104,6 +115,7 @@ class FixedWeights:
             self.catcher.clear()
             with torch.enable_grad():
                 seen = self.forward(batch)
+                self.catcher.ask_uncalled()
                 outcome, stats = self.judged(seen)
                 gradient = outcome.logit_gradient
                 if self.catcher.float16:
@@ -228,3 +240,18 @@ def _resting(model: nn.Module) -> Iterator[None]:
         finally:
             for weight, flag in flags:
                 weight.requires_grad_(flag)
+
+
+@contextmanager
+def _thawed(weights: Sequence[Tensor]) -> Iterator[None]:
+    """Let some frozen weights have a gradient for a while, and none of it stay."""
+    kept = [(weight, weight.grad) for weight in weights]
+    try:
+        for weight in weights:
+            weight.requires_grad_(True)
+            weight.grad = None
+        yield
+    finally:
+        for weight, gradient in kept:
+            weight.requires_grad_(False)
+            weight.grad = gradient

@@ -34,6 +34,7 @@ class Tap:
     module: nn.Module
     module_name: str
     rule: Rule
+    weight: Tensor
 
 
 def find_taps(model: nn.Module, modules: Modules = "lora", skip: Sequence[str] = ()) -> list[Tap]:
@@ -78,7 +79,7 @@ def find_taps(model: nn.Module, modules: Modules = "lora", skip: Sequence[str] =
     _check_taking_part(model, names)
     uncalled = adapted_parameters(model)
     taps = [
-        Tap(names[id(weight)], list(weight.shape), module, module_name, rule)
+        Tap(names[id(weight)], list(weight.shape), module, module_name, rule, weight)
         for module_name, module in model.named_modules()
         for weight, rule in _rules_of(module)
         if id(weight) in names and id(weight) not in uncalled

@@ -48,7 +48,7 @@ class Trial(FixedWeights):
     def look(self, batch: dict[str, Any]) -> Look:
         """A pass forward, and backward if there are rows to be made."""
         stats = self.backward(batch) if self.catcher.shapes else self.judge(batch)
-        return Look(batch, stats, self.catcher.take())
+        return Look(batch, stats, self.rows(batch))
 
     def judged(self, seen: Seen) -> tuple[Outcome, dict[str, Tensor]]:
         """As in `FixedWeights`, but for where the backward pass begins."""
@@ -97,6 +97,8 @@ def try_out(model: nn.Module, task: Task, examples: Examples, taps: Sequence[Tap
                     _check_labels(trial, examples, position, found[position], both, row)
                     if found[position].stats["hash"] == both.stats["hash"][row]:  # or it is drawn anew each time
                         _alike(position, found[position], both, row, tolerance, model)
+    if never := [tap.parameter for tap in taps if tap.parameter not in trial.catcher.reached]:
+        trial.catcher.refuse(list(dict.fromkeys(never)))
     if has_own_loss(task):
         return
     for position, look in found.items():

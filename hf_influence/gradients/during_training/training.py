@@ -176,6 +176,7 @@ class TrainingWatch:
                 "and not of any example. Set model.config.output_router_logits = False (router_aux_loss_coef=0.0 in "
                 "SFTConfig), or capture at the end alone (during=None)."
             )
+        self.catcher.ask_uncalled()
         batch = self._batch
         log_p, logits = getattr(output, "log_probs", None), getattr(output, "logits", None)
         if logits is None and isinstance(output, tuple):
