@@ -22,6 +22,7 @@ from hf_influence.callbacks.checks import (
     check_queries,
     check_resumed,
     check_same_queries,
+    check_seen,
     check_stream,
     check_trainer,
     warn_of_classes,
@@ -30,7 +31,7 @@ from hf_influence.callbacks.checks import (
 )
 from hf_influence.callbacks.contexts import keeping_the_model, naming, trainer_of, undisturbed_randomness
 from hf_influence.callbacks.during import DuringTraining
-from hf_influence.callbacks.packing import check_ids, check_packing, prepared
+from hf_influence.callbacks.packing import check_flat, check_ids, check_packing, prepared
 from hf_influence.callbacks.schedule import During, Schedule, endless
 from hf_influence.dataset.contents import column_codes
 from hf_influence.errors import BadSetting
@@ -191,6 +192,7 @@ class GradientCapture(TrainerCallback):
             overwrite |= args.auto_find_batch_size and self._during.trainer is trainer  # out of memory, and begun anew
             self._during = None
         check_ids(trainer, self.id_column)
+        check_flat(trainer)
         if self.train_dataset is None:
             check_places(trainer, self.id_column)
         with undisturbed_randomness():
@@ -280,6 +282,7 @@ class GradientCapture(TrainerCallback):
         plan = self._plans["train"]
         check_trainer(trainer, args, plan.task, own_task=self.settings["task"] is not None)
         check_apart(model, plan.taps)
+        check_seen(trainer, plan.taps)
         check_packing(trainer, self._train)
         warn_of_rates(trainer)
         if state.global_step > 0 and not endless(state):

@@ -16,6 +16,7 @@ from transformers import Trainer, TrainerState, TrainingArguments
 
 from hf_influence.callbacks.weighted import WeightedTrainer, soft_cross_entropy
 from hf_influence.errors import BadExample, BadSetting, MissingRows, StoreMismatch
+from hf_influence.gradients.lora import approximated
 from hf_influence.gradients.plan import Plan
 from hf_influence.gradients.processes import world
 from hf_influence.gradients.taps import Tap
@@ -27,8 +28,8 @@ logger = logging.getLogger(__name__)
 LOOKED_AT = 8
 """Examples whose labels are looked at."""
 
-PREFERENCES = ("DPO", "KTO", "GRPO", "RLOO", "Reward", "Distillation", "ORPO", "CPO")
-"""In the names of TRL's Trainers that have no loss of a single example."""
+SUPERVISED = ("SFTTrainer", "_BaseTrainer", "BaseTrainer")
+"""TRL's Trainers that have a loss of a single example; all others compare answers, or imitate other models."""
 
 
 def check_kind(trainer: Trainer) -> None:
@@ -38,7 +39,8 @@ def check_kind(trainer: Trainer) -> None:
         BadSetting: Says why.
     """
     for kind in type(trainer).__mro__:
-        if kind.__module__.startswith("trl.") and any(name in kind.__name__ for name in PREFERENCES):
+        of_trl = kind.__module__.startswith("trl.") and issubclass(kind, Trainer)
+        if of_trl and kind.__name__ not in SUPERVISED:
             raise BadSetting(
                 f"{kind.__name__} does not train on the examples' own cross-entropy, so there is no gradient of a "
                 "single example to capture. Supported are Trainer, Seq2SeqTrainer and SFTTrainer."
@@ -116,6 +118,39 @@ def check_apart(model: nn.Module, taps: Sequence[Tap]) -> None:
             raise BadSetting(
                 f"{name} normalises by the batch in training, so the loss of each example depends on the others and no "
                 "row would be that of its own loss. Capture at the end alone (during=None), where it is at rest."
+            )
+
+
+def check_seen(trainer: Trainer, taps: Sequence[Tap]) -> None:
+    """Refuse layers whose gradient in a training step is not that of their calls.
+
+    Args:
+        trainer: The one that is to be watched.
+        taps: Of the parameters that rows will be made of.
+
+    Raises:
+        BadSetting: Names the layer and why.
+    """
+    names = {tap.module: tap for tap in taps}
+    for layer, kind in approximated(trainer.model).items():
+        if found := next((names[part] for part in layer.modules() if part in names), None):
+            raise BadSetting(
+                f"{found.module_name} is trained by {kind}, which computes the gradient of its weights from compressed "
+                "inputs: what a step does is not the gradient of any example. Train without it, or capture at the end "
+                "alone (during=None), where gradients are exact."
+            )
+    model: Any = unwrapped(trainer.model)
+    code = getattr(model.forward, "__code__", None)
+    owner = next(kind for kind in type(trainer).__mro__ if "compute_loss" in vars(kind))
+    plain = trainer.compute_loss_func is None and trainer.label_smoother is None
+    if code is None or "fused_lm_head" not in code.co_varnames or not owner.__module__.startswith("trl.") or not plain:
+        return
+    for part in model.get_output_embeddings().modules():
+        if part in names:
+            raise BadSetting(
+                f"{owner.__name__} takes the loss from the weight of {names[part].module_name} without calling it, so "
+                f"the gradient of {names[part].parameter} cannot be told apart by example in a training step. Leave it "
+                f"out (skip=[{names[part].parameter!r}]), do not train it, or capture at the end alone (during=None)."
             )
 
 

@@ -64,6 +64,22 @@ def check_packing(trainer: Any, train_dataset: Any) -> None:
         )
 
 
+def check_flat(trainer: Any) -> None:
+    """Refuse padding behind examples that are laid end to end.
+
+    Raises:
+        BadSetting: Names the setting.
+    """
+    multiple = getattr(trainer.args, "pad_to_multiple_of", None)
+    if multiple and getattr(trainer, "padding_free", False):
+        setting = f"packing_strategy={trainer.args.packing_strategy!r}" if trainer.args.packing else "padding_free=True"
+        raise BadSetting(
+            f"pad_to_multiple_of={multiple} with {setting}: the padding behind the examples has position_ids of 0 and "
+            "no attention_mask, so each place of it looks like an example of one token. Leave pad_to_multiple_of out: "
+            "a batch without padding has nothing to bring to one length."
+        )
+
+
 def _cut(dataset: Dataset, args: Any) -> Dataset:
     """To at most `max_length` tokens."""
     length, strategy = args.max_length, args.packing_strategy if args.packing else None

@@ -42,7 +42,7 @@ def text(ids: list[int], mask: list[int], **more: Any) -> dict[str, Any]:
     return {
         "input_ids": ids,
         "attention_mask": mask,
-        "labels": [-100 if not m else i for i, m in zip(ids, mask)],
+        "labels": [token if real else -100 for token, real in zip(ids, mask, strict=True)],
         **more,
     }
 

@@ -12,6 +12,7 @@ from datasets import ClassLabel, Dataset, DatasetDict
 from models import bert, labelled, lora, padding, tiny
 from torch import Tensor, nn
 from transformers import (
+    DataCollatorWithFlattening,
     Trainer,
 )
 from watched import (
@@ -19,13 +20,14 @@ from watched import (
     Recording,
     adapted,
     assert_exact,
+    packed_llama,
     train,
 )
 
 from hf_influence.callbacks import GradientCapture, soft_cross_entropy
 from hf_influence.callbacks.checks import check_kind
 from hf_influence.errors import BadExample, BadSetting, UnsupportedModel
-from hf_influence.gradients import own_loss
+from hf_influence.gradients import collect, own_loss
 from hf_influence.store import GradientStore
 
 
@@ -75,7 +77,20 @@ def padded_labels(features: list[dict[str, Any]]) -> dict[str, Tensor]:
     return {**batch, "labels": batch["input_ids"].clone()}
 
 
+def bare() -> Any:
+    model = tiny(torch.float32)
+    model.get_base_model().config.return_dict = False
+    return model
+
+
+EMPTY = [*EXAMPLES, {"input_ids": [], "labels": []}]
 REFUSED: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
+    "tuples": ({"model": bare}, BadSetting, r"a bare tuple.*Set model.config.return_dict = True"),
+    "nothing, end to end": (
+        {"model": packed_llama, "data": EMPTY, "collate": DataCollatorWithFlattening()},
+        BadExample,
+        "training example 10 has no tokens.*end to end.*Leave it out",
+    ),
     "label smoothing": ({"label_smoothing_factor": 0.1}, BadSetting, "label smoothing makes the loss another one"),
     "own loss": ({"kind": OwnLoss}, UnsupportedModel, "not the mean or sum of the examples' own losses"),
     "token weights": ({"kind": TokenWeights}, UnsupportedModel, "not the mean or sum of the examples' own losses"),
@@ -97,6 +112,26 @@ def test_what_would_make_rows_wrong_is_refused_with_a_reason(tmp_path: Path, cas
     with pytest.raises(error, match=f"(?s){message}"):
         train(model, tmp_path, capture, **options)
     assert models.state_of(model)["hooks"] == hooks
+
+
+def test_an_example_without_tokens_has_a_row_of_zeros_where_examples_are_laid_end_to_end(tmp_path: Path) -> None:
+    with pytest.warns(UserWarning, match="1 of 11 examples of 'train' have no labelled token"):
+        rows = collect(packed_llama(), EMPTY, tmp_path / "a", data_collator=DataCollatorWithFlattening()).rows()
+    want = collect(packed_llama(), EXAMPLES, tmp_path / "b", data_collator=padding()).rows()
+    for block in rows.blocks:
+        torch.testing.assert_close(rows.block(block)[:10], want.block(block), rtol=1e-4, atol=1e-6)
+        assert not rows.block(block)[10].any()
+
+
+def test_layers_whose_gradient_is_approximated_have_rows_at_the_end_alone(tmp_path: Path) -> None:
+    config = pytest.importorskip("peft")
+    if not hasattr(config, "VeloraConfig"):
+        pytest.skip("this PEFT has no VeLoRA")
+    make = adapted(["q_proj"], velora_config=config.VeloraConfig())
+    with pytest.raises(BadSetting, match=r"q_proj\.lora_A\S* is trained by VeLoRA, .*compressed inputs.*during=None"):
+        train(make(), tmp_path, GradientCapture(tmp_path / "rows", during="epochs"), kind=Trainer)
+    train(make(), tmp_path, GradientCapture(tmp_path / "end"), kind=Trainer)
+    assert len(GradientStore.open(tmp_path / "end").rows()) == len(EXAMPLES)
 
 
 @pytest.mark.parametrize(
@@ -176,6 +211,11 @@ def test_a_collator_that_sorts_its_batch_is_refused(tmp_path: Path, during: Any)
 def test_trainers_of_preferences_are_refused_by_what_they_inherit(tmp_path: Path) -> None:
     dpo = pytest.importorskip("trl").DPOTrainer
     train(tiny(torch.float32), tmp_path, GradientCapture(tmp_path / "rows"), kind=type("RewardAware", (Recording,), {}))
+    for name in ("TPO", "SDFT", "IWOPD", "A2PO", "GKD", "GOLD"):  # the last two are SFTTrainers
+        of_trl = {"__module__": f"trl.experimental.{name.lower()}.{name.lower()}_trainer"}
+        imitating = type(f"{name}Trainer", (pytest.importorskip("trl").SFTTrainer,), of_trl)
+        with pytest.raises(BadSetting, match=rf"{name}Trainer does not train on the examples' own cross-entropy"):
+            check_kind(object.__new__(type("Mine", (imitating,), {})))
     made = object.__new__(type("Mine", (dpo,), {}))
     with pytest.raises(BadSetting, match="DPOTrainer does not train on the examples' own cross-entropy"):
         check_kind(made)

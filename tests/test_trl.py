@@ -80,7 +80,12 @@ class Recording(trl.SFTTrainer):  # type: ignore[misc,name-defined]
 
 
 def trainer_of(
-    folder: Path, data: Dataset, *callbacks: GradientCapture, kind: type[Recording] = Recording, **options: Any
+    folder: Path,
+    data: Dataset,
+    *callbacks: GradientCapture,
+    kind: type[Recording] = Recording,
+    model: Any = None,
+    **options: Any,
 ) -> Any:
     settings = {
         "num_train_epochs": 2,
@@ -94,7 +99,7 @@ def trainer_of(
         **options,
     }
     args = trl.SFTConfig(str(folder), use_cpu=True, report_to=[], disable_tqdm=True, **settings)
-    model = tiny(torch.float32, lora_dropout=0.0)
+    model = tiny(torch.float32, lora_dropout=0.0) if model is None else model
     run = kind(model, args, train_dataset=data, processing_class=tokenizer(), callbacks=list(callbacks))
     run.seen = []
     return run
@@ -262,6 +267,35 @@ def test_a_loss_of_another_kind_is_refused(tmp_path: Path) -> None:
     run = trainer_of(tmp_path, texts(), GradientCapture(tmp_path / "rows", during="epochs"), loss_type="dft")
     with pytest.raises(UnsupportedModel, match="not the mean or sum"):
         run.train()
+
+
+@pytest.mark.parametrize("during", ["epochs", None])
+@pytest.mark.parametrize("setting", ["padding_free=True", "packing_strategy='bfd'"])
+def test_padding_behind_examples_that_are_laid_end_to_end_is_refused(tmp_path: Path, setting: str, during: Any) -> None:
+    data = texts()
+    options = {"padding_free": True} if "free" in setting else packing("bfd", 16)
+    capture = GradientCapture(tmp_path / "rows", during=during, train_dataset=data)
+    with pytest.raises(BadSetting, match=rf"pad_to_multiple_of=8 with {setting}: .* Leave pad_to_multiple_of out"):
+        trainer_of(tmp_path, data, capture, pad_to_multiple_of=8, **options).train()
+    assert not capture.path.exists()
+
+
+def test_an_output_embedding_that_the_loss_does_not_call_is_refused(tmp_path: Path) -> None:
+    def whole_head() -> Any:
+        torch.manual_seed(0)
+        return lora(llama(), ["q_proj"], dtype=torch.float32, lora_dropout=0.0, modules_to_save=["lm_head"])
+
+    run = trainer_of(tmp_path, texts(), GradientCapture(tmp_path / "during", during="epochs"), model=whole_head())
+    with pytest.raises(BadSetting, match=r"the weight of \S*lm_head\S* without calling it.*skip=.*during=None"):
+        run.train()
+    assert not run.seen
+    head = "base_model.model.lm_head.modules_to_save.default.weight"
+    for name, settings in {"without": {"during": "epochs", "skip": [head]}, "end": {}}.items():
+        capture = GradientCapture(tmp_path / name, **settings)
+        trainer_of(tmp_path, texts(), capture, model=whole_head(), num_train_epochs=1).train()
+        rows = GradientStore.open(capture.path).rows("train", 1 if settings else 0)
+        assert len(rows) == 9
+        assert (head in rows.blocks) == (name == "end")
 
 
 def flat_llama(attention: str) -> Any:

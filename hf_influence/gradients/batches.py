@@ -121,7 +121,7 @@ class Examples:
         rows = len(labels_of(dict(batch)))
         if rows == len(positions):
             return _unpacked(batch)
-        alone = [self.collated([position]) for position in positions]
+        alone = [_not_empty(self.collated([position])) for position in positions]
         for one in alone:
             rows = len(labels_of(dict(one)))
             if rows != 1:
@@ -130,7 +130,10 @@ class Examples:
                     "collator that pads."
                 )
             _unpacked(one)
-        return self.pad([{name: one[name][0] for name in one if name not in PACKED} for one in alone])
+        features = [{name: one[name][0] for name in one if name not in PACKED} for one in alone]
+        if any("attention_mask" in row for row in features):  # of an example without tokens, say
+            features = [{"attention_mask": [1] * len(row["input_ids"]), **row} for row in features]
+        return self.pad(features)
 
     def settled(self, task: Task) -> Task:
         """The task; of a classifier with the kind of labels that the first example has, where its model is silent."""

@@ -19,6 +19,7 @@ __all__ = [
     "LoraEmbedding",
     "active_adapter",
     "adapted_parameters",
+    "approximated",
     "embedding_factors",
     "fused_lora",
     "lora_layers",
@@ -66,6 +67,16 @@ def adapted_parameters(model: nn.Module) -> dict[int, str]:
         if isinstance(layer, ParamWrapper)
         for factors in (layer.lora_A, layer.lora_B)
         for weight in factors.parameters()
+    }
+
+
+def approximated(model: nn.Module) -> dict[nn.Module, str]:
+    """Layers whose active adapters have another gradient than their forward pass in training -> the method's name."""
+    return {
+        layer: "VeLoRA"
+        for _, layer in lora_layers(model)
+        for name in layer.active_adapters
+        if type(getattr(layer, "lora_variant", {}).get(name)).__name__.startswith("Velora")
     }
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from hf_influence.errors import StoreMismatch
+from hf_influence.errors import BadSetting, StoreMismatch
 from hf_influence.gradients.answers import parts_of
 from hf_influence.gradients.batches import Collator, Examples
 from hf_influence.gradients.columns import check_columns
@@ -22,7 +22,7 @@ from hf_influence.gradients.sweep import BatchSize
 from hf_influence.gradients.taps import Modules, Tap, find_taps
 from hf_influence.gradients.trial import try_out
 from hf_influence.store import GradientStore, Header
-from hf_influence.task import Reduction, Task
+from hf_influence.task import Reduction, Task, unwrapped
 
 
 @dataclass(frozen=True)
@@ -55,6 +55,11 @@ class Plan:
         task: OwnTask | None = None,
     ) -> Plan:
         """See `collect` for the arguments and errors."""
+        if getattr(unwrapped(model).config, "return_dict", None) is False:
+            raise BadSetting(
+                f"{type(unwrapped(model)).__name__} gives a bare tuple, in which the logits have no name, as "
+                "model.config.return_dict is False. Set model.config.return_dict = True."
+            )
         task = task_of(model, loss_reduction, task)
         taps = find_taps(model, modules, skip)
         examples = Examples(dataset, model, data_collator, id_column, remove_unused_columns)

@@ -12,7 +12,7 @@ from torch import Tensor
 from hf_influence.errors import BadExample, BadSetting
 from hf_influence.gradients.batches import Examples, by_token
 from hf_influence.gradients.during_training.training import MAIN_INPUTS, Batch
-from hf_influence.task import LABELS
+from hf_influence.task import LABELS, labels_of
 
 AT_ONCE = 32
 
@@ -42,7 +42,7 @@ class Positions:
     """
 
     def __init__(self, examples: Examples, per_token: bool):
-        self.dataset, _ = examples.survey()
+        self.dataset, lengths = examples.survey()
         self.n: int | None = len(examples)
         self.ids, self.id_column = examples.ids, examples.id_column
         self.contents, self.classes = examples.contents, examples.classes
@@ -54,7 +54,10 @@ class Positions:
             return
         for start in range(0, len(examples), AT_ONCE):
             at = range(start, min(start + AT_ONCE, len(examples)))
-            codes = Batch.of(examples.collated(at), per_token).code.tolist()
+            batch = examples.collated(at)
+            if per_token and len(labels_of(dict(batch))) != len(at):
+                _check_tokens(at, lengths)
+            codes = Batch.of(batch, per_token).code.tolist()
             if len(codes) != len(at):
                 raise BadSetting(
                     f"the data_collator made {len(codes)} examples of {len(at)}, so the rows of a batch cannot be told "
@@ -116,6 +119,16 @@ class Positions:
             "was done before the Trainer saw the data. Keep a column of ids in the batch (id_column=…, "
             "remove_unused_columns=False), pass train_dataset=… with the examples as the model "
             "sees them, unpacked, or capture at the end alone (during=None)."
+        )
+
+
+def _check_tokens(positions: Sequence[int], lengths: Sequence[int]) -> None:
+    """Refuse examples without tokens, which are nothing where a collator lays examples end to end."""
+    if empty := [position for position in positions if not lengths[position]]:
+        raise BadExample(
+            f"training example {empty[0]} has no tokens, and the data_collator lays examples end to end, which leaves "
+            "nothing of it to make a row of. Leave it out (dataset.filter(lambda row: len(row['input_ids']) > 0)), pad "
+            "instead, or capture at the end alone (during=None)."
         )
 
 
