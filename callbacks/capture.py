@@ -32,6 +32,7 @@ from hf_influence.callbacks.checks import (
 from hf_influence.callbacks.contexts import keeping_the_model, naming, trainer_of, undisturbed_randomness
 from hf_influence.callbacks.during import DuringTraining
 from hf_influence.callbacks.packing import check_flat, check_ids, check_packing, prepared
+from hf_influence.callbacks.resumed import captured, drop_open, forget_after
 from hf_influence.callbacks.schedule import During, Schedule, endless
 from hf_influence.dataset.contents import column_codes
 from hf_influence.errors import BadSetting
@@ -60,8 +61,8 @@ class GradientCapture(TrainerCallback):
 
     What could go wrong is looked at before the first step: trainable parameters without a rule, missing labels, labels
     and tokens that the model lacks, a folder that is taken or cannot be written to, a disk that is too small, queries
-    of another kind. Training itself is left alone, to the last bit; should an error come after its last step, the model
-    is saved in `trained-<step>` of the Trainer's output folder.
+    of another kind. Training itself is left alone, to the last bit; should rows fail later, the model is saved in
+    `trained-<step>` of the Trainer's output folder.
 
     At the end the rows are collected through the Trainer's own collator, in evaluation mode, at the weights that
     `trainer.model` has then (the best ones with `load_best_model_at_end`); see `collect` for what a row is.
@@ -137,7 +138,7 @@ class GradientCapture(TrainerCallback):
     ):
         if query_dataset is not None:
             check_queries(query_dataset)
-        self.path = Path(path)
+        self.path = Path(path).expanduser()
         self.query_dataset = query_dataset
         self.train_dataset = train_dataset
         self.at_end = at_end
@@ -261,12 +262,19 @@ class GradientCapture(TrainerCallback):
             plan.examples.contents = codes if self.train_dataset is None else plan.examples.contents | codes
 
     def _drop_outdated(self, state: TrainerState) -> None:
-        """The rows at the end of a run that now goes on."""
-        if 0 < state.global_step < state.max_steps and (self.path / "store.json").is_file():
-            with first_process_first():
-                store = GradientStore.open(self.path)
-                if rank() == 0 and 0 in store.points():
-                    store.drop(0)
+        """What a run that now goes on left at its end, and beyond where this one begins, if it has no rows of steps."""
+        if state.global_step == 0 or not (self.path / "store.json").is_file():
+            return
+        with first_process_first():
+            store = GradientStore.open(self.path)
+            if rank() != 0:
+                return
+            if state.global_step < state.max_steps and 0 in store.points():
+                store.drop(0)
+            if self.schedule is None:
+                for point in captured(store):
+                    forget_after(store, point, state.global_step)
+                drop_open(store, state.global_step)
 
     def _start(
         self,
@@ -310,20 +318,23 @@ class GradientCapture(TrainerCallback):
     ) -> None:
         if self._during is None:
             return
-        if self._during.schedule.during == "steps":
-            self._finish_point(self._during.close(), model, args)
-        if control.should_save or (control.should_evaluate and args.save_strategy == SaveStrategy.BEST):
-            self._during.flush()  # before the checkpoint from which training may be resumed
+        with keeping_the_model(self._during.trainer):
+            if self._during.schedule.during == "steps":
+                self._finish_point(self._during.close(), model, args)
+            if control.should_save or (control.should_evaluate and args.save_strategy == SaveStrategy.BEST):
+                self._during.flush()  # before the checkpoint from which training may be resumed
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if self._during is not None:
-            self._during.flush()  # a callback after this one may have asked for the checkpoint
+            with keeping_the_model(self._during.trainer):
+                self._during.flush()  # a callback after this one may have asked for the checkpoint
 
     def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, *, model: nn.Module, **kwargs: Any
     ) -> None:
         if self._during is not None:
-            self._finish_point(self._during.close(), model, args)
+            with keeping_the_model(self._during.trainer):
+                self._finish_point(self._during.close(), model, args)
             self._during.log(control)
 
     def on_train_end(
@@ -336,15 +347,16 @@ class GradientCapture(TrainerCallback):
         train_dataloader: Any,
         **kwargs: Any,
     ) -> None:
-        if self._during is not None:
-            self._during.close()
-            self._during.stop()
-            self._during.warn_of_unreached()
-            self._during = None
-        self._plans = {}
-        if self.at_end:
-            with keeping_the_model(trainer_of(state)):
-                self._collect_at_end(args, trainer_of(state), model, train_dataloader)
+        trainer = trainer_of(state)
+        with keeping_the_model(trainer):
+            if self._during is not None:
+                self._during.close()
+                self._during.stop()
+                self._during.warn_of_unreached()
+                self._during = None
+            self._plans = {}
+            if self.at_end:
+                self._collect_at_end(args, trainer, model, train_dataloader)
         self._release()
 
     def _release(self) -> None:

@@ -64,19 +64,20 @@ def naming(split: str) -> Iterator[None]:
 
 
 @contextmanager
-def keeping_the_model(trainer: Trainer) -> Iterator[None]:
-    """Save the trained model if an error comes after the last step, as the script will not come to it any more."""
+def keeping_the_model(trainer: Trainer, errors: type[Exception] = Exception) -> Iterator[None]:
+    """Save the model if an error in the block ends the training, as the script will not come to it any more."""
     try:
         yield
-    except Exception:
-        if trainer.args.should_save:
-            folder = Path(trainer.args.output_dir) / f"trained-{trainer.state.global_step}"
+    except errors:
+        step, last = trainer.state.global_step, trainer.state.max_steps
+        if trainer.args.should_save and step > 0:
+            folder = Path(trainer.args.output_dir) / f"trained-{step}"
             try:
-                trainer.save_model(str(folder))
+                trainer.save_model(str(folder), _internal_call=True)  # and nothing goes to the Hub
             except Exception as error:
-                logger.warning("training is done, and its model could not be saved: %s", error)
+                logger.warning("the model after step %d of %d could not be saved: %s", step, last, error)
             else:
-                logger.warning("training is done, its rows are not; the trained model is in %s", folder)
+                logger.warning("rows failed after step %d of %d; the trained model is in %s", step, last, folder)
         raise
 
 

@@ -8,6 +8,7 @@ import reprlib
 import sys
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,15 +16,16 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainerControl, TrainerState
 
 from hf_influence.callbacks.checks import chooses_rates
-from hf_influence.callbacks.contexts import log
+from hf_influence.callbacks.contexts import keeping_the_model, log
+from hf_influence.callbacks.resumed import captured, drop_open, drop_queries, forget_after
 from hf_influence.callbacks.schedule import Schedule, endless
-from hf_influence.errors import BadExample, BadSetting, StoreMismatch
+from hf_influence.errors import BadExample, BadSetting, InfluenceError, StoreMismatch
 from hf_influence.gradients.batches import forward_arguments, on_device
 from hf_influence.gradients.during_training.positions import Positions
 from hf_influence.gradients.during_training.stream import Sightings, StreamPlan
 from hf_influence.gradients.during_training.training import Caught, TrainingWatch
 from hf_influence.gradients.plan import Plan
-from hf_influence.gradients.processes import first_process_first, rank, wait_for_all
+from hf_influence.gradients.processes import by_first, first_process_first, rank, wait_for_all
 from hf_influence.store import Claim, GradientStore, RowWriter
 from hf_influence.task import CausalLM
 
@@ -94,6 +96,19 @@ class DuringTraining:
             return self._plain_step(model, inputs, *args, **kwargs)
         if isinstance(self.positions, Sightings) and names is None:
             self.positions.check_inputs(inputs, self._arguments)
+        with keeping_the_model(self.trainer, InfluenceError):
+            return self._watched_step(point, step, names, model, inputs, *args, **kwargs)
+
+    def _watched_step(
+        self,
+        point: int,
+        step: int,
+        names: list[Any] | None,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        *args: Any,
+        **kwargs: Any,
+    ) -> Tensor:
         self.open(point)
         started = time.perf_counter()
         with self.watch.step(on_device(inputs, self.trainer.args.device)) as caught:
@@ -152,7 +167,7 @@ class DuringTraining:
         self.claim.check()
         with first_process_first():
             if rank() == 0:
-                self._drop_queries(point)
+                drop_queries(self.store, point)
             self._writer = self._writer_of(point)
             if self.positions.n is None and self.positions.ids is not None:
                 self._writer.name(self.positions.ids)
@@ -203,27 +218,33 @@ class DuringTraining:
         Returns:
             A point that ends at this very step: the earlier run may have died before it was complete.
         """
-        captured = self._captured()
-        self._check_numbering(captured)
+        by_first(partial(self._check_numbering, captured(self.store)))
         with first_process_first():
             if rank() == 0:
-                for point in captured:
-                    self._forget_after(point, state.global_step)
-        captured = self._captured()
+                for point in captured(self.store):
+                    forget_after(self.store, point, state.global_step)
+        points = captured(self.store)
+        counted = endless(state) and self.schedule.during == "epochs"
+        last = points[-1] if counted and points else None
+        ended = None if counted else self.schedule.ended(state)
+        begun = last if counted else self.schedule.begun(state)
+        going_on = {
+            point for point in (ended, begun) if point is not None and self.schedule.point(point, point) == point
+        }
+        with first_process_first():
+            if rank() == 0:
+                drop_open(self.store, state.global_step, but=going_on)
         if isinstance(self.positions, Sightings):
             self.positions.restore(self.store)
-        if endless(state) and self.schedule.during == "epochs":
-            if not captured:
-                return None
-            self.epoch = captured[-1]
+        if last is not None:
+            self.epoch = last
             if self.trainer.args.ignore_data_skip:  # another pass begins
-                self._complete(self._writer_of(captured[-1]))
-                return captured[-1]
-            self.epoch -= 1  # the last one goes on
-            self.open(captured[-1])
-            return None
-        ended = self.schedule.ended(state)
-        if ended not in captured:
+                ended = last
+            else:
+                self.epoch -= 1  # the last one goes on
+                if last in going_on:
+                    self.open(last)
+        if ended not in going_on or ended not in points:
             return None
         self._complete(self._writer_of(ended))
         return ended
@@ -233,8 +254,8 @@ class DuringTraining:
         begun = state.global_step
         if self.schedule.during == "epochs":
             begun = 1 if endless(state) else math.ceil((state.epoch or 0) - 1e-6)
-        captured = self._captured()
-        missing = [n for n in range(1, begun + 1) if self.schedule.point(n, n) is not None and n not in captured]
+        points = captured(self.store)
+        missing = [n for n in range(1, begun + 1) if self.schedule.point(n, n) is not None and n not in points]
         if missing:
             logger.warning(
                 "training goes on at step %d, and %s has no rows of the %s %s before: what goes over points of "
@@ -246,23 +267,28 @@ class DuringTraining:
             )
 
     def warn_of_unreached(self) -> None:
-        """Say which of the chosen epochs training did not come to, if it ended early or the data have no length."""
-        captured = self._captured()
-        if late := [epoch for epoch in self.schedule.epochs or () if epoch not in captured]:
+        """Say which of the chosen epochs training did not come to, and which weights no captured step has used."""
+        points = captured(self.store)
+        if late := [epoch for epoch in self.schedule.epochs or () if epoch not in points]:
             logger.warning("training has ended, and %s has no rows of the epochs %s", self.store.path, late)
+        catcher = self.watch.catcher
+        unused = [name for name in catcher.shapes if name not in catcher.reached]
+        if self.rows and unused:
+            logger.warning(
+                "no captured step has used %d parameter(s) (first: %s), so their columns are 0. Leave them out with "
+                "skip=[…]",
+                len(unused),
+                unused[0],
+            )
 
-    def _captured(self) -> list[int]:
-        """The points of this run that have rows."""
-        return [point for point in self.store.points("weights") if point and "train" in self.store.splits(point)]
-
-    def _check_numbering(self, captured: Sequence[int]) -> None:
+    def _check_numbering(self, points: Sequence[int]) -> None:
         """Refuse points that an earlier run has numbered by steps where this one does by epochs, or the reverse.
 
         Raises:
             StoreMismatch: Rows of two epochs would meet in one point.
         """
         kind = self.schedule.during.removesuffix("s")
-        for point in captured:
+        for point in points:
             writer = self._writer_of(point)
             for part in (writer, *writer.parts()):
                 odd = [number for number in part.some(kind, ALL).values() if number != point]
@@ -272,22 +298,6 @@ class DuringTraining:
                         f"has captured with another setting than during={self.schedule.during!r}, and its points would "
                         "be mixed up with those of this run. Resume with its setting, or capture into another folder."
                     )
-
-    def _forget_after(self, point: int, step: int) -> None:
-        """Leave of a point what was captured up to a step; nothing, if that is nothing."""
-        writer = self._writer_of(point)
-        parts = [writer, *writer.parts()]
-        cut = [part.forget_after(step) for part in parts]
-        if not any(part.done for part in parts):
-            self.store.drop(point)
-        elif any(cut):
-            self._drop_queries(point)
-
-    def _drop_queries(self, point: int) -> None:
-        """What was taken at weights that training has left again."""
-        for split in self.store.splits(point):
-            if split != "train":
-                self.store.drop(point, split)
 
     def log(self, control: TrainerControl) -> None:
         """Say through the Trainer what has been captured."""

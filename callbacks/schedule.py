@@ -79,6 +79,10 @@ class Schedule:
             return None
         return self.point(epoch, state.global_step)
 
+    def begun(self, state: TrainerState) -> int | None:
+        """The epoch in the middle of which training stands, if it is captured."""
+        return self.point(int((state.epoch or 0) + 1e-6) + 1, 0) if self.during == "epochs" else None
+
     def size(self, state: TrainerState, need: Mapping[str, int]) -> int:
         """Bytes that will be written at most.
 

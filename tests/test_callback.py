@@ -23,9 +23,10 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from hf_influence.attribution import attribute
 from hf_influence.callbacks import GradientCapture
+from hf_influence.callbacks import capture as callback
 from hf_influence.errors import BadExample, BadSetting, StoreError, StoreMismatch, UnsupportedModel
 from hf_influence.gradients import collect, dropout
-from hf_influence.store import GradientStore
+from hf_influence.store import GradientStore, writer
 
 TRAIN, QUERY = prompts(8), prompts(3, seed=1)
 
@@ -295,3 +296,62 @@ def test_an_error_after_training_keeps_the_model_and_says_whose_examples_it_was(
     for name, weight in model.named_parameters():
         if weight.requires_grad:
             assert torch.equal(saved.get_parameter(name), weight.detach())
+
+
+@pytest.mark.parametrize("during", ["epochs", "steps"])
+@pytest.mark.parametrize(("step", "failing"), [(8, "rows"), (8, "queries"), (4, "rows"), (4, "queries")])
+def test_an_error_of_the_capture_keeps_the_model_of_that_moment(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    during: Any,
+    step: int,
+    failing: str,
+) -> None:
+    """Of four steps an epoch."""
+    bad = step // 4 if during == "epochs" else step
+    write, collect = writer.save_tensors, callback.collect_planned
+
+    def full(file: Path, *args: Any, **kwargs: Any) -> None:
+        if f"points/{bad:04d}/train" in str(file):
+            raise StoreError("the disk is full")
+        write(file, *args, **kwargs)
+
+    def unread(*args: Any, point: int = 0, **kwargs: Any) -> Any:
+        if point == bad:
+            raise StoreError("the disk is full")
+        return collect(*args, point=point, **kwargs)
+
+    monkeypatch.setattr(writer, "save_tensors", full if failing == "rows" else write)
+    monkeypatch.setattr(callback, "collect_planned", unread if failing == "queries" else collect)
+    model = tiny(torch.float32)
+    capture = GradientCapture(tmp_path / "rows", watched.QUERIES, during=during)
+    with pytest.raises(StoreError, match="the disk is full"):
+        watched.train(model, tmp_path / "out", capture, kind=Trainer)
+    assert [folder.name for folder in (tmp_path / "out").iterdir()] == [f"trained-{step}"]
+    assert f"rows failed after step {step} of 8; the trained model is in" in caplog.text
+    saved = type(model).from_pretrained(llama().float(), tmp_path / f"out/trained-{step}")
+    for name, weight in model.named_parameters():
+        if weight.requires_grad:
+            assert torch.equal(saved.get_parameter(name), weight.detach())
+
+
+@pytest.mark.parametrize("step", [1, 6])
+def test_an_error_in_a_step_keeps_the_model_if_it_is_trained_at_all(tmp_path: Path, step: int) -> None:
+    class Unknown(Trainer):
+        """Trains on something else in one step."""
+
+        def training_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+            return super().training_step(model, inputs, *args, **kwargs)
+
+        def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
+            batches, items = super().get_batch_samples(*args, **kwargs)
+            if self.state.global_step + 1 == step:
+                batches[0]["input_ids"][:] = 5
+            return batches, items
+
+    with pytest.raises(BadExample, match="is not in the dataset"):
+        watched.train(
+            tiny(torch.float32), tmp_path / "out", GradientCapture(tmp_path / "rows", during="epochs"), kind=Unknown
+        )
+    assert [folder.name for folder in (tmp_path / "out").glob("*")] == ([f"trained-{step - 1}"] if step > 1 else [])

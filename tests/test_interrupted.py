@@ -256,6 +256,49 @@ def test_a_run_that_goes_on_with_other_queries_is_refused(tmp_path: Path) -> Non
             train(tiny(torch.float32), tmp_path, again, resume=str(tmp_path / resume), **options)
 
 
+class InTheSeventh(Trainer):
+    """Fails in the seventh step, of four an epoch."""
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        if self.state.global_step == 6:
+            raise RuntimeError("no")
+        return super().training_step(*args, **kwargs)
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "points"),
+    [
+        ({"during": "epochs"}, {"during": "epochs", "every": 2}, [1, 3]),
+        ({"during": "epochs"}, {"during": "epochs", "epochs": [1, 3]}, [1, 3]),
+        ({"during": "epochs"}, {}, [1]),
+        ({"during": "epochs"}, {"during": "epochs"}, [1, 2, 3]),
+    ],
+)
+@pytest.mark.parametrize("compared", ["tracin", "loss_mean"])
+def test_a_run_that_goes_on_with_fewer_points_leaves_none_half_filled(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, before: Any, after: Any, points: list[int], compared: str
+) -> None:
+    options: dict[str, Any] = {"save_strategy": "steps", "save_steps": 1, "num_train_epochs": 3}
+    first = GradientCapture(tmp_path / "rows", QUERIES, **before)
+    with pytest.raises(RuntimeError, match="no"):
+        train(tiny(torch.float32), tmp_path, first, kind=InTheSeventh, **options)
+    again = GradientCapture(tmp_path / "rows", QUERIES, **after)
+    train(tiny(torch.float32), tmp_path, again, resume=str(tmp_path / "checkpoint-5"), kind=Trainer, **options)
+    store = GradientStore.open(again.path)
+    assert store.points() == [0, *points]
+    assert all(len(store.rows("train", point)) == 10 for point in store.points())
+    assert (2 in points) != ("the points [2] of" in caplog.text)
+    assert len(attribute(again.path, compared)) == 10
+
+
+def test_rows_later_than_the_checkpoint_go_though_no_more_are_captured(tmp_path: Path) -> None:
+    options: dict[str, Any] = {"save_strategy": "epoch", "num_train_epochs": 3}
+    train(tiny(torch.float32), tmp_path, GradientCapture(tmp_path / "rows", QUERIES, during="epochs"), **options)
+    again = GradientCapture(tmp_path / "rows", QUERIES)
+    train(tiny(torch.float32), tmp_path, again, resume=str(tmp_path / "checkpoint-4"), kind=Trainer, **options)
+    assert GradientStore.open(again.path).points() == [0, 1]
+
+
 @pytest.fixture
 def other() -> Iterator[psutil.Process]:
     """Another process of this machine."""

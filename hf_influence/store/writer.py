@@ -66,6 +66,11 @@ class RowWriter:
             self._list()
         self.done = self._listed()
 
+    @classmethod
+    def again(cls, folder: Path, header: Header) -> RowWriter:
+        """Of rows that are there."""
+        return cls(folder, header, Manifest.read(folder))
+
     def __enter__(self) -> RowWriter:
         return self
 
@@ -126,8 +131,7 @@ class RowWriter:
 
     def parts(self) -> list[RowWriter]:
         """What other processes have written to this split and is not gathered yet."""
-        folders = sorted(self.folder.glob("rank-*"))
-        return [RowWriter(folder, self.header, Manifest.read(folder)) for folder in folders]
+        return [RowWriter.again(folder, self.header) for folder in sorted(self.folder.glob("rank-*"))]
 
     def gather(self, copies: Callable[[int], Sequence[int]] = lambda code: ()) -> None:
         """Take over the rows of all other processes; an example that two of them saw counts once.
