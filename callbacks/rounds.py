@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -111,8 +112,9 @@ def curate_and_retrain(
 
     Raises:
         BadSetting: Fewer than one round, a rule that does more than drop or weigh in several rounds, a method, rule or
-            capture that cannot work, or a `make_trainer` that makes no Trainer, loses the callbacks, goes on with
-            trained weights, or takes no notice of weights or of labels that are class probabilities.
+            capture that cannot work, or a `make_trainer` that does not take both arguments, makes no Trainer, loses the
+            callbacks, goes on with trained weights, or takes no notice of weights or of labels that are class
+            probabilities.
         BadExample: Not a dataset with a length, or one without a column that the rule goes by.
         StoreMismatch: The folder has rounds of another dataset, other queries, or another rule, method or capture.
 
@@ -120,11 +122,7 @@ def curate_and_retrain(
     """
     check_rule(rule)
     make_method(method, settings)
-    if isinstance(make_trainer, Trainer) or not callable(make_trainer):
-        raise BadSetting(
-            f"make_trainer is a {type(make_trainer).__name__}, and each round trains a fresh model. Pass a function "
-            "make_trainer(train_dataset, callbacks) that makes a Trainer of one."
-        )
+    _check_makes(make_trainer)
     capture = dict(capture or {})
     if taken := {"path", "query_dataset", "train_dataset", "overwrite"} & set(capture):
         raise BadSetting(f"capture={{…}} has {sorted(taken)}, which each round sets for itself. Leave them out.")
@@ -140,6 +138,7 @@ def curate_and_retrain(
             "the rule has probabilities=…, and those of a round are those of the model that it trains, which are in "
             "its store. Leave them out: Relabel(how=…)."
         )
+    folder = Path(folder).expanduser()
     like = GradientCapture(folder, query_dataset, **capture)
     check_method(method, settings, like, AFTER_TRAINING, "collect that after training, attribute, and apply the rule")
     probable = method == "auto" and not settings.get("parts") and query_dataset is not None
@@ -149,7 +148,7 @@ def curate_and_retrain(
     decisions: list[Decision] = []
     models: list[ref[Any]] = []  # those that are still there
     for number in range(1, rounds + 1):
-        place, before = Path(folder) / f"round-{number:02d}", decisions[-1] if decisions else None
+        place, before = folder / f"round-{number:02d}", decisions[-1] if decisions else None
         at = list(range(len(dataset))) if before is None else before.kept
         file = place / "scores.safetensors"
         if not (place / "decision.json").is_file() and not _scored(file, asked):
@@ -184,6 +183,27 @@ def curate_and_retrain(
     curated = carried_out(decisions[-1], dataset)
     trainer = _train(make_trainer, curated, [], models, decisions[-1])
     return Retrained(trainer=trainer, dataset=curated, decisions=decisions)
+
+
+def _check_makes(make_trainer: Any) -> None:
+    """BadSetting unless it can be called as each round does."""
+    if isinstance(make_trainer, Trainer) or not callable(make_trainer):
+        raise BadSetting(
+            f"make_trainer is a {type(make_trainer).__name__}, and each round trains a fresh model. Pass a function "
+            "make_trainer(train_dataset, callbacks) that makes a Trainer of one."
+        )
+    try:
+        taken = inspect.signature(make_trainer)
+    except (TypeError, ValueError):  # as of some callables that are not written in Python
+        return
+    try:
+        taken.bind(None, [])
+    except TypeError as error:
+        raise BadSetting(
+            f"make_trainer takes {taken}, and each round calls it with a training set and the callbacks that capture "
+            f"its gradients ({error}). Write make_trainer(train_dataset, callbacks), and pass both on: Trainer(…, "
+            "train_dataset=train_dataset, callbacks=callbacks)."
+        ) from error
 
 
 def _train(

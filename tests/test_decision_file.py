@@ -12,7 +12,7 @@ import torch
 from datasets import Dataset, DatasetDict, load_from_disk
 
 from hf_influence.errors import BadSetting, StoreError
-from hf_influence.filter import DatasetFilter, Decision, Prune, Relabel, Reweight, Separate, save_curated
+from hf_influence.filter import DatasetFilter, Decision, Prune, Relabel, Reweight, Separate, add_to_card, save_curated
 from hf_influence.filter.on_disk import checksum
 from hf_influence.scores import Scores
 
@@ -114,6 +114,23 @@ def test_a_write_that_fails_leaves_the_file_that_was_there(tmp_path: Path, monke
         report.save(tmp_path / "d.json")
     assert [file.name for file in tmp_path.iterdir()] == ["d.json"]
     assert (tmp_path / "d.json").read_bytes() == before
+
+
+def test_a_tilde_is_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    scores = Scores(torch.arange(N * 1.0)[:, None], list(range(N)), "ip")
+    scores.save(tmp_path / "home" / "s.st")
+    trim = DatasetFilter(drop=1)
+    curated = trim.apply(rows(), "~/s.st")
+    assert trim.report is not None
+    trim.report.save("~/d.json")
+    save_curated(curated, trim.report, "~/out")
+    add_to_card("~/other", trim.report)
+    assert Decision.load("~/d.json") == Decision.load("~/out") == trim.report
+    assert sorted(path.name for path in (tmp_path / "home").iterdir()) == ["d.json", "other", "out", "s.st"]
+    assert load_from_disk(str(tmp_path / "home" / "out")).num_rows == N - 1
+    assert [path.name for path in tmp_path.iterdir()] == ["home"]
 
 
 RULES: dict[str, tuple[Any, str]] = {

@@ -337,6 +337,29 @@ def test_what_makes_no_trainer_is_refused(tmp_path: Path) -> None:
         curate_and_retrain(lambda rows, callbacks: None, data, DROPS, tmp_path / "r", "loss")
 
 
+@pytest.mark.parametrize(
+    ("make", "taken"),
+    [
+        (lambda rows: None, r"\(rows\)"),
+        (lambda rows, callbacks, args: None, r"\(rows, callbacks, args\)"),
+        (lambda rows, *, callbacks: None, r"\(rows, \*, callbacks\)"),
+    ],
+)
+def test_what_does_not_take_the_callbacks_is_refused_before_it_is_called(tmp_path: Path, make: Any, taken: str) -> None:
+    told = rf"make_trainer takes {taken}, and each round calls it with .*Write make_trainer\(train_dataset, callbacks\)"
+    with pytest.raises(BadSetting, match=told):
+        curate_and_retrain(make, Dataset.from_list(EXAMPLES), DROPS, tmp_path / "r", "loss")
+
+
+def test_a_tilde_is_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    curate_and_retrain(Makes(tmp_path), Dataset.from_list(EXAMPLES), DROPS, "~/r", "loss")
+    assert (tmp_path / "home/r/round-01/decision.json").is_file()
+    assert (tmp_path / "home/r/round-01/scores.safetensors").is_file()
+    assert not (tmp_path / "~").exists()
+
+
 def test_rounds_that_cannot_work_are_refused(tmp_path: Path) -> None:
     data, rule = Dataset.from_list(EXAMPLES), DatasetFilter(drop=2)
     with pytest.raises(BadSetting, match="at least 1"):

@@ -92,7 +92,7 @@ def add_to_card(card: Card, decision: Decision) -> Card:
     if isinstance(card, DatasetCard):
         card.text = with_section(card.text, section(decision))
         return card
-    file = Path(card)
+    file = Path(card).expanduser()
     file = file if file.suffix == ".md" else file / "README.md"
     text = ""
     if file.is_file():
@@ -137,7 +137,7 @@ def save_curated(curated: Dataset | DatasetDict, decision: Decision, folder: str
             f"{type(decision).__name__} is no decision. Pass the report of the rule that made the dataset, which "
             "`apply` leaves: save_curated(curated, trim.report, folder)."
         )
-    folder = Path(folder)
+    folder = Path(folder).expanduser()
     check_folder(folder)
     is_dict = isinstance(curated, DatasetDict)
     parts = {folder / name: rows for name, rows in curated.items()} if is_dict else {folder: curated}

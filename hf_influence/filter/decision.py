@@ -260,7 +260,7 @@ class Decision:
         Raises:
             BadSetting: Settings of the scores that JSON cannot hold; nothing is written then.
         """
-        write_whole(Path(path), text_of(self))
+        write_whole(Path(path).expanduser(), text_of(self))
 
     @classmethod
     def load(cls, path: str | Path) -> Decision:
@@ -269,7 +269,7 @@ class Decision:
         Raises:
             StoreError: No such file, not a decision, or one that was damaged or changed.
         """
-        path = Path(path)
+        path = Path(path).expanduser()
         try:
             return cls(**fields_of(path / "decision.json" if path.is_dir() else path))
         except (OSError, KeyError, TypeError, ValueError, AttributeError) as error:

@@ -42,7 +42,7 @@ def one_ranking_of(given: Given, rule: str) -> Scores:
 
 def store_of(given: Any) -> StoreOrPath | None:
     """The store, or the path of one; `None` of anything else, and of a file, which holds scores."""
-    is_file = isinstance(given, (str, Path)) and Path(given).is_file()
+    is_file = isinstance(given, (str, Path)) and Path(given).expanduser().is_file()
     return given if isinstance(given, StoreOrPath) and not is_file else None
 
 
