@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -26,6 +28,15 @@ _KINDS: dict[str, tuple[type, str]] = {
 """Settings that no method checks, as they say what is scored."""
 
 
+def _at_home(path: Any) -> Any:
+    """The path with the home folder for a leading ~, which a shell leaves in --output=~/x."""
+    return path if path is None else type(path)(os.path.expanduser(path))
+
+
+_path_argument = partial(typer.Argument, callback=_at_home)
+_path_option = partial(typer.Option, callback=_at_home)
+
+
 @app.command()
 def methods(
     markdown: Annotated[bool, typer.Option(help="As a Markdown table, for the README.")] = False,
@@ -33,7 +44,7 @@ def methods(
         bool, typer.Option("--json", help="All that is known of each method, or what it lacks in a store, as JSON.")
     ] = False,
     store: Annotated[
-        Path | None, typer.Option(help="A store: which methods can run on it, what the others lack.")
+        Path | None, _path_option(help="A store: which methods can run on it, what the others lack.")
     ] = None,
 ) -> None:
     """List the methods: what each gives you, what it needs, what it costs and when to use it."""
@@ -68,16 +79,16 @@ def methods(
 
 @app.command()
 def attribute(
-    store: Annotated[Path, typer.Argument(help="A store of rows, as GradientCapture and collect leave it.")],
+    store: Annotated[Path, _path_argument(help="A store of rows, as GradientCapture and collect leave it.")],
     method: Annotated[str, typer.Option(help="`hf-influence methods` lists them.")] = "auto",
     setting: Annotated[list[str] | None, typer.Option("--set", help="Of the method, as JSON: --set k=5.")] = None,
     groups: Annotated[
         str | None, typer.Option(help="A column of --data, such as the task: each example among its own kind.")
     ] = None,
-    data: Annotated[str | None, typer.Option(help="What was scored, for --groups; as for filter.")] = None,
+    data: Annotated[str | None, _path_option(help="What was scored, for --groups; as for filter.")] = None,
     split: Annotated[str, typer.Option(help="Of a dataset with several.")] = "train",
     lowest: Annotated[int, typer.Option(min=0, help="How many of the examples least worth keeping to show.")] = 10,
-    output: Annotated[Path | None, typer.Option(help="File for the scores; Scores.load reads it.")] = None,
+    output: Annotated[Path | None, _path_option(help="File for the scores; Scores.load reads it.")] = None,
 ) -> None:
     """Score the training examples of a store; higher = more worth keeping."""
     from hf_influence.attribution import attribute as score
@@ -115,10 +126,10 @@ def attribute(
 @app.command()
 def filter(
     data: Annotated[
-        str, typer.Argument(help="A parquet, Arrow, JSON, CSV or TSV file, a folder of save_to_disk, or a hub name.")
+        str, _path_argument(help="A parquet, Arrow, JSON, CSV or TSV file, a folder of save_to_disk, or a hub name.")
     ],
-    scores: Annotated[Path, typer.Argument(help="A file of scores, or a store, which is then scored by auto.")],
-    output: Annotated[Path, typer.Option(help="Folder for the curated dataset, the decision and a dataset card.")],
+    scores: Annotated[Path, _path_argument(help="A file of scores, or a store, which is then scored by auto.")],
+    output: Annotated[Path, _path_option(help="Folder for the curated dataset, the decision and a dataset card.")],
     drop: Annotated[
         str | None,
         typer.Option(help="A share (0.05), a count (20), doubtful (the default), negative, otsu or mixture."),
@@ -135,16 +146,16 @@ def filter(
 
 @app.command()
 def relabel(
-    data: Annotated[str, typer.Argument(help="As for filter.")],
-    scores: Annotated[Path, typer.Argument(help="As for filter.")],
-    output: Annotated[Path, typer.Option(help="Folder for the relabelled dataset, the decision and a dataset card.")],
+    data: Annotated[str, _path_argument(help="As for filter.")],
+    scores: Annotated[Path, _path_argument(help="As for filter.")],
+    output: Annotated[Path, _path_option(help="Folder for the relabelled dataset, the decision and a dataset card.")],
     how: Annotated[
         str, typer.Option(help="posterior (class probabilities in place of labels), predicted, soft or flip.")
     ] = "posterior",
     label: Annotated[str, typer.Option(help="The column of class numbers; of two names with flip.")] = "label",
     suspects: Annotated[str | None, typer.Option(help="Only the rows that filter --drop would leave out.")] = None,
     store: Annotated[
-        Path | None, typer.Option(help="The store that was scored, where there are more than two classes.")
+        Path | None, _path_option(help="The store that was scored, where there are more than two classes.")
     ] = None,
     split: Annotated[str, typer.Option(help="Of a dataset with several; the others stay as they are.")] = "train",
 ) -> None:
@@ -162,7 +173,7 @@ def demo(
     size: Annotated[int, typer.Option(min=20, help="Number of training prompts.")] = 64,
     seed: Annotated[int, typer.Option(help="Of data, wrong answers and training.")] = 0,
     output: Annotated[
-        Path, typer.Option(help="Folder for stores and results.json; an earlier demo is replaced.")
+        Path, _path_option(help="Folder for stores and results.json; an earlier demo is replaced.")
     ] = Path("runs/demo"),
 ) -> None:
     """Fine-tune SmolLM2 on prompts with wrong answers; find them, drop them, retrain, and see what it brings."""
@@ -179,6 +190,11 @@ def _curate(rule: Any, data: str, split: str, scores: Path, output: Path) -> Non
     from hf_influence.filter.card import check_folder
     from hf_influence.scores import Scores
 
+    if _holds_scores(Path(data)):
+        raise BadSetting(
+            f"{data} is a store or a file of scores, and no dataset. The dataset comes first, then the scores: "
+            f"hf-influence filter DATASET {data}."
+        )
     if not scores.exists():
         raise StoreError(
             f"there is no file or folder {scores}. Name scores, as `hf-influence attribute STORE --output FILE` writes "
@@ -194,6 +210,20 @@ def _curate(rule: Any, data: str, split: str, scores: Path, output: Path) -> Non
     curated = rule.apply(read_dataset(data, split, texts), given, split=split)
     save_curated(curated, rule.report, output)
     print(f"{rule.report}\nwritten to {output}; datasets.load_from_disk({str(output)!r}) reads it")
+
+
+def _holds_scores(path: Path) -> bool:
+    """Whether it is a store, or a file of scores."""
+    from hf_influence.errors import StoreError
+    from hf_influence.scores import Scores
+
+    if not path.is_file():
+        return (path / "store.json").is_file()
+    try:
+        Scores.load(path)
+    except StoreError:
+        return False
+    return True
 
 
 def _setting(text: str) -> tuple[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -72,7 +73,22 @@ def said(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *w
         ("filter disk s.st --drop 1 --split nope --output out", "without splits, so it has no 'nope'"),
         ("filter rows.jsonl s.st --drop 1 --split test --output out", "without splits, so it has no 'test'"),
         ("filter nope.parquet s.st --drop 1 --output out", "no dataset can be read from nope.parquet"),
-        ("filter store s.st --drop 1 --output out", "no dataset can be read from store"),
+        ("filter store s.st --drop 1 --output out", "store is a store or a file of scores, and no dataset"),
+        (
+            "filter s.st disk --drop 1 --output out",
+            "s.st is a store or a file of scores, and no dataset. The dataset c",
+        ),
+        (
+            "filter s.st rows.jsonl --output out",
+            "The dataset comes first, then the scores: hf-influence filter DATASET",
+        ),
+        ("relabel odds.st classes --output out", "The dataset comes first, then the scores"),
+        ("filter disk s.st --drop 10% --output out", "drop='10%' is a text. Give the share as a number: write 0.1."),
+        (
+            "filter disk s.st --keep 2.5% --output out",
+            "keep='2.5%' is a text. Give the share as a number: write 0.025.",
+        ),
+        ("relabel classes odds.st --suspects 5% --output out", "Give the share as a number: write 0.05."),
         ("filter broken.json s.st --drop 1 --output out", "from broken.json (ArrowInvalid: JSON parse error"),
         ("filter cut.jsonl.gz s.st --drop 1 --output out", "from cut.jsonl.gz (EOFError: Compressed file ended"),
         ("filter empty.jsonl s.st --drop 1 --output out", "empty.jsonl holds no rows"),
@@ -187,6 +203,25 @@ def test_the_other_splits_stay_when_one_is_relabelled(place: Path, tmp_path: Pat
     new = load_from_disk(str(tmp_path / "out"))
     assert new["validation"].to_dict() == rows.select([1, 0]).to_dict()
     assert len(new["train"]["label"][0]) == 3
+    assert "to train on it: Trainer(…, compute_loss_func=soft_cross_entropy)" in done.output
+
+
+def test_a_tilde_is_the_home_folder(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for name in ("disk", "classes", "store", "classified"):
+        shutil.copytree(place / name, tmp_path / name)
+    shutil.copy(place / "odds.st", tmp_path)
+    for words in (
+        "methods --store ~/store",
+        "attribute ~/store --output=~/s.st",
+        "attribute ~/classified --data=~/classes --groups label",
+        "filter ~/disk ~/s.st --drop 1 --output=~/filtered",
+        "relabel ~/classes ~/odds.st --store=~/classified --output=~/relabelled",
+    ):
+        done = CliRunner().invoke(cli.app, words.split())
+        assert done.exit_code == 0, (words, done.output, done.exception)
+    assert load_from_disk(str(tmp_path / "filtered")).num_rows == N - 1
+    assert load_from_disk(str(tmp_path / "relabelled")).num_rows == N
 
 
 def test_of_a_dataset_on_the_hub_all_splits_are_read(place: Path, tmp_path: Path, monkeypatch: Any) -> None:

@@ -52,6 +52,15 @@ def test_lowest_mean_scores_go_and_the_rest_keeps_its_order():
     assert DatasetFilter(keep=2).apply(numbered(5), scores)["row"][:] == [0, 4]
 
 
+def test_how_many_rows_to_drop_may_be_given_without_its_name():
+    assert DatasetFilter(0.25) == DatasetFilter(drop=0.25)
+    with pytest.raises(TypeError, match="positional"):
+        DatasetFilter(0.25, 0.75)
+    for name, text, number in (("drop", "10%", "0.1"), ("keep", "2.5 %", "0.025")):
+        with pytest.raises(BadSetting, match=f"{name}='{text}' is a text. Give the share as a number: write {number}"):
+            DatasetFilter(**{name: text})
+
+
 def test_ties_fall_to_the_earlier_row_whatever_the_order_of_the_scores():
     assert DatasetFilter(drop=2).apply(numbered(4), scores_of([1.0, 1.0, 1.0, 1.0]))["row"][:] == [2, 3]
     backwards = scores_of([1.0, 1.0, 1.0, 1.0], ids=[3, 2, 1, 0])

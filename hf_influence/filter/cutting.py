@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Hashable, Sequence
 from fractions import Fraction
 from numbers import Integral, Real
@@ -21,6 +22,9 @@ from hf_influence.scores import mean_ranks
 
 def check_amount(name: str, amount: Any, *, fractions: bool = True) -> None:
     """BadSetting unless it is a fraction in [0, 1) or a count."""
+    if isinstance(amount, str) and fractions and re.fullmatch(r"\d+(\.\d+)?\s*%", amount):
+        share = Fraction(amount.rstrip("% ")) / 100
+        raise BadSetting(f"{name}={amount!r} is a text. Give the share as a number: write {float(share):g}.")
     limit = math.inf if isinstance(amount, Integral) else 1
     whole = not fractions and not isinstance(amount, Integral)
     if whole or not isinstance(amount, Real) or isinstance(amount, bool) or not 0 <= float(amount) < limit:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -46,7 +46,7 @@ class DatasetFilter(Rule):
         BadSetting: More than one of `drop`, `keep` and `keep_tokens`, or an amount that is none.
     """
 
-    drop: float | int | str | Threshold | None = None
+    drop: float | int | str | Threshold | None = field(default=None, kw_only=False)
     """How many rows to drop: a float in [0, 1) is a fraction, an int a count. "doubtful", "negative", "otsu",
     "mixture" or a function such as `discovery(0.1)` look at the scores for a place to cut; see
     `hf_influence.filter.thresholds`. By default, without `keep` and `keep_tokens`, "doubtful": what is not twice as
@@ -79,7 +79,7 @@ class DatasetFilter(Rule):
         name, amount = self._rule()
         if name == "drop" and callable(amount):
             return
-        if name == "drop" and isinstance(amount, str):
+        if name == "drop" and isinstance(amount, str) and not amount.endswith("%"):
             if amount not in THRESHOLDS:
                 raise BadSetting(f"drop={amount!r} is no threshold. Give one of {', '.join(THRESHOLDS)}, or a number.")
             return
