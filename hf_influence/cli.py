@@ -193,7 +193,7 @@ def _curate(rule: Any, data: str, split: str, scores: Path, output: Path) -> Non
     if _holds_scores(Path(data)):
         raise BadSetting(
             f"{data} is a store or a file of scores, and no dataset. The dataset comes first, then the scores: "
-            f"hf-influence filter DATASET {data}."
+            f"DATASET {data} --output …."
         )
     if not scores.exists():
         raise StoreError(

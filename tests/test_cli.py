@@ -80,7 +80,7 @@ def said(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *w
         ),
         (
             "filter s.st rows.jsonl --output out",
-            "The dataset comes first, then the scores: hf-influence filter DATASET",
+            "The dataset comes first, then the scores: DATASET s.st",
         ),
         ("relabel odds.st classes --output out", "The dataset comes first, then the scores"),
         ("filter disk s.st --drop 10% --output out", "drop='10%' is a text. Give the share as a number: write 0.1."),
