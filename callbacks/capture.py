@@ -31,10 +31,9 @@ from hf_influence.callbacks.checks import (
 )
 from hf_influence.callbacks.contexts import keeping_the_model, naming, trainer_of, undisturbed_randomness
 from hf_influence.callbacks.during import DuringTraining
-from hf_influence.callbacks.packing import check_flat, check_ids, check_packing, prepared
+from hf_influence.callbacks.packing import check_flat, check_ids, check_packing, known_by, prepared
 from hf_influence.callbacks.resumed import captured, drop_open, forget_after
 from hf_influence.callbacks.schedule import During, Schedule, endless
-from hf_influence.dataset.contents import column_codes
 from hf_influence.errors import BadSetting
 from hf_influence.gradients.batches import forward_arguments
 from hf_influence.gradients.collect import collect_planned
@@ -203,7 +202,7 @@ class GradientCapture(TrainerCallback):
             given = trainer.train_dataset if self.train_dataset is None else self.train_dataset
             check_names(given, self.query_dataset)
             warn_of_classes(given, self.query_dataset)
-            codes = column_codes(given)
+            codes = known_by(trainer, given)
             self._contents = len(given) if codes else 0, codes
             self._plans = {
                 split: self._planned(state, model, split, dataset, {**options, "overwrite": overwrite})

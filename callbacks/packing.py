@@ -7,6 +7,7 @@ from typing import Any
 
 from datasets import Dataset
 
+from hf_influence.dataset.contents import column_codes
 from hf_influence.errors import BadSetting
 
 
@@ -46,6 +47,24 @@ def prepared(trainer: Any, dataset: Any) -> Any:
     formatting = getattr(trainer, "_formatting_func", None)
     rows = trainer._prepare_dataset(dataset, trainer.processing_class, args, False, formatting, "captured")
     return _cut(rows, trainer.args)
+
+
+def known_by(trainer: Any, dataset: Any) -> dict[str, list[Any]]:
+    """What the training set is known by when scores are applied to it, as by `column_codes`.
+
+    An SFTTrainer ends its texts with the end-of-sequence token. Then the last two hashes of such a column stand there
+    once more, of the texts without it, as the user has them.
+    """
+    codes = column_codes(dataset)
+    ending = getattr(getattr(trainer, "processing_class", None), "eos_token", None)
+    if not ending or not hasattr(trainer.args, "dataset_text_field"):
+        return codes
+    for name in {trainer.args.dataset_text_field, "completion"} & codes.keys():
+        texts = dataset.with_format(None)[name][:]
+        if all(isinstance(text, str) and text.endswith(ending) for text in texts):
+            bare = Dataset.from_dict({name: [text.removesuffix(ending) for text in texts]})
+            codes[name] += column_codes(bare, [name])[name][1:]
+    return codes
 
 
 def check_packing(trainer: Any, train_dataset: Any) -> None:

@@ -413,6 +413,25 @@ def test_scores_of_conversations_know_the_dataset_as_it_was_given(tmp_path: Path
         DatasetFilter(drop=1).apply(talk.shuffle(seed=0), scores)
 
 
+@pytest.mark.parametrize("data", [texts(12), completions()], ids=["text", "completions"])
+def test_texts_that_the_trainer_has_ended_are_known_without_their_end(tmp_path: Path, data: Dataset) -> None:
+    run = trainer_of(tmp_path, data, GradientCapture(tmp_path / "rows"), num_train_epochs=1)
+    run.train()
+    column = data.column_names[-1]
+    assert run.train_dataset[0][column] == data[0][column] + "</s>"
+    scores = attribute(tmp_path / "rows", "loss")
+    for known in (data, run.train_dataset):
+        assert DatasetFilter(drop=1).apply(known, scores).num_rows == len(data) - 1
+    with pytest.raises(BadSetting, match=r"holds .* in another order"):
+        DatasetFilter(drop=1).apply(data.shuffle(seed=0), scores)
+    with pytest.raises(BadSetting, match=r"of other rows"):
+        DatasetFilter(drop=1).apply(texts(len(data), seed=5) if column == "text" else other_answers(data), scores)
+
+
+def other_answers(data: Dataset) -> Dataset:
+    return data.map(lambda row: {"prompt": row["completion"], "completion": row["prompt"] + row["completion"]})
+
+
 class Weighing(WeightedTrainer, Recording):
     """Of instructions with weights."""
 

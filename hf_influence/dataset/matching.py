@@ -178,8 +178,8 @@ def _check_contents(dataset: Dataset, scored: dict[str, list[Any]]) -> None:
     telling = [name for name, distinct in shared.items() if distinct > most / 2]
     many = most > min(MANY, len(dataset) / 2)
     now = column_codes(dataset, telling)
-    other = [name for name in telling if now[name] != scored[name]]
-    moved = [name for name in other if now[name][2] == scored[name][2]]
+    other = [name for name in telling if now[name][1] not in scored[name][1::2]]
+    moved = [name for name in other if now[name][2] in scored[name][2::2]]
     if moved and many:
         raise BadSetting(
             f"the column {moved[0]!r} holds what was scored in another order: the dataset was shuffled or sorted "
