@@ -64,6 +64,7 @@ KINDS = {
     "20 %, all of one class": Kind(of=1),
     "10 %, a class of 15 %": Kind(share=0.1, positive=0.15),
     "20 %, 40 queries": Kind(queries=40),
+    "20 % of 400 rows, 60 queries": Kind(rows=400, queries=60),
     "20 % of 200 rows": Kind(rows=200, queries=100),
     "ten classes, none wrong": Kind(share=0.0, rows=700, queries=200, classes=10),
     "ten classes, 20 %": Kind(rows=700, queries=200, classes=10),
