@@ -308,8 +308,12 @@ def test_removal_follows_the_ids_of_the_scores():
     assert curve.curve[0]["lowest"] == 6
     assert "highest" not in curve.curve[0]
     assert curve.curve[0]["random_spread"] is None
-    with pytest.raises(BadSetting, match=r"cover 4 examples and the dataset has 3 rows"):
-        removal_curve(named, rows.select([0, 1, 2]), lambda kept: 0.0, (0.5,))
+    left = removal_curve(
+        named, rows.select([1, 2, 3]), lambda kept: sum(kept["value"]), (0.4,), ("lowest",), seeds=(0,)
+    )
+    assert left.curve[0]["lowest"] == 5  # without d, the lowest of those that are left
+    with pytest.raises(BadSetting, match=r"1 of the 4 rows of the dataset have no score: 'e' in column 'name'"):
+        removal_curve(named, Dataset.from_dict({"name": list("abce")}), lambda kept: 0.0, (0.5,))
 
 
 @pytest.mark.parametrize(
