@@ -97,7 +97,7 @@ class Demo:
             _, self.tokenizer = load_language_model(self.model)
             queries = self.size // 2
             data = sentence_transformations(train=self.size, test=queries + self.held_out, seed=self.seed, tasks=TASKS)
-            train = corrupt_answers(data["train"], ["swapped_within"], self.wrong, self.seed)
+            train = corrupt_answers(data["train"], ["swapped_within"], self.wrong, seed=self.seed)
             query, held_out = data["test"].select(range(queries)), self._tokens(data["test"].skip(queries))
         with self._stage(console, f"fine-tuning on {len(train)} prompts, {sum(train['is_wrong'])} with a wrong answer"):
             capture = GradientCapture(self.output / "store", self._tokens(query), during="epochs")

@@ -197,7 +197,9 @@ def test_flipped_labels_are_other_classes_drawn_evenly(labels):
     moves = Counter((a, b) for a, b in zip(labels, flipped["label"], strict=True) if a != b)
     assert len(moves) == 6
     assert max(moves.values()) < 22
-    assert flipped.to_dict() == flipped_labels(rows, 0.5, seed=1).to_dict() != flipped_labels(rows, 0.5, 2).to_dict()
+    assert (
+        flipped.to_dict() == flipped_labels(rows, 0.5, seed=1).to_dict() != flipped_labels(rows, 0.5, seed=2).to_dict()
+    )
     assert rows["label"][:] == labels
 
 
@@ -212,7 +214,7 @@ def test_class_labels_keep_their_names_and_may_flip_to_a_class_that_does_not_occ
 @pytest.mark.parametrize(
     ("columns", "settings", "message"),
     [
-        ({"labels": [0, 1]}, {}, "no 'label'.*column="),
+        ({"labels": [0, 1]}, {}, "no 'label'.*label="),
         ({"label": [0, 1], "is_wrong": [True, False]}, {}, "flipped before"),
         ({"label": [0, None]}, {}, "row 1 has no label"),
         ({"label": [0.0, 1.0, math.nan]}, {}, r"row 2 has no label \(label=nan\)"),

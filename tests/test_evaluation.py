@@ -61,10 +61,10 @@ def test_recall_is_its_expectation_over_random_tie_breaking():
 def test_order_of_the_rows_does_not_matter(absolute):
     values, order = random_scores(), [4, 2, 5, 0, 3, 1]
     query = ["math", "poem", "poem", "math"]
-    expected = class_detection(per_query(values), CLASSES, query, absolute)
-    moved_rows = class_detection(per_query(values[order]), [CLASSES[i] for i in order], query, absolute)
+    expected = class_detection(per_query(values), CLASSES, query, absolute=absolute)
+    moved_rows = class_detection(per_query(values[order]), [CLASSES[i] for i in order], query, absolute=absolute)
     assert moved_rows == pytest.approx(expected)
-    moved_ids = class_detection(per_query(values[order], ids=order), CLASSES, query, absolute)
+    moved_ids = class_detection(per_query(values[order], ids=order), CLASSES, query, absolute=absolute)
     assert moved_ids == pytest.approx(expected), "labels in dataset order must follow the ids of the scores"
 
 

@@ -96,28 +96,29 @@ def test_labels_are_biased_against_one_group_alone(typed: bool) -> None:
     rows = Dataset.from_dict({"sex": ["f", "m"] * 50, "label": [1, 1, 0, 0] * 25, "text": [str(i) for i in range(100)]})
     if typed:
         rows = rows.cast_column("label", ClassLabel(names=["bad", "good"]))
-    biased = biased_labels(rows, 0.2, column="sex", group="f", seed=3)
+    biased = biased_labels(rows, 0.2, within="sex", group="f", seed=3)
     wrong = [i for i, flag in enumerate(biased["is_wrong"]) if flag]
     assert len(wrong) == 20
     assert wrong == [i for i in range(100) if biased["label"][i] != rows["label"][i]]
     assert {(biased["sex"][i], rows["label"][i], biased["label"][i]) for i in wrong} == {("f", 1, 0)}
-    assert biased.column_names == [*rows.column_names, "is_wrong"]
+    assert biased.column_names == [*rows.column_names, "is_wrong", "right_label"]
     assert biased.features["label"] == rows.features["label"]
     assert biased["text"][:] == rows["text"][:]
-    assert biased_labels(rows, 0.2, column="sex", group="f", seed=3)[:] == biased[:]
-    assert biased_labels(rows, 0.2, column="sex", group="f", seed=4)[:] != biased[:]
-    other = biased_labels(rows, 0.25, column="sex", group="m", right=0, wrong=1)
+    assert biased["right_label"][:] == rows["label"][:]
+    assert biased_labels(rows, 0.2, within="sex", group="f", seed=3)[:] == biased[:]
+    assert biased_labels(rows, 0.2, within="sex", group="f", seed=4)[:] != biased[:]
+    other = biased_labels(rows, 0.25, within="sex", group="m", right=0, wrong=1)
     assert other["label"][:] == [1 if sex == "m" else y for sex, y in zip(rows["sex"], rows["label"], strict=True)]
     with pytest.raises(BadExample, match="Plant once"):
-        biased_labels(biased, 0.1, column="sex", group="f")
+        biased_labels(biased, 0.1, within="sex", group="f")
     with pytest.raises(BadExample, match=r"26 of 100 rows .* only 25 have sex='f' and label=1"):
-        biased_labels(rows, 0.26, column="sex", group="f")
+        biased_labels(rows, 0.26, within="sex", group="f")
     with pytest.raises(BadExample, match="no \\['gender'\\]"):
-        biased_labels(rows, 0.1, column="gender", group="f")
+        biased_labels(rows, 0.1, within="gender", group="f")
     with pytest.raises(BadSetting, match="not a share"):
-        biased_labels(rows, 1.1, column="sex", group="f")
+        biased_labels(rows, 1.1, within="sex", group="f")
     with pytest.raises(BadSetting, match="right=1 and wrong=1 are one label"):
-        biased_labels(rows, 0.1, column="sex", group="f", wrong=1)
+        biased_labels(rows, 0.1, within="sex", group="f", wrong=1)
 
 
 @pytest.mark.parametrize(

@@ -62,9 +62,7 @@ def test_what_is_no_number_of_scores_is_refused() -> None:
 
 
 def test_scores_that_are_no_probabilities_say_which_are() -> None:
-    with pytest.raises(
-        BadSetting, match=r"^scores by 'ip' rank .* those by 'auto' are, of single labels"
-    ):
+    with pytest.raises(BadSetting, match=r"^scores by 'ip' rank .* those by 'auto' are, of single labels"):
         Scores(torch.zeros(3, 1), [0, 1, 2], "ip").probability_wrong()
 
 

@@ -39,7 +39,7 @@ class LossDeviations(Deviations):
         return rows.over([0, *self.chosen(rows)], queries="queries" in self.needs)
 
     def record(self, rows: Selection) -> dict[str, Any]:
-        return super().record(rows) | {"points": list(rows.points[1:])}
+        return super().record(rows) | {"points": [point for point in rows.points if point]}
 
     def deviations(self, rows: Selection, side: Side) -> Tensor:
         """See `Deviations`.
@@ -47,7 +47,9 @@ class LossDeviations(Deviations):
         Raises:
             MissingRows: A point lacks an example, or the losses.
         """
-        first, *members = (part.train if side == "train" else part.query for part in rows.parts)
+        first, *members = (
+            part.train if side == "train" else part.query for part in sorted(rows.parts, key=lambda part: part.points)
+        )
         for other in members:
             if not torch.equal(first.positions, other.positions):
                 raise MissingRows(

@@ -15,7 +15,7 @@ def biased_labels(
     dataset: Dataset,
     share: float,
     *,
-    column: str,
+    within: str,
     group: Any,
     label: str = "label",
     right: Any = 1,
@@ -30,7 +30,7 @@ def biased_labels(
     Args:
         dataset: With a label and a group an example.
         share: Of all rows, in [0, 1].
-        column: The column of groups.
+        within: The column of groups.
         group: The group that is wronged.
         label: The column of labels.
         right: The label that some of the group lose.
@@ -38,14 +38,14 @@ def biased_labels(
         seed: The same seed chooses the same rows.
 
     Returns:
-        The dataset with one more column, `is_wrong`.
+        The dataset with two more columns: `is_wrong`, and `right_label` with what was there before.
 
     Raises:
         BadSetting: A share out of range, or one label as both the right and the wrong one.
         BadExample: A column is missing or there already, or fewer rows than wanted have that group and label.
 
     >>> rows = Dataset.from_dict({"sex": ["f", "f", "m", "m"], "label": [1, 1, 1, 1]})
-    >>> biased = biased_labels(rows, 0.25, column="sex", group="f")
+    >>> biased = biased_labels(rows, 0.25, within="sex", group="f")
     >>> sum(biased["is_wrong"]), biased["label"][2:]
     (1, [1, 1])
 
@@ -57,20 +57,22 @@ def biased_labels(
             f"right={right!r} and wrong={wrong!r} are one label, so no row would be wronged. Pass as wrong= the label "
             "that rows are to get, and as right= the one that they lose."
         )
-    if missing := [name for name in (column, label) if name not in dataset.column_names]:
+    if missing := [name for name in (within, label) if name not in dataset.column_names]:
         raise BadExample(f"the dataset has the columns {dataset.column_names} but no {missing}. Name yours.")
-    if "is_wrong" in dataset.column_names:
-        raise BadExample("the dataset has a column 'is_wrong' already: wrong labels were planted before. Plant once.")
+    if taken := [name for name in ("is_wrong", "right_label") if name in dataset.column_names]:
+        raise BadExample(f"the dataset has {taken} already: wrong labels were planted before. Plant once.")
     plain = dataset.with_format(None)
     given = list(plain[label])
-    able = [i for i, (g, y) in enumerate(zip(plain[column], given, strict=True)) if g == group and y == right]
+    able = [i for i, (g, y) in enumerate(zip(plain[within], given, strict=True)) if g == group and y == right]
     if wanted > len(able):
         raise BadExample(
             f"{wanted} of {len(given)} rows are to get the label {wrong!r}, and only {len(able)} have "
-            f"{column}={group!r} and {label}={right!r}. Choose a smaller share."
+            f"{within}={group!r} and {label}={right!r}. Choose a smaller share."
         )
     chosen = set(Random(seed).sample(able, wanted))
-    names, feature = dataset.column_names, dataset.features[label]
+    feature = dataset.features[label]
     biased = dataset.add_column("is_wrong", [i in chosen for i in range(len(given))], feature=Value("bool"))
+    biased = biased.add_column("right_label", given, feature=feature)
     labels = [wrong if i in chosen else y for i, y in enumerate(given)]
-    return biased.remove_columns(label).add_column(label, labels, feature=feature).select_columns([*names, "is_wrong"])
+    biased = biased.remove_columns(label).add_column(label, labels, feature=feature)
+    return biased.select_columns([*dataset.column_names, "is_wrong", "right_label"])

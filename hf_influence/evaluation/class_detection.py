@@ -17,6 +17,7 @@ def class_detection(
     scores: Scores,
     train_labels: Sequence[int] | Sequence[str],
     query_labels: Sequence[int] | Sequence[str],
+    *,
     absolute: bool = True,
 ) -> Bunch:
     """AUC and recall with which each query's influence finds the training examples of the query's class.

@@ -12,7 +12,7 @@ from hf_influence.evaluation.labels import check_single
 from hf_influence.evaluation.shares import share_of
 
 
-def flipped_labels(dataset: Dataset, share: float = 0.2, seed: int = 0, column: str = "label") -> Dataset:
+def flipped_labels(dataset: Dataset, share: float = 0.2, *, seed: int = 0, label: str = "label") -> Dataset:
     """A copy of `dataset` in which a share of the rows has the label of another class, drawn evenly from the others.
 
     ⌊share · n⌋ rows are chosen at random (share as written: 0.29 of 100 rows is 29).
@@ -21,7 +21,7 @@ def flipped_labels(dataset: Dataset, share: float = 0.2, seed: int = 0, column: 
         dataset: With one label an example.
         share: In [0, 1].
         seed: The same seed flips the same labels.
-        column: The column of labels, of any type but lists.
+        label: The column of labels, of any type but lists.
 
     Returns:
         The dataset with two more columns: `is_wrong`, and `right_label` with what was there before.
@@ -37,27 +37,25 @@ def flipped_labels(dataset: Dataset, share: float = 0.2, seed: int = 0, column: 
     (1, 1)
     """
     wanted = int(share_of(share) * len(dataset))
-    if column not in dataset.column_names:
-        raise BadExample(f"the dataset has the columns {dataset.column_names} but no {column!r}. Name it: column=….")
+    if label not in dataset.column_names:
+        raise BadExample(f"the dataset has the columns {dataset.column_names} but no {label!r}. Name it: label=….")
     if taken := [name for name in ("is_wrong", "right_label") if name in dataset.column_names]:
         raise BadExample(f"the dataset has {taken} already: its labels were flipped before. Flip once.")
-    right = list(dataset.with_format(None)[column])
-    check_single(right, f"column {column!r}")
-    feature = dataset.features[column]
+    right = list(dataset.with_format(None)[label])
+    check_single(right, f"column {label!r}")
+    feature = dataset.features[label]
     classes = list(range(feature.num_classes)) if isinstance(feature, ClassLabel) else list(dict.fromkeys(right))
-    missing = (i for i, label in enumerate(right) if group_of(label) is None or label not in classes)
+    missing = (i for i, own in enumerate(right) if group_of(own) is None or own not in classes)
     if (row := next(missing, None)) is not None:
-        raise BadExample(
-            f"row {row} has no label ({column}={right[row]!r}), so none can be wrong. Leave such rows out."
-        )
+        raise BadExample(f"row {row} has no label ({label}={right[row]!r}), so none can be wrong. Leave such rows out.")
     if wanted and len(classes) < 2:
         raise BadExample(f"all {len(right)} labels are {right[0]!r}, so there is no other class to flip one to.")
     rng = Random(seed)
     wrong = set(rng.sample(range(len(right)), wanted))
     given = list(right)
     for i in sorted(wrong):
-        given[i] = rng.choice([label for label in classes if label != right[i]])
+        given[i] = rng.choice([other for other in classes if other != right[i]])
     flipped = dataset.add_column("is_wrong", [i in wrong for i in range(len(right))], feature=Value("bool"))
     flipped = flipped.add_column("right_label", right, feature=feature)
-    flipped = flipped.remove_columns(column).add_column(column, given, feature=feature)
+    flipped = flipped.remove_columns(label).add_column(label, given, feature=feature)
     return flipped.select_columns([*dataset.column_names, "is_wrong", "right_label"])

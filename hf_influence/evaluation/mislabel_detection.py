@@ -21,6 +21,7 @@ BINS = 10
 def mislabel_detection(
     scores: Scores,
     is_mislabeled: Sequence[bool],
+    *,
     within: Sequence[Any] | None = None,
     kinds: Sequence[Hashable] | None = None,
 ) -> Bunch:

@@ -45,7 +45,7 @@ class ParameterDropout(Point):
         return value.masked_fill(drawn.to(value.device) < self.rate, 0)
 
 
-def parameter_dropout(n: int = 5, max_rate: float = 0.01, seed: int = 0) -> list[Point]:
+def parameter_dropout(n: int = 5, *, max_rate: float = 0.01, seed: int = 0) -> list[Point]:
     """Members for `ip_ensemble`: each draws a rate from U(0, max_rate) and zeroes trainable weights at that rate.
 
     The first members do not depend on `n`.

@@ -91,7 +91,7 @@ def both(rows: Dataset) -> Dataset:
 def parts(name: str, args: argparse.Namespace, seed: int) -> tuple[Dataset, Dataset, Dataset]:
     """Training rows with biased labels, queries and held-out rows that are clean and told both ways."""
     rows = training_rows(name, args, seed).select(range(args.rows))
-    train = biased_labels(told(rows, seed), args.share, column="group", group="woman", seed=seed)
+    train = biased_labels(told(rows, seed), args.share, within="group", group="woman", seed=seed)
     clean = told(clean_rows(name, args, seed), f"{seed} clean")
     query, held_out = clean.select(range(args.queries)), clean.select(range(args.queries, len(clean)))
     return train, both(query), both(held_out)

@@ -37,7 +37,7 @@ def run(name: str, seed: int, args: argparse.Namespace, runs: Runs) -> dict[str,
     """What each rule drops."""
     _, tokenizer = load_language_model(args.model)
     data = prompts.load(name, args, tokenizer, seed)
-    train = corrupt_answers(data["train"], args.kinds, args.share, seed)
+    train = corrupt_answers(data["train"], args.kinds, args.share, seed=seed)
 
     def fill(store: Path) -> None:
         prompts.learn(train, data["test"], args, seed, store)

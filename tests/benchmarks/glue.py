@@ -113,7 +113,7 @@ class Parts(NamedTuple):
         rows, clean = rows.cast_column("label", kind), clean.cast_column("label", kind)
         held_out = clean.select(list(range(args.queries, len(clean))))  # as above
         query = clean.select(range(args.queries))
-        return cls(flipped_labels(rows, args.share, seed), query, held_out)
+        return cls(flipped_labels(rows, args.share, seed=seed), query, held_out)
 
     def given(self, seed: int) -> Given:
         """What the methods are passed."""

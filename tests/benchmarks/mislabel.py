@@ -95,7 +95,7 @@ def fill(store: Path, name: str, parts: Parts, seed: int, args: argparse.Namespa
         "continued_sgd": lambda: at(
             continued_sgd(model, train, CONTINUED, STEPS, seed=seed, folder=store / "members", **how), rows=False
         ),
-        "laplace": lambda: at(laplace(model, train, DRAWN, seed, **how), rows=False),
+        "laplace": lambda: at(laplace(model, train, DRAWN, seed=seed, **how), rows=False),
         "ekfac": lambda: collect_ekfac(model, train, store, **how),
         "hessian": lambda: collect_hessian(
             model, train, store, top=EIGENPAIRS, iterations=ITERATIONS, examples=EXAMPLES, seed=seed, **how

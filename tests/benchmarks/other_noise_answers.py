@@ -74,7 +74,7 @@ def run(name: str, seed: int, args: argparse.Namespace) -> dict[str, dict[str, f
     """Method -> AUC, and what the defaults make of it."""
     kind = KINDS[name]
     rows, query = right_rows(kind, args.data, seed)
-    train = corrupt_answers(rows, ["swapped_within"], kind.share, seed)
+    train = corrupt_answers(rows, ["swapped_within"], kind.share, seed=seed)
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         prompts.learn(train, query if kind.queries else None, args, seed, Path(folder))
         chosen = METHODS if kind.queries else WITHOUT_QUERIES

@@ -64,7 +64,7 @@ def run(name: str, seed: int, args: argparse.Namespace, runs: Runs) -> dict[str,
     _, tokenizer = load_language_model(args.model)
     more = argparse.Namespace(**{**vars(args), "rows": args.rows + args.held_out})
     data = prompts.load(name, more, tokenizer, seed)
-    train = corrupt_answers(data["train"].select(range(args.rows)), args.kinds, args.share, seed)
+    train = corrupt_answers(data["train"].select(range(args.rows)), args.kinds, args.share, seed=seed)
     held_out = tokenize(data["train"].select(range(args.rows, more.rows)), tokenizer, gradient="answer")
 
     def judged(way: str, model: nn.Module, rows: Dataset) -> dict[str, float]:

@@ -55,7 +55,7 @@ def run(name: str, kinds: tuple[str, ...], seed: int, args: argparse.Namespace, 
     _, tokenizer = load_language_model(args.model)
     data = prompts.load(name, args, tokenizer, seed)
     try:
-        train = corrupt_answers(data["train"], kinds, args.share, seed)
+        train = corrupt_answers(data["train"], kinds, args.share, seed=seed)
     except BadSetting as error:
         if not args.apart:
             raise
