@@ -65,6 +65,9 @@ def quantised(**config: Any) -> Callable[[], Any]:
             llama().save_pretrained(folder)
             quantise = BitsAndBytesConfig(**config)
             base = AutoModelForCausalLM.from_pretrained(folder, quantization_config=quantise, device_map={"": "cpu"})
+        for module in base.modules():
+            if hasattr(module, "support_avx512bf16_for_cpu"):
+                module.support_avx512bf16_for_cpu = False  # whose kernel for inference takes 32 columns at a time
         model = get_peft_model(
             prepare_model_for_kbit_training(base, use_gradient_checkpointing=False),
             LoraConfig(r=3, lora_dropout=0.1, target_modules=["q_proj", "v_proj"]),
