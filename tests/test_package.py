@@ -40,3 +40,11 @@ def test_the_wheel_holds_every_module_and_works_without_the_sources(tmp_path: Pa
     assert Path(package).is_relative_to(tmp_path)
     assert Path(callbacks).is_relative_to(tmp_path)
     assert module == "hf_influence.callbacks.capture"
+
+
+def test_nothing_heavy_is_loaded_before_it_is_asked_for() -> None:
+    """The command line answers --help at once."""
+    code = "import sys, hf_influence.cli; print(sorted({'datasets', 'torch', 'transformers'} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
+    assert hf_influence.attribute is hf_influence.attribution.attribute
+    assert {"GradientStore", "collect"} <= set(dir(hf_influence))

@@ -125,7 +125,7 @@ WEIGHTS = "to train on it: WeightedTrainer(…{}) of hf_influence.callbacks; a p
         (Reweight(how="posterior"), True, WEIGHTS.format("")),
         (Reweight(column="w"), False, WEIGHTS.format(", weight_column='w'")),
     ],
-    ids=repr,
+    ids=range(11),
 )
 def test_a_report_ends_with_its_estimate_and_with_how_to_train_on_it(
     tmp_path: Path, rule: Any, estimated: bool, last: str | None
