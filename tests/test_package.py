@@ -8,6 +8,9 @@ from pathlib import Path
 from shutil import copy, copytree, ignore_patterns
 from zipfile import ZipFile
 
+import hf_influence
+from hf_influence.attribution import attribute
+
 ROOT = Path(__file__).parents[1]
 
 
@@ -46,5 +49,5 @@ def test_nothing_heavy_is_loaded_before_it_is_asked_for() -> None:
     """The command line answers --help at once."""
     code = "import sys, hf_influence.cli; print(sorted({'datasets', 'torch', 'transformers'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
-    assert hf_influence.attribute is hf_influence.attribution.attribute
+    assert hf_influence.attribute is attribute
     assert {"GradientStore", "collect"} <= set(dir(hf_influence))
