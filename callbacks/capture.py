@@ -32,7 +32,7 @@ from hf_influence.callbacks.checks import (
 from hf_influence.callbacks.contexts import keeping_the_model, naming, trainer_of, undisturbed_randomness
 from hf_influence.callbacks.during import DuringTraining
 from hf_influence.callbacks.packing import check_flat, check_ids, check_packing, known_by, prepared
-from hf_influence.callbacks.resumed import captured, drop_open, forget_after
+from hf_influence.callbacks.resumed import drop_earlier, drop_outdated
 from hf_influence.callbacks.schedule import During, Schedule, endless
 from hf_influence.errors import BadSetting
 from hf_influence.gradients.batches import forward_arguments
@@ -229,7 +229,8 @@ class GradientCapture(TrainerCallback):
             logger.info("the gradients will take up to %.2f GiB in %s", (at_end + during) / 2**30, self.path)
             self._claim = claim = by_first(partial(Claim.take, self.path))
             try:
-                self._drop_outdated(state)
+                if state.global_step > 0:
+                    by_first(partial(drop_outdated, self.path, state, by_steps=self.schedule is not None))
                 if schedule is not None:
                     self._start(trainer, schedule, args, state, model, train_dataloader, overwrite, claim)
             except Exception:
@@ -259,21 +260,6 @@ class GradientCapture(TrainerCallback):
         if split == "train" and rows == len(plan.examples):
             # a set that the Trainer holds has all columns of the examples, so these are not hashed again
             plan.examples.contents = codes if self.train_dataset is None else plan.examples.contents | codes
-
-    def _drop_outdated(self, state: TrainerState) -> None:
-        """What a run that now goes on left at its end, and beyond where this one begins, if it has no rows of steps."""
-        if state.global_step == 0 or not (self.path / "store.json").is_file():
-            return
-        with first_process_first():
-            store = GradientStore.open(self.path)
-            if rank() != 0:
-                return
-            if state.global_step < state.max_steps and 0 in store.points():
-                store.drop(0)
-            if self.schedule is None:
-                for point in captured(store):
-                    forget_after(store, point, state.global_step)
-                drop_open(store, state.global_step)
 
     def _start(
         self,
@@ -369,7 +355,8 @@ class GradientCapture(TrainerCallback):
     ) -> None:
         if self._claim is not None:
             self._claim.check()
-        self._drop_earlier()
+        if self.overwrite and self.schedule is None:
+            by_first(partial(drop_earlier, self.path))
         for split, dataset, options in self._splits(args, trainer, train_dataloader):
             others = options.pop("other_prompts", 0)
             with naming(split):
@@ -386,12 +373,6 @@ class GradientCapture(TrainerCallback):
                     overwrite=self.overwrite,
                     quiet=args.disable_tqdm,
                 )
-
-    def _drop_earlier(self) -> None:
-        """The points of another run, whose weights those at the end do not belong to; a run of `during` begins so."""
-        with first_process_first():
-            if rank() == 0 and self.overwrite and self.schedule is None and (self.path / "store.json").is_file():
-                GradientStore.open(self.path).clear()
 
     def _finish_point(self, point: int | None, model: nn.Module, args: TrainingArguments) -> None:
         """Collect the query rows at the weights with which a point ends."""

@@ -218,12 +218,7 @@ class DuringTraining:
         Returns:
             A point that ends at this very step: the earlier run may have died before it was complete.
         """
-        by_first(partial(self._check_numbering, captured(self.store)))
-        with first_process_first():
-            if rank() == 0:
-                for point in captured(self.store):
-                    forget_after(self.store, point, state.global_step)
-        points = captured(self.store)
+        points = by_first(partial(self._forget_after, state.global_step))
         counted = endless(state) and self.schedule.during == "epochs"
         last = points[-1] if counted and points else None
         ended = None if counted else self.schedule.ended(state)
@@ -231,11 +226,10 @@ class DuringTraining:
         going_on = {
             point for point in (ended, begun) if point is not None and self.schedule.point(point, point) == point
         }
-        with first_process_first():
-            if rank() == 0:
-                drop_open(self.store, state.global_step, but=going_on)
+        by_first(partial(drop_open, self.store, state.global_step, but=going_on))
         if isinstance(self.positions, Sightings):
             self.positions.restore(self.store)
+            wait_for_all()  # until all have read what process 0 goes on to change
         if last is not None:
             self.epoch = last
             if self.trainer.args.ignore_data_skip:  # another pass begins
@@ -248,6 +242,14 @@ class DuringTraining:
             return None
         self._complete(self._writer_of(ended))
         return ended
+
+    def _forget_after(self, step: int) -> list[int]:
+        """Of all points; those that are left."""
+        points = captured(self.store)
+        self._check_numbering(points)
+        for point in points:
+            forget_after(self.store, point, step)
+        return captured(self.store)
 
     def warn_of_missing(self, state: TrainerState) -> None:
         """Say which epochs or steps before the one where training goes on have no rows, if the schedule has them."""

@@ -5,16 +5,47 @@ from __future__ import annotations
 import logging
 import reprlib
 from collections.abc import Container
+from pathlib import Path
+
+from transformers import TrainerState
 
 from hf_influence.store import GradientStore, RowWriter
+from hf_influence.store.files import open_shard
 from hf_influence.store.points import point_folder
+from hf_influence.store.rows import Manifest
 
 logger = logging.getLogger(__name__)
 
 
 def captured(store: GradientStore) -> list[int]:
-    """The points that have rows of training steps."""
-    return [point for point in store.points("weights") if point and "train" in store.splits(point)]
+    """The points that have rows of training steps, or are begun and have none yet; not those that `collect` filled."""
+    points = [point for point in store.points("weights") if point and "train" in store.splits(point)]
+    return [point for point in points if _of_steps(point_folder(store.path, point) / "train")]
+
+
+def drop_outdated(path: Path, state: TrainerState, by_steps: bool) -> None:
+    """What a run that now goes on left at its end, and beyond where this one begins, if it has no rows of steps.
+
+    Args:
+        path: Of the store, which need not be there.
+        state: Where training goes on.
+        by_steps: This run takes rows of training steps, and will look after those that are there.
+    """
+    if not (path / "store.json").is_file():
+        return
+    store = GradientStore.open(path)
+    if state.global_step < state.max_steps and 0 in store.points():
+        store.drop(0)
+    if not by_steps:
+        for point in captured(store):
+            forget_after(store, point, state.global_step)
+        drop_open(store, state.global_step)
+
+
+def drop_earlier(path: Path) -> None:
+    """The points of another run, whose weights those at the end do not belong to; a run of `during` begins so."""
+    if (path / "store.json").is_file():
+        GradientStore.open(path).clear()
 
 
 def forget_after(store: GradientStore, point: int, step: int) -> None:
@@ -58,6 +89,16 @@ def drop_open(store: GradientStore, step: int, but: Container[int] = ()) -> None
 def _whole(store: GradientStore, point: int) -> bool:
     writer, *parts = _writers(store, point)
     return writer.manifest.complete and not any(part.done for part in parts)
+
+
+def _of_steps(folder: Path) -> bool:
+    """Whether the rows of a split carry the step that they are of, as far as there are any."""
+    for part in (folder, *sorted(folder.glob("rank-*"))):
+        for shard in Manifest.read(part).shards[:1]:
+            names = open_shard(part / shard["file"]).keys()
+            if "stats.step" not in names:
+                return False
+    return True
 
 
 def _writers(store: GradientStore, point: int) -> list[RowWriter]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -21,6 +22,51 @@ def process(*command: str) -> str:
     done = subprocess.run([sys.executable, *command], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
+
+
+ERRORS = """
+import torch.distributed as dist
+from hf_influence.errors import BadSetting, StoreError
+from hf_influence.gradients.processes import by_first, rank
+
+def fail(error):
+    raise error
+
+dist.init_process_group("gloo")
+for error, elsewhere in ((OSError("full"), StoreError), (BadSetting("no"), BadSetting)):
+    try:
+        by_first(lambda: fail(error))
+    except (OSError, StoreError, BadSetting) as raised:
+        assert type(raised) is (type(error) if rank() == 0 else elsewhere), raised
+        assert str(error) in str(raised)
+    else:
+        raise AssertionError
+assert by_first(lambda: 3 + rank()) == 3
+dist.destroy_process_group()
+"""
+
+LOOKS = """
+import sys, time
+from pathlib import Path
+import torch.distributed as dist
+from hf_influence.gradients.processes import by_first, rank
+
+dist.init_process_group("gloo")
+file = Path(sys.argv[1])
+by_first(file.touch)
+if rank() == 1:
+    time.sleep(1)
+    assert file.exists()
+by_first(file.unlink)
+assert not file.exists()
+dist.destroy_process_group()
+"""
+
+
+@pytest.mark.parametrize("script", [ERRORS, LOOKS], ids=["errors", "looks"])
+def test_the_first_process_waits_for_the_others_and_they_learn_of_its_errors(tmp_path: Path, script: str) -> None:
+    (tmp_path / "script.py").write_text(script)
+    process(*TORCHRUN, str(tmp_path / "script.py"), str(tmp_path / "file"))
 
 
 def assert_same_stores(one: Path, other: Path, points: list[int], tolerance: float) -> None:
@@ -56,6 +102,17 @@ def test_two_processes_give_the_same_store_as_one(tmp_path: Path, examples: int)
     assert one.ids == two.ids == list(range(examples))
     for name in one.blocks:
         torch.testing.assert_close(two.block(name), one.block(name), rtol=1e-5, atol=1e-6)
+
+
+def test_two_processes_that_go_on_from_a_checkpoint_give_the_store_of_an_undisturbed_run(tmp_path: Path) -> None:
+    command = [*TORCHRUN, SCRIPT, str(tmp_path / "two"), "--examples", "32", "--batch-size", "4", "--dropout", "0"]
+    process(*command)
+    shutil.copytree(tmp_path / "two/rows", tmp_path / "undisturbed/rows")
+    last = sorted((tmp_path / "two").glob("checkpoint-*"), key=lambda folder: int(folder.name.split("-")[1]))
+    for folder in last[len(last) // 2 :]:
+        shutil.rmtree(folder)
+    process(*command)
+    assert_same_stores(tmp_path / "undisturbed", tmp_path / "two", [0, 1, 2, 3], tolerance=1e-5)
 
 
 def test_examples_that_occur_twice_have_their_rows_whichever_process_saw_them(tmp_path: Path) -> None:

@@ -8,9 +8,10 @@ from typing import Any, TypeVar
 
 import torch.distributed as dist
 
-from hf_influence.errors import InfluenceError
+from hf_influence.errors import InfluenceError, StoreError
 
 Made = TypeVar("Made")
+_OF_FIRST = "process 0 failed ({error}), and the others go by what it makes. Its own message says where."
 
 
 def rank() -> int:
@@ -42,15 +43,24 @@ def first_process_first() -> Iterator[None]:
 
 
 def by_first(make: Callable[[], Made]) -> Made:
-    """What process 0 makes, in every process; errors of this library as well."""
+    """What process 0 makes, in every process, once all have come here; its errors as well.
+
+    So `make` may take away what the others have read before, and they see what it has left. An error that is none of
+    this library comes to the others as a StoreError.
+    """
+    wait_for_all()
     box: list[Any] = [None]
+    failed: Exception | None = None
     if rank() == 0:
         try:
             box = [make()]
-        except InfluenceError as error:
-            box = [error]
+        except Exception as error:
+            failed = error
+            box = [error if isinstance(error, InfluenceError) else StoreError(_OF_FIRST.format(error=repr(error)))]
     if _several():
         dist.broadcast_object_list(box)
+    if failed is not None:
+        raise failed
     if isinstance(box[0], InfluenceError):
         raise box[0]
     return box[0]
