@@ -14,6 +14,9 @@ from torch import Tensor
 
 from hf_influence.errors import BadSetting, StoreError
 
+ADVICE = "Make room and run the same again."
+PART = ".part"
+
 
 def as_json(content: Any) -> str:
     """JSON text; numbers of numpy, tensors, arrays and columns as the plain values that they hold.
@@ -43,30 +46,36 @@ def _plain(value: Any) -> Any:
     raise TypeError(f"it has a {type(value).__name__}")
 
 
-def write_json(file: Path, content: dict[str, Any], *, advice: str = "Make room and run the same again.") -> None:
-    """A file of JSON; see `write_whole`.
+def write_json(file: Path, content: dict[str, Any], *, advice: str = ADVICE, suffix: str = PART) -> None:
+    """A file of JSON; see `write_whole` for the other arguments and the error."""
+    write_whole(file, json.dumps(content, indent=1), advice=advice, suffix=suffix)
+
+
+def write_whole(file: Path, text: str, *, advice: str = ADVICE, suffix: str = PART) -> None:
+    """Replace `file` in one step, so that a reader sees the old or the new text and never half of one.
+
+    Args:
+        file: Its folder is made.
+        text: Of the file.
+        advice: What the error ends in.
+        suffix: Of the file that is written first; its own where several processes may write at a time.
 
     Raises:
-        StoreError: The disk is full or not writable; what was there is still there. Ends in `advice`.
+        StoreError: The disk is full or not writable; what was there is still there.
     """
+    part = file.with_name(file.name + suffix)
     try:
-        write_whole(file, json.dumps(content, indent=1))
+        file.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with part.open("w", encoding="utf-8", newline="") as new:
+                new.write(text)
+                new.flush()
+                os.fsync(new.fileno())
+            part.replace(file)
+        finally:
+            part.unlink(missing_ok=True)
     except OSError as error:
         raise StoreError(f"could not write {file} ({error}). {advice}") from error
-
-
-def write_whole(file: Path, text: str) -> None:
-    """Replace `file` in one step, so that a reader sees the old or the new text and never half of one."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    part = file.with_name(file.name + ".part")
-    try:
-        with part.open("w", encoding="utf-8", newline="") as new:
-            new.write(text)
-            new.flush()
-            os.fsync(new.fileno())
-        part.replace(file)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def save_tensors(
@@ -74,7 +83,7 @@ def save_tensors(
     tensors: Mapping[str, Tensor],
     *,
     about: Mapping[str, str] | None = None,
-    advice: str = "Make room and run the same again.",
+    advice: str = ADVICE,
 ) -> None:
     """Replace `file` in one step by one of named tensors, none of which shares memory with another.
 
@@ -87,7 +96,7 @@ def save_tensors(
     Raises:
         StoreError: The disk is full or not writable; what was there is still there.
     """
-    part = file.with_name(file.name + ".part")
+    part = file.with_name(file.name + PART)
     kept = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     try:
         file.parent.mkdir(parents=True, exist_ok=True)

@@ -110,8 +110,9 @@ def test_a_write_that_fails_leaves_the_file_that_was_there(tmp_path: Path, monke
         raise OSError("No space left on device")
 
     monkeypatch.setattr("os.fsync", full)
-    with pytest.raises(OSError, match="No space"):
-        report.save(tmp_path / "d.json")
+    for save in (report.save, lambda path: add_to_card(path.parent, report)):
+        with pytest.raises(StoreError, match=r"could not write .*\(No space left on device\)\. Make room"):
+            save(tmp_path / "d.json")
     assert [file.name for file in tmp_path.iterdir()] == ["d.json"]
     assert (tmp_path / "d.json").read_bytes() == before
 

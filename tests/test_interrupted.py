@@ -19,9 +19,10 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback
 from watched import EXAMPLES, QUERIES, Recording, Stumbling, assert_exact, train
 
-from hf_influence import DatasetFilter, attribute, saving
+from hf_influence import DatasetFilter, attribute
 from hf_influence.callbacks import CurateEachEpoch, GradientCapture, WeightedTrainer
 from hf_influence.errors import StoreError, StoreMismatch
+from hf_influence.gradients import collect
 from hf_influence.store import Claim, GradientStore
 
 
@@ -299,6 +300,24 @@ def test_rows_later_than_the_checkpoint_go_though_no_more_are_captured(tmp_path:
     assert GradientStore.open(again.path).points() == [0, 1]
 
 
+@pytest.mark.parametrize("during", ["epochs", None])
+def test_a_run_that_goes_on_leaves_rows_alone_that_were_collected_at_a_point(tmp_path: Path, during: Any) -> None:
+    options: dict[str, Any] = {"save_strategy": "epoch", "num_train_epochs": 3}
+    path = tmp_path / "rows"
+    train(tiny(torch.float32), tmp_path, GradientCapture(path, during="epochs", epochs=[1]), **options)
+    collect(tiny(torch.float32), EXAMPLES, path, data_collator=padding(), point=2)
+    before = {name: block.clone() for name, block in all_blocks(path, 2).items()}
+    again = GradientCapture(path, during=during, epochs=during and [1, 3])
+    train(tiny(torch.float32), tmp_path, again, resume=str(tmp_path / "checkpoint-4"), kind=Trainer, **options)
+    assert GradientStore.open(path).points() == ([0, 1, 2, 3] if during else [0, 1, 2])
+    assert all(torch.equal(block, before[name]) for name, block in all_blocks(path, 2).items())
+
+
+def all_blocks(path: Path, point: int) -> dict[str, Tensor]:
+    rows = GradientStore.open(path).rows("train", point)
+    return {name: rows.block(name) for name in rows.blocks}
+
+
 @pytest.fixture
 def other() -> Iterator[psutil.Process]:
     """Another process of this machine."""
@@ -346,6 +365,35 @@ def test_the_folder_of_a_run_that_is_dead_or_elsewhere_is_taken_over(
     assert not (capture.path / "run.json").exists()
 
 
+def test_runs_that_begin_in_the_same_moment_do_not_share_a_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain, claims = Path.replace, []
+
+    def beside(self: Path, target: Path) -> Path:
+        monkeypatch.setattr(Path, "replace", plain)
+        claims.append(Claim.take(tmp_path))  # while the other is about to
+        return plain(self, target)
+
+    monkeypatch.setattr(Path, "replace", beside)
+    last = Claim.take(tmp_path)
+    last.check()
+    with pytest.raises(StoreError, match="this very one"):
+        claims[0].check()
+    assert [file.name for file in tmp_path.iterdir()] == ["run.json"]
+
+
+def test_a_run_that_had_the_number_of_this_process_is_another(tmp_path: Path) -> None:
+    claim = Claim.take(tmp_path)
+    assert Claim.of_another(tmp_path) is None
+    claim_of(psutil.Process(), tmp_path, created=1.0)
+    found = Claim.of_another(tmp_path)
+    assert found is not None
+    assert found.created == 1.0
+    with pytest.raises(StoreError, match=rf"process {claim.pid} on [^,]*\) has begun"):
+        claim.check()
+
+
 class Begins(TrainerCallback):
     """Another run begins in the same folder after some step."""
 
@@ -389,13 +437,13 @@ def test_two_captures_in_one_folder_are_told_apart(tmp_path: Path) -> None:
 def test_a_full_disk_is_said_whatever_file_it_keeps_from_being_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    plain = saving.write_whole
+    plain = Path.replace
 
-    def full(file: Path, text: str) -> None:
-        if file.name == "point.json":
+    def full(self: Path, target: Path) -> Path:
+        if target.name == "point.json":
             raise OSError("No space left on device")
-        plain(file, text)
+        return plain(self, target)
 
-    monkeypatch.setattr(saving, "write_whole", full)
+    monkeypatch.setattr(Path, "replace", full)
     with pytest.raises(StoreError, match=r"could not write .*point\.json \(No space left on device\). Make room"):
         train(tiny(torch.float32), tmp_path, GradientCapture(tmp_path / "rows", during="epochs"), kind=Trainer)

@@ -88,6 +88,9 @@ def add_to_card(card: Card, decision: Decision) -> Card:
 
     Returns:
         The card.
+
+    Raises:
+        StoreError: The disk is full or not writable; a card that was there is still there.
     """
     if isinstance(card, DatasetCard):
         card.text = with_section(card.text, section(decision))
@@ -124,6 +127,7 @@ def save_curated(curated: Dataset | DatasetDict, decision: Decision, folder: str
         BadExample: Not a dataset with a length.
         BadSetting: No decision, one that cannot be saved, or one that did not make the dataset; the folder of a store
             or of the dataset itself, or a file. Nothing is written then.
+        StoreError: The decision or the card cannot be written: the disk is full or not writable.
     """
     from hf_influence.filter.decision import Decision
 

@@ -259,6 +259,7 @@ class Decision:
 
         Raises:
             BadSetting: Settings of the scores that JSON cannot hold; nothing is written then.
+            StoreError: The disk is full or not writable; a file that was there is still there.
         """
         write_whole(Path(path).expanduser(), text_of(self))
 

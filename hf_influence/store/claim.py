@@ -28,7 +28,9 @@ class Claim:
         claim.release()             # the run is over
 
     A run on another machine may be dead or alive, and nobody here can tell; it may have been resumed here. So it is
-    taken over, and stops at its next look at the file, as does one that began in the same moment as another.
+    taken over, and stops at its next look at the file, as does one that began in the same moment as another. Containers
+    that share the name of a machine and not the numbers of its processes do not see each other: a living run in another
+    one passes for dead and is taken over as well, unless some process here has its number and began when it did.
 
     Attributes:
         path: Folder of the store.
@@ -63,14 +65,16 @@ class Claim:
             )
         about = asdict(claim)
         del about["path"]
-        write_json(_file(path), about)
+        write_json(_file(path), about, suffix=f".{claim.token}.part")
         return claim
 
     @classmethod
     def of_another(cls, path: Path) -> Claim | None:
         """That of a run of another process which has not ended, or was cut short; `None` if there is none."""
         other, own = _read(path), psutil.Process()
-        return None if other is None or (other.host, other.pid) == (socket.gethostname(), own.pid) else other
+        if other is not None and other._is_of(socket.gethostname(), own.pid, own.create_time()):
+            return None
+        return other
 
     @property
     def whose(self) -> str:
@@ -91,7 +95,7 @@ class Claim:
                 "no more to it. Train into another folder, or resume from the last checkpoint."
             )
         if now.token != self.token:
-            same = (now.host, now.pid) == (self.host, self.pid)
+            same = now._is_of(self.host, self.pid, self.created)
             raise StoreError(
                 f"another training run ({now.whose}{', this very one' if same else ''}) has begun to fill {self.path}, "
                 "and the rows of two runs in one folder would be mixed up. This one writes no more to it. Give each "
@@ -103,6 +107,10 @@ class Claim:
         now = _read(self.path)
         if now is not None and now.token == self.token:
             _file(self.path).unlink(missing_ok=True)
+
+    def _is_of(self, host: str, pid: int, created: float) -> bool:
+        """Whether it is that of this process: numbers are given out again."""
+        return (self.host, self.pid) == (host, pid) and abs(self.created - created) < APART
 
     def _lives(self) -> bool:
         """Whether the process is there, seen from its machine."""
