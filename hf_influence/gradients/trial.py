@@ -98,7 +98,7 @@ def try_out(model: nn.Module, task: Task, examples: Examples, taps: Sequence[Tap
                     if found[position].stats["hash"] == both.stats["hash"][row]:  # or it is drawn anew each time
                         _alike(position, found[position], both, row, tolerance, model)
     if never := [tap.parameter for tap in taps if tap.parameter not in trial.catcher.reached]:
-        trial.catcher.refuse(list(dict.fromkeys(never)))
+        _refuse_unreached(list(dict.fromkeys(never)), ends)
     if has_own_loss(task):
         return
     for position, look in found.items():
@@ -117,6 +117,16 @@ _KIND = (
     "of its kind (labels that are not shifted, another loss for several labels, tokens of an image before the text), "
     "and rows would be of the wrong one. Say what it is: task=own_loss(function)."
 )
+
+
+def _refuse_unreached(names: Sequence[str], tried: Sequence[int]) -> None:
+    which = " and ".join(map(str, sorted(tried)))
+    raise UnsupportedModel(
+        f"no gradient reached {len(names)} parameter(s) (first: {names[0]}): none of the examples that were tried out "
+        f"({which}) comes to them. The layer is not used, is used by other examples only, or its weights are used "
+        f"without calling it, and such rows would be wrong. Leave it out with skip=[{names[0]!r}, …]; if it is for "
+        "some examples only, let one of those be the first and the longest of the dataset, which is tried out."
+    )
 
 
 def _wider(batch: dict[str, Any], single: dict[str, Any]) -> bool:
