@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from datasets import Dataset
@@ -76,6 +77,33 @@ def test_examples_of_equal_tokens_that_differ_to_the_model_are_refused(case: str
 @pytest.mark.parametrize("case", LIKE)
 def test_examples_that_differ_in_padding_alone_are_equal(case: str) -> None:
     assert positions(LIKE[case]).duplicates == len(LIKE[case]) - 1
+
+
+def holding(*values: Any) -> list[dict[str, Any]]:
+    """A collator keeps what is no tensor as it is."""
+    return [text(IDS, [1] * 4, position_ids=value) for value in values]
+
+
+def kept(features: list[dict[str, Any]]) -> dict[str, Any]:
+    plain = [{name: value for name, value in row.items() if name != "position_ids"} for row in features]
+    return {**padding_with(1)(plain), "position_ids": [row["position_ids"] for row in features]}
+
+
+TWO = [torch.arange(2), torch.arange(3)]
+VALUES: dict[str, tuple[Any, Any, Any]] = {
+    "arrays": (np.arange(4), np.arange(4), np.arange(4) + 1),
+    "tensors in a list": (TWO, [part.clone() for part in TWO], [part + 1 for part in TWO]),
+    "fewer tensors": (TWO, TWO, TWO[:1]),
+    "tensors by name": ({"a": TWO[0]}, {"a": TWO[0].clone()}, {"a": TWO[1]}),
+}
+
+
+@pytest.mark.parametrize("case", VALUES)
+def test_inputs_are_compared_by_value_whatever_holds_them(case: str) -> None:
+    first, same, other = VALUES[case]
+    assert Positions(Examples(holding(first, same), Reading(), kept), per_token=True).duplicates == 1
+    with pytest.raises(BadSetting, match="examples 0 and 1 have the same tokens and labels and differ in 'position_"):
+        Positions(Examples(holding(first, other), Reading(), kept), per_token=True)
 
 
 def typed(features: list[dict[str, Any]]) -> dict[str, Tensor]:

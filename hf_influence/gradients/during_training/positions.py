@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from hf_influence.errors import BadExample, BadSetting
 from hf_influence.gradients.batches import Examples, by_token
-from hf_influence.gradients.during_training.training import MAIN_INPUTS, Batch
+from hf_influence.gradients.during_training.training import Batch, main_input
 from hf_influence.task import LABELS, labels_of
 
 AT_ONCE = 32
@@ -152,7 +153,7 @@ def _check_equal(examples: Examples, positions: Sequence[int]) -> None:
 def _inputs(examples: Examples, position: int) -> dict[str, Any]:
     """What the model is given of an example beside what its hash is made of, without padding around it."""
     batch = examples.collated([position])
-    main = next((name for name in MAIN_INPUTS if name in batch), None)
+    main = main_input(batch)
     mask = batch.get("attention_mask")
     if isinstance(mask, Tensor) and mask.ndim == 2 and len(mask) == 1 and mask.any():
         real = mask[0].nonzero()[:, 0]
@@ -164,4 +165,10 @@ def _inputs(examples: Examples, position: int) -> dict[str, Any]:
 def _equal(one: Any, other: Any) -> bool:
     if isinstance(one, Tensor) and isinstance(other, Tensor):
         return torch.equal(one, other)
+    if isinstance(one, np.ndarray) or isinstance(other, np.ndarray):
+        return np.array_equal(one, other)
+    if isinstance(one, (list, tuple)) and isinstance(other, (list, tuple)):
+        return len(one) == len(other) and all(map(_equal, one, other))
+    if isinstance(one, Mapping) and isinstance(other, Mapping):
+        return one.keys() == other.keys() and all(_equal(value, other[name]) for name, value in one.items())
     return bool(one == other)

@@ -14,7 +14,7 @@ from torch.utils.data import IterableDataset
 from hf_influence.errors import BadExample, BadSetting
 from hf_influence.gradients.answers import OF_TEXT
 from hf_influence.gradients.compress import Compressor
-from hf_influence.gradients.during_training.training import MAIN_INPUTS
+from hf_influence.gradients.during_training.training import main_input
 from hf_influence.gradients.own_loss import OwnTask, task_of
 from hf_influence.gradients.plan import header_of
 from hf_influence.gradients.taps import Modules, Tap, find_taps
@@ -114,7 +114,7 @@ class Sightings:
         Raises:
             BadSetting: Names it.
         """
-        main = next((name for name in MAIN_INPUTS if name in inputs), None)
+        main = main_input(inputs)
         if unread := [name for name in inputs if name in arguments and name != main and name not in OF_TEXT]:
             raise BadSetting(
                 "the examples of a stream are told apart by their tokens and labels, and the model is given "

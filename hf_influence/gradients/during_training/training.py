@@ -8,7 +8,7 @@ caught.rows, caught.stats        # the gradient of each example's own loss, what
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -34,6 +34,11 @@ from hf_influence.task import IGNORED, CausalLM, Classification, LanguageModel, 
 NARROW = 1024
 """Columns up to which copying a block costs less than the two calls of its own."""
 MAIN_INPUTS = ("input_ids", "pixel_values", "inputs_embeds")
+
+
+def main_input(names: Container[str]) -> str | None:
+    """Which of the inputs of a model holds the example itself."""
+    return next((name for name in MAIN_INPUTS if name in names), None)
 
 
 @dataclass
