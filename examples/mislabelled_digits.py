@@ -6,7 +6,6 @@ The handwritten digits of scikit-learn, 8 × 8 pixels, a fifth of the training l
 never trained before. Ten seconds on a CPU.
 """
 
-import random
 import tempfile
 
 import numpy as np
@@ -17,17 +16,14 @@ from transformers import Trainer, TrainingArguments, ViTConfig, ViTForImageClass
 
 from hf_influence import attribute
 from hf_influence.callbacks import GradientCapture
-from hf_influence.evaluation import mislabel_detection
+from hf_influence.evaluation import flipped_labels, mislabel_detection
 
 set_seed(0)
 images, labels = load_digits(return_X_y=True)
 order = np.random.permutation(len(labels))[:500]
 pixels = (images[order].reshape(-1, 1, 8, 8) / 8 - 1).astype(np.float32)
-draw, labels = random.Random(0), labels[order].tolist()
-wrong = set(draw.sample(range(400), 80))
-labels = [(label + draw.randint(1, 9)) % 10 if i in wrong else label for i, label in enumerate(labels)]
-data = Dataset.from_dict({"pixel_values": pixels, "labels": labels}).with_format("torch")
-train, query = data.select(range(400)), data.select(range(400, 500))
+data = Dataset.from_dict({"pixel_values": pixels, "labels": labels[order]}).with_format("torch")
+train, query = flipped_labels(data.select(range(400)), share=0.2, label="labels"), data.select(range(400, 500))
 
 config = ViTConfig(
     image_size=8,
@@ -56,5 +52,5 @@ with tempfile.TemporaryDirectory() as folder:
     capture = GradientCapture(f"{folder}/rows", query)
     Trainer(model, args, train_dataset=train, callbacks=[capture]).train()
     for method in ("outlier_l1", "outlier_iforest", "self_ip", "cosine", "datainf", "loss", "random"):
-        found = mislabel_detection(attribute(capture.path, method), [i in wrong for i in range(400)])
+        found = mislabel_detection(attribute(capture.path, method), train["is_wrong"])
         print(f"{method:15} AUC {found.auc:.3f}  average precision {found.average_precision:.3f}")

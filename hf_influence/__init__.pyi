@@ -1,3 +1,13 @@
+from . import attribution as attribution
+from . import callbacks as callbacks
+from . import curvature as curvature
+from . import dataset as dataset
+from . import evaluation as evaluation
+from . import filter as filter
+from . import gradients as gradients
+from . import points as points
+from . import scores as scores
+from . import store as store
 from .attribution import attribute, combined, lacking, methods
 from .filter import DatasetFilter
 from .gradients import (

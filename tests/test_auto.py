@@ -266,7 +266,7 @@ def test_for_classes_the_parts_weigh_what_the_queries_say(tmp_path: Path, leans:
 
 REASONS: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "no queries": ({"queries": False}, {}, r"no clean queries .*query_dataset=clean"),
-    "training goes on": ({"queries": False, "final": False}, {}, r"no rows at the final weights: .*at_end=False"),
+    "training goes on": ({"final": False}, {}, r"no rows at the final weights: .*at_end=False"),
     "prompts are learnt": ({}, {}, r"not read after two other prompts.*prompt and completion.*assistant_only_loss"),
     "parts": ({}, {"parts": ["loss"]}, r"chosen by hand"),
 }
@@ -275,7 +275,10 @@ REASONS: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
 @pytest.mark.parametrize("case", REASONS)
 def test_scores_that_are_ranks_say_why_they_are_no_probabilities(tmp_path: Path, case: str) -> None:
     held, settings, why = REASONS[case]
-    scores = attribute(store(tmp_path / "store", TEXTS, training=True, **held), **settings)
+    path = store(tmp_path / "store", TEXTS, training=True, **held)
+    if case == "training goes on":  # and the queries come last
+        make_store(path, blocks(N, 3), stats=losses(3) | {"step": torch.arange(N)}, point=3, task=TEXTS)
+    scores = attribute(path, **settings)
     with pytest.raises(BadSetting, match=rf"by 'auto' rank the examples and are no probabilities: .*{why}"):
         scores.probability_wrong()
     scores.save(tmp_path / "scores")

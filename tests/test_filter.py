@@ -203,6 +203,14 @@ def test_tokens_that_cannot_be_counted_are_named(cell, shown):
         DatasetFilter(keep_tokens=3).apply(numbered(2, input_ids=cells), scores_of([1.0, 2.0]))
 
 
+@pytest.mark.parametrize("names", [[3, 2, 1, 0], ["d", "c", "b", "a"]])
+def test_scores_by_an_id_column_and_by_place_are_of_the_same_rows(names):
+    rows = numbered(4).add_column("uid", names)
+    by_id = scores_of([0.0, 1, 2, 3], ids=sorted(names, reverse=True), id_column="uid")
+    for both in ([by_id, scores_of([0.0, 1, 2, 3])], [scores_of([0.0, 1, 2, 3]), by_id]):
+        assert DatasetFilter(drop=1).apply(rows, both)["row"][:] == [1, 2, 3]
+
+
 def test_several_scores_drop_what_they_agree_on():
     one, other = scores_of([0.0, 1.0, 2.0, 3.0]), scores_of([-5.0, 3.0, -6.0, 9.0])
     both = DatasetFilter(drop=2)

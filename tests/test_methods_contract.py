@@ -131,6 +131,7 @@ def test_another_split_of_queries_is_among_the_settings(tmp_path: Path, method: 
     assert not torch.allclose(attribute(store, method).values, scores.values)
 
 
+@pytest.mark.filterwarnings("ignore:method 'outlier_classwise' cannot tell what is typical:UserWarning")
 @every_method
 @pytest.mark.parametrize(("n", "m", "widths"), [(0, 3, (5, 6)), (1, 3, (5,)), (3, 0, (5,)), (2, 1, (1,))])
 def test_empty_and_tiny_stores(tmp_path: Path, method: str, n: int, m: int, widths: tuple[int, ...]) -> None:

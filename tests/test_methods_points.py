@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -168,6 +169,16 @@ def test_the_end_comes_after_all_points_of_training(tmp_path: Path, points: list
     scores = attribute(store, "forgetting", points=points)
     assert scores.values[:, 0].tolist() == [-1, 0]
     assert scores.settings["points"] == [1, 2, 0]
+
+
+def test_what_the_end_knows_of_the_dataset_counts_beside_what_other_points_do(tmp_path: Path) -> None:
+    store = by_point(tmp_path, [[1.0, 1], [0, 1]])
+    make_store(tmp_path, {"layer": torch.zeros(2, 1, dtype=torch.float64)}, stats={"correct": torch.tensor([0.0, 1])})
+    for point, columns in ((0, {"text": [2, "a", "b"], "n": [1, "c", "d"]}), (1, {"n": [1, "e", "f"]}), (2, {})):
+        file = store.rows("train", point).folder / "rows.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"contents": columns}))
+    scores = attribute(store, "forgetting", points=[0, 1, 2])
+    assert scores.contents == {"text": [2, "a", "b"], "n": [1, "c", "d"]}
 
 
 def test_two_runs_do_not_forget_for_each_other(tmp_path: Path) -> None:

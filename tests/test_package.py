@@ -10,6 +10,7 @@ from zipfile import ZipFile
 
 import hf_influence
 from hf_influence.attribution import attribute
+from hf_influence.filter import Relabel
 
 ROOT = Path(__file__).parents[1]
 
@@ -50,4 +51,5 @@ def test_nothing_heavy_is_loaded_before_it_is_asked_for() -> None:
     code = "import sys, hf_influence.cli; print(sorted({'datasets', 'torch', 'transformers'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
     assert hf_influence.attribute is attribute
+    assert hf_influence.filter.Relabel is Relabel
     assert {"GradientStore", "collect"} <= set(dir(hf_influence))

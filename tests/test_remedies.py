@@ -104,8 +104,8 @@ def test_labels_by_how_far_they_are_believed():
     torch.testing.assert_close(torch.tensor(some["label"][:]), torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.9, 0.1]]))
 
 
-ESTIMATED = "auto estimates 3 % to be wrong (right and wrong labels of the queries are told apart with AUC 0.85); with"
-TOLD = "auto was told that 20 % are wrong (right and wrong labels of the queries are told apart with AUC 0.85)"
+ESTIMATED = "auto estimates 3 % to be wrong (right and wrong ones among the queries are told apart with AUC 0.85); with"
+TOLD = "auto was told that 20 % are wrong (right and wrong ones among the queries are told apart with AUC 0.85)"
 SOFT = "to train on it: Trainer(…, compute_loss_func=soft_cross_entropy) of hf_influence.callbacks; a plain Trainer t"
 WEIGHTS = "to train on it: WeightedTrainer(…{}) of hf_influence.callbacks; a plain Trainer drops the weights"
 

@@ -85,8 +85,16 @@ def attribute(
         columns,
         rows.train.id_column,
         chosen.report,
-        rows.train.contents,
+        _contents(rows),
     )
+
+
+def _contents(rows: Selection) -> dict[str, list[Any]] | None:
+    """What the dataset is known by: all columns that any of the points was shown, as the end has them if it does."""
+    known = [part.train.contents for part in sorted(rows.parts, key=lambda part: part.points, reverse=True)]
+    if None in known:
+        return None
+    return {name: codes for contents in known for name, codes in (contents or {}).items()}
 
 
 def _looks_at_queries(method: Method) -> bool:

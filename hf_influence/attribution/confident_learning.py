@@ -27,7 +27,7 @@ class ConfidentLearning(Method, name="confident_learning"):
     none.
 
     The probabilities are meant to be those of a model that has not been trained on the example. After training on it a
-    wrong label may be learnt by heart, and few issues are found: store rows of held-out folds, or of an early epoch.
+    wrong label may be memorised, and few issues are found: store rows of held-out folds, or of an early epoch.
 
     Cost: O(n c) for c classes; the probabilities are stored with the rows. Needs the package cleanlab.
     Use when: as a baseline for classification, or when a number of wrong labels is wanted along with a ranking.

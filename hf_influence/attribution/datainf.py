@@ -18,7 +18,7 @@ class DataInf(Tuned, MeanInverse, InnerProduct, name="datainf"):
 
     Cost: three passes of matrix products, O(n q d); no n × n and no d × d matrix.
     Use when: there are more rows than an n × n matrix allows, and more columns than a d × d matrix allows.
-    See also: Fisher (exact, and no dearer for a few thousand rows), InnerProduct (no
-    curvature; as λ → ∞, each block comes to that over its λ).
+    See also: Fisher (exact, and no dearer for a few thousand rows), InnerProduct (no curvature; as λ → ∞, each block
+    comes to that over its λ).
     Source: Kwon et al., DataInf, ICLR 2024. https://arxiv.org/abs/2310.00902
     """

@@ -12,8 +12,8 @@ from hf_influence.errors import MissingRows, NotConverged
 from hf_influence.store import Rows
 
 GRID = tuple(10.0**k for k in range(-4, 6))
-"""Relative dampings to choose from; at the upper end `P` is, in each block, the identity up to
-scale but for a few directions."""
+"""Relative dampings to choose from; at the upper end `P` is, in each block, the identity up to scale but for a few
+directions."""
 QUERIES = 128
 """Queries that are asked at most, evenly spread over the split; the choice hardly moves beyond a few dozen."""
 

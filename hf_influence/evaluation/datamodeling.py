@@ -1,4 +1,4 @@
-"""Linear datamodeling score: do sums of scores foretell what training on a part of the data gives?"""
+"""Linear datamodeling score: do sums of scores predict what training on a part of the data gives?"""
 
 from __future__ import annotations
 
@@ -122,7 +122,7 @@ def lds(
     Returns:
         `lds`, its bootstrap `spread` (standard deviation when subsets and queries are both drawn anew) and
         95% interval `low`, `high`; `per_query`, a list; `skipped`, the number of queries whose loss is the same after
-        every training. A query for which the scores foretell no order counts 0.
+        every training. A query for which the scores predict no order counts 0.
 
     Raises:
         BadSetting: Shapes that do not belong together, losses that are not finite, or nothing to correlate.
@@ -154,7 +154,7 @@ def lds(
     if not moves.any():
         raise BadSetting(
             f"the loss of all {losses.shape[1]} queries is the same after every training, so there is nothing to "
-            "foretell. Check that retrain trains on what it is given."
+            "predict. Check that retrain trains on what it is given."
         )
     foretold, measured = foretold[:, moves], measured[:, moves]
     per_query = np.nan_to_num(spearman(foretold, measured))  # [m]

@@ -1,4 +1,4 @@
-"""Scores by models that have not seen the example: slow, and the reference where nothing can be learnt by heart."""
+"""Scores by models that have not seen the example: slow, and the reference where nothing can be memorised."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def out_of_fold(
     model that has seen the copy of an example has seen it.
 
     Cost: `folds` trainings, and a forward pass over the dataset.
-    Use when: the model learns its noise by heart, or there are no clean queries and a few short trainings are
+    Use when: the model memorises its noise, or there are no clean queries and a few short trainings are
     affordable. As one ranking among others: `combined(attribute(store), out_of_fold(...))`.
     Source: cross-validated scores, as in Northcutt et al., Confident Learning, JAIR 2021.
 

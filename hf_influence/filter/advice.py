@@ -27,13 +27,13 @@ def advice_of(decision: Decision) -> list[str]:
 
 
 def percent(share: float) -> str:
-    """`3.2 %`."""
-    return f"{100 * share:.2g} %"
+    """`3.2 %`, `20 %`."""
+    return f"{100 * share:.1f}".rstrip("0").rstrip(".") + " %"
 
 
 def _on(estimate: dict[str, Any]) -> str:
     method, share = printable(estimate["method"]), percent(estimate["wrong"])
-    apart = f"(right and wrong labels of the queries are told apart with AUC {estimate['auc']:.2f})"
+    apart = f"(right and wrong ones among the queries are told apart with AUC {estimate['auc']:.2f})"
     if estimate["told"]:
         return f"{method} was told that {share} are wrong {apart}"
     return (

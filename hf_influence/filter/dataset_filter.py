@@ -9,7 +9,7 @@ import torch
 from datasets import Dataset, IterableDataset, Value
 from torch import Tensor
 
-from hf_influence.dataset.matching import in_order
+from hf_influence.dataset.matching import ids_of, in_order
 from hf_influence.errors import BadExample, BadSetting
 from hf_influence.filter.actions import Written
 from hf_influence.filter.cutting import check_amount, count_of, gone_by, groups_of, lengths_of, reasons_of
@@ -92,7 +92,9 @@ class DatasetFilter(Rule):
         for ranking in rankings:
             check_scale(self.drop, ranking)
         decision = Decision.keeping_all(dataset, rankings, by)
-        values, n = [in_order(ranking, decision.ids) for ranking in rankings], decision.before  # each [n, q]
+        table, n = decision.dataset, decision.before
+        names = [decision.ids if table is None else ids_of(table, ranking.id_column) for ranking in rankings]
+        values = [in_order(ranking, own) for ranking, own in zip(rankings, names, strict=True)]  # each [n, q]
         if self.columns and (taken := [column for column in _ADDED if column in (dataset.column_names or ())]):
             raise BadExample(f"the dataset has {taken} already. Rename or remove them, or leave columns=False.")
         groups = groups_of(decision.dataset, self.within, n)

@@ -39,7 +39,7 @@ class Relabel(Rule):
                       φ for more than two classes only, where ỹ_{1−m} = p
 
     `Relabel(how="posterior")` is the one to train on: each row counts as far as its label can be believed, no row is
-    lost, and what is between right and wrong is not learnt by heart. A plain Trainer takes vectors for several labels
+    lost, and what is between right and wrong is not memorised. A plain Trainer takes vectors for several labels
     at once: give it their loss, `Trainer(…, compute_loss_func=soft_cross_entropy)` of `hf_influence.callbacks`. Soft
     labels of two classes are flipped ones; rows that keep their label among vectors get a one-hot one.
 

@@ -3,7 +3,7 @@
     DatasetFilter(drop="otsu")        # the two groups that differ most
     DatasetFilter(drop="mixture")     # rows that rather belong to the lower of two bell curves
     DatasetFilter(drop="negative")    # rows that are predicted to do harm
-    DatasetFilter(drop="doubtful")    # rows whose label is not at least twice as probably right as wrong
+    DatasetFilter(drop="doubtful")    # rows whose label is less than twice as likely right as wrong
     DatasetFilter(drop=discovery(0.1))  # rows that do harm for sure, at most a tenth of them by chance
 
 A threshold is a function from the scores `[n, q]` to one flag a row, `[n]`: true for rows that go. Higher scores are

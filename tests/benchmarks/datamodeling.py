@@ -1,4 +1,4 @@
-"""Do sums of scores foretell what training on half of the data gives? Linear datamodeling score of every method.
+"""Do sums of scores predict what training on half of the data gives? Linear datamodeling score of every method.
 
     python tests/benchmarks/datamodeling.py --data FOLDER --results runs/datamodeling --markdown datamodeling.md
 
@@ -7,7 +7,7 @@ a part of the training set while `GradientCapture` takes the rows, epoch by epoc
 halves of that part, from the same head and adapter and for as many epochs, each half `--trainings` times in another
 order and with other dropout. What is foretold is the mean loss of each clean query over these trainings.
 
-Rank correlations, 1 is best and 0 chance. The row `training again` is no method: it foretells the losses of the first
+Rank correlations, 1 is best and 0 chance. The row `training again` is no method: it predicts the losses of the first
 half of the trainings from those of the other half, and shows how much the order and the dropout alone decide. Methods
 are held against the mean of all trainings, so a good one may come out above it. `bootstrap` is the standard deviation
 of the score when subsets and queries are drawn anew.
@@ -50,7 +50,7 @@ def figures(measured: Tensor, subsets: Tensor, method: str, scores: Scores) -> d
 
 
 def training_again(all_losses: Tensor) -> dict[str, dict[str, Any]]:
-    """How well half of the trainings foretell the others, from the losses `[t, k, m]` of all."""
+    """How well half of the trainings predict the others, from the losses `[t, k, m]` of all."""
     if len(all_losses) < 2:
         return {AGAIN: {"left out": "it takes --trainings 2 or more"}}
     half = len(all_losses) // 2

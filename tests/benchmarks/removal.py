@@ -11,7 +11,7 @@ In the cells stands by how much the loss is better than after random drops, on a
 fall (above 0), without the highest it should rise (below 0). Rows are ordered by the first. The row `random` has each
 random drop against the others of its run: its spread is the noise of a cell.
 
-A loss is not an accuracy. Wrong labels keep a model that learns its rows by heart unsure of itself, and one trained
+A loss is not an accuracy. Wrong labels keep a model that memorises its rows unsure of itself, and one trained
 without most of them is surer, where it is wrong as well. With these settings (`sst2`, seed 0, a fifth left out) the
 mean loss is .517 after a random drop, .630 without the lowest by `auto` and .481 on right labels alone, the median
 .275, .037 and .089, the accuracy .737, .773 and .787. `retraining.py` judges by accuracy.

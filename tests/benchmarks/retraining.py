@@ -7,7 +7,7 @@ while `GradientCapture` takes their gradients, epoch by epoch and at the end. Th
 head and adapter and for as many steps, on
 
     clean        the rows whose label was not flipped: perfect cleaning
-    doubtful     without what is not twice as probably right as wrong by `auto` (`DatasetFilter(drop="doubtful")`)
+    doubtful     without what is less than twice as likely right as wrong by `auto` (`DatasetFilter(drop="doubtful")`)
     posterior    with each label as far as it is believed: class probabilities by `auto` (`Relabel(how="posterior")`)
     drop M       without the lowest scores by method M, as many as were flipped; `drop random` is a random drop
     relabel M    with the likeliest other label for these rows, by the first of `--methods`
@@ -126,7 +126,7 @@ def gap(gain: Mapping[str, Any]) -> str:
 
 
 def main() -> None:
-    made = options(__doc__, queries=400, held_out=3000, epochs=12)  # enough to learn wrong labels by heart
+    made = options(__doc__, queries=400, held_out=3000, epochs=12)  # enough to memorise wrong labels
     made.add_argument("--methods", nargs="+", default=["auto", "loss", "ip", "datainf", "kernel_ridge"])
     made.add_argument("--ways", nargs="+", help="of curating, by the names above, to train on; all without")
     args = made.parse_args()

@@ -9,7 +9,7 @@ it is trained again, from the same adapter and for as many steps, on
 
     clean      the rows whose answer is right: perfect cleaning
     drop M     without the lowest scores by method M, as many as are wrong; by `auto` in ranks within task or source
-    doubtful   without what is not twice as probably right as wrong by `auto` (`DatasetFilter(drop="doubtful")`)
+    doubtful   without what is less than twice as likely right as wrong by `auto` (`DatasetFilter(drop="doubtful")`)
 
 and judged on other rows of the training part, clean and none of them a query: by the mean loss of the answers, by the
 share of tokens that are the likeliest, and by the share of answers that are so in all their tokens, which greedy

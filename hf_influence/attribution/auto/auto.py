@@ -224,8 +224,10 @@ class Auto(OverTraining, name="auto"):
             return "their parts were chosen by hand. Leave out parts=… for those that suit the store"
         final, path = rows.at(end(rows)), str(rows.store.path)
         words, at_rest = final.words(), not end(rows)
+        if "rows" not in words:
+            return f"{path} has no gradients of the end of training. Collect them, with those of clean queries"
         if "queries" not in words or len(final.query) < 2:
-            if not at_rest:
+            if not at_rest and rows.query_split in rows.store.splits_anywhere():
                 return (
                     f"{path} has no rows at the final weights: training has not ended, or at_end=False. Let it end, or "
                     "collect(model, dataset, …) there"

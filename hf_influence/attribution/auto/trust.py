@@ -71,7 +71,7 @@ def negative(scores: Tensor) -> float:
 
 
 def freshness(examples: Tensor, right: Tensor, wrong: Tensor, share: float = 0.0) -> float:
-    """How little a model has learnt the labels of its examples by heart, 1 where nothing shows.
+    """How little a model has memorised the labels of its examples, 1 where nothing shows.
 
         min(1, (o + δ) / (e + δ)),   e = (1 − π) e₊ + π e₋,   δ = 1 / (2 min(n, q))
 

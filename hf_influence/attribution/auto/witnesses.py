@@ -41,7 +41,7 @@ MOST_SEEN = 0.1
 """Share of the queries that may be training examples: short ones may be equal by chance."""
 
 ANSWERS = 1 / 3
-"""How far an answer is learnt by heart each time that training sees it, over how far a label is."""
+"""How far an answer is memorised each time that training sees it, over how far a label is."""
 
 
 @dataclass(frozen=True)
@@ -114,7 +114,7 @@ class Witness:
 
 
 class OfDirections(Witness):
-    """Scores by the directions of gradients, which say less while these change, and are learnt by heart more slowly.
+    """Scores by the directions of gradients, which say less while these change, and are memorised more slowly.
 
     So the share is not looked for before the model has settled.
     """
