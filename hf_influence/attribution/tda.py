@@ -82,8 +82,8 @@ class Tda(Unrolled, InnerProduct, name="tda"):
     over the points that hold it (nothing where none does). φ(σ) is T_l at σ = 0, so there is no damping. v_q is taken
     at the weights after training. Early segments count less where curvature is strong, as training forgets. For T → 0
     the score is in proportion to TracIn with the final queries, for T → ∞ to the influence with H_L⁻¹, undamped, where
-    the rows of the last segment span the block. What is unrolled is plain gradient descent; Adam divides its steps by √ŝ,
-    and its T would be larger by about as much.
+    the rows of the last segment span the block. What is unrolled is plain gradient descent; Adam divides its steps by
+    √ŝ, and its T would be larger by about as much.
 
     Cost: a segment and block, O(p n d q) for its p points, and the eigenvectors of a matrix of size min(n, d): O(n² d
     + 10 n³) or O(p n d² + 10 d³). Memory for the rows of n examples, the queries and that matrix of one block.
