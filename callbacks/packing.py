@@ -52,8 +52,8 @@ def prepared(trainer: Any, dataset: Any) -> Any:
 def known_by(trainer: Any, dataset: Any) -> dict[str, list[Any]]:
     """What the training set is known by when scores are applied to it, as by `column_codes`.
 
-    An SFTTrainer ends its texts with the end-of-sequence token. Then the last two hashes of such a column stand there
-    once more, of the texts without it, as the user has them.
+    An SFTTrainer ends its texts with the end-of-sequence token where they do not. Of such a column that token is the
+    last entry, so that the texts are known with and without it.
     """
     codes = column_codes(dataset)
     ending = getattr(getattr(trainer, "processing_class", None), "eos_token", None)
@@ -62,8 +62,7 @@ def known_by(trainer: Any, dataset: Any) -> dict[str, list[Any]]:
     for name in {trainer.args.dataset_text_field, "completion"} & codes.keys():
         texts = dataset.with_format(None)[name][:]
         if all(isinstance(text, str) and text.endswith(ending) for text in texts):
-            bare = Dataset.from_dict({name: [text.removesuffix(ending) for text in texts]})
-            codes[name] += column_codes(bare, [name])[name][1:]
+            codes[name].append(ending)
     return codes
 
 

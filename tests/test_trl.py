@@ -420,7 +420,8 @@ def test_texts_that_the_trainer_has_ended_are_known_without_their_end(tmp_path: 
     column = data.column_names[-1]
     assert run.train_dataset[0][column] == data[0][column] + "</s>"
     scores = attribute(tmp_path / "rows", "loss")
-    for known in (data, run.train_dataset):
+    half = data.map(lambda row, i: {column: row[column] + "</s>" * (i % 2)}, with_indices=True)
+    for known in (data, half, run.train_dataset):
         assert DatasetFilter(drop=1).apply(known, scores).num_rows == len(data) - 1
     with pytest.raises(BadSetting, match=r"holds .* in another order"):
         DatasetFilter(drop=1).apply(data.shuffle(seed=0), scores)

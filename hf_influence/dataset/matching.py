@@ -177,9 +177,9 @@ def _check_contents(dataset: Dataset, scored: dict[str, list[Any]]) -> None:
     most = max(shared.values(), default=0)
     telling = [name for name, distinct in shared.items() if distinct > most / 2]
     many = most > min(MANY, len(dataset) / 2)
-    now = column_codes(dataset, telling)
-    other = [name for name in telling if now[name][1] not in scored[name][1::2]]
-    moved = [name for name in other if now[name][2] in scored[name][2::2]]
+    now = {name: _codes_of(dataset, name, *scored[name][3:]) for name in telling}
+    other = [name for name in telling if now[name][1] != scored[name][1]]
+    moved = [name for name in other if now[name][2] == scored[name][2]]
     if moved and many:
         raise BadSetting(
             f"the column {moved[0]!r} holds what was scored in another order: the dataset was shuffled or sorted "
@@ -216,6 +216,15 @@ def _check_contents(dataset: Dataset, scored: dict[str, list[Any]]) -> None:
             "the dataset that was scored; if it is, and its values were changed on purpose, all is well.",
             stacklevel=5,
         )
+
+
+def _codes_of(dataset: Dataset, name: str, ending: str = "") -> list[Any]:
+    """What a column is known by, its texts with the ending that was theirs when they were scored."""
+    if ending:
+        texts = dataset.with_format(None)[name][:]
+        if all(isinstance(text, str) for text in texts):
+            dataset = Dataset.from_dict({name: [text if text.endswith(ending) else text + ending for text in texts]})
+    return column_codes(dataset, [name])[name]
 
 
 def _columns(names: Sequence[str]) -> str:
