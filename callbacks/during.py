@@ -270,8 +270,9 @@ class DuringTraining:
 
     def warn_of_unreached(self) -> None:
         """Say which of the chosen epochs training did not come to, and which weights no captured step has used."""
-        points = captured(self.store)
-        if late := [epoch for epoch in self.schedule.epochs or () if epoch not in points]:
+        chosen = self.schedule.epochs or ()
+        points = captured(self.store) if chosen else ()  # which opens a file of each
+        if late := [epoch for epoch in chosen if epoch not in points]:
             logger.warning("training has ended, and %s has no rows of the epochs %s", self.store.path, late)
         catcher = self.watch.catcher
         unused = [name for name in catcher.shapes if name not in catcher.reached]

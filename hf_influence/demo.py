@@ -33,12 +33,12 @@ from transformers.utils import logging as transformers_logging
 
 from hf_influence.attribution import attribute, lacking, methods
 from hf_influence.callbacks import GradientCapture
+from hf_influence.dataset.wording import printable
 from hf_influence.errors import BadSetting
 from hf_influence.evaluation import class_detection, corrupt_answers, mislabel_detection
 from hf_influence.evaluation.benchmarks import TRANSFORMATIONS, sentence_transformations, tokenize
 from hf_influence.evaluation.benchmarks.tokenization import Part
 from hf_influence.filter import DatasetFilter
-from hf_influence.filter.wording import printable
 from hf_influence.gradients import collect, losses
 from hf_influence.pretrained import SMOLLM2, load_language_model
 from hf_influence.scores import Scores

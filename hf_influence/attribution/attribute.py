@@ -7,13 +7,12 @@ from numbers import Integral
 from pathlib import Path
 from typing import Any
 
-from torch import distributed as dist
-
 from hf_influence.attribution.auto.auto import Auto
 from hf_influence.attribution.finite import check_finite
 from hf_influence.attribution.method import Method, class_of, make_method
 from hf_influence.attribution.selection import Selection
 from hf_influence.errors import BadSetting, MissingRows
+from hf_influence.gradients.processes import world
 from hf_influence.scores import Scores
 from hf_influence.store import Claim, GradientStore
 
@@ -116,7 +115,7 @@ def _tell_of_others(store: GradientStore, train_split: str) -> None:
 
 def _tell_of_unfinished(store: GradientStore) -> None:
     """Say so where a training run, not this one, still fills the store, or was cut short."""
-    if dist.is_available() and dist.is_initialized():  # this may be a process beside the one that fills it
+    if world() > 1:  # this may be a process beside the one that fills it
         return
     if run := Claim.of_another(store.path):
         warnings.warn(

@@ -47,9 +47,7 @@ class LossDeviations(Deviations):
         Raises:
             MissingRows: A point lacks an example, or the losses.
         """
-        first, *members = (
-            part.train if side == "train" else part.query for part in sorted(rows.parts, key=lambda part: part.points)
-        )
+        *members, first = (part.train if side == "train" else part.query for part in rows.parts)  # point 0 is last
         for other in members:
             if not torch.equal(first.positions, other.positions):
                 raise MissingRows(

@@ -11,7 +11,6 @@ from hf_influence.attribution.baselines import El2n, Loss, Margin
 from hf_influence.attribution.over_points import MeanOverTraining, OverTraining
 from hf_influence.attribution.selection import Selection
 from hf_influence.attribution.statistic import statistic
-from hf_influence.errors import StoreMismatch
 
 
 @dataclass(kw_only=True)
@@ -75,9 +74,9 @@ class Forgetting(OverTraining, name="forgetting"):
     def score(self, rows: Selection) -> Tensor:
         """Scores `[n, 1]`; StoreMismatch where the points are not consecutive parts of one run."""
         forgotten, last, best, times = torch.zeros(4, len(rows.ids), dtype=torch.float64)  # each [n]
-        before = -1.0
+        before = -1
         for part in rows.parts:
-            before = _after(part, before)
+            before = part.last_step_after(before) if part.points[0] else before
             at = rows.places(part)
             share = statistic(part.train, "correct", f"method '{self.name}'").to(last)
             forgotten[at] += (last[at] - share).clamp(min=0)
@@ -86,17 +85,3 @@ class Forgetting(OverTraining, name="forgetting"):
             times[at] += 1
         most = times.max() if len(times) else 0
         return (-forgotten - most * (1 - best)).to(rows.train.dtype)[:, None]
-
-
-def _after(part: Selection, before: float) -> float:
-    """The last step of a point of training whose first one is after `before`, which is given back if none is known."""
-    steps = part.of_step("step")
-    if steps is None or not len(steps) or not part.points[0]:
-        return before
-    if float(steps.min()) <= before:
-        raise StoreMismatch(
-            f"{part.train.folder} holds rows of step {int(steps.min())}, and the point before it goes up to step "
-            f"{int(before)}: they are of several runs, so what one forgets would be told by the other. Name the points "
-            "of one run with points=[…]."
-        )
-    return float(steps.max())

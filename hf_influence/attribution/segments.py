@@ -12,7 +12,7 @@ from torch import Tensor
 
 from hf_influence.attribution.selection import Selection
 from hf_influence.curvature import Apply, by_dense_side, by_gram_side
-from hf_influence.errors import BadSetting, MissingRows, StoreMismatch
+from hf_influence.errors import BadSetting, MissingRows
 
 
 @dataclass(frozen=True)
@@ -138,11 +138,7 @@ def _masses(parts: Sequence[Selection]) -> list[float]:
                 "training step, or at a checkpoint up to which the Trainer had logged none, and the method needs the "
                 "sum of the rates in each segment of training. Pass them: step_mass=[…], one for each segment."
             )
-        if min(rates) <= before:
-            raise StoreMismatch(
-                f"{folder} holds rows of step {min(rates)}, and the point before it goes up to step {before}, so they "
-                "are not consecutive parts of one training run. Name the points that are with points=[…]."
-            )
+        part.last_step_after(before)
         masses.append(0.0)
         for step, rate in sorted(rates.items()):
             masses[-1] += rate * (step - before)  # type: ignore[operator]

@@ -134,6 +134,31 @@ class Selection:
         value = self.store.point_about(self.points[0]).details.get(name)
         return None if value is None else torch.full((len(self.train),), value, dtype=torch.float64)
 
+    def step_range(self) -> tuple[int, int] | None:
+        """The first and the last step of the training rows at the first point; `None` if not known, and of no rows."""
+        steps = self.of_step("step")
+        return None if steps is None or not len(steps) else (int(steps.min()), int(steps.max()))
+
+    def last_step_after(self, before: int) -> int:
+        """The last step of the training rows at the first point; `before` where that is not known.
+
+        Args:
+            before: The last step of the point before it.
+
+        Raises:
+            StoreMismatch: Its rows are not all of later steps.
+        """
+        span = self.step_range()
+        if span is None:
+            return before
+        if span[0] <= before:
+            raise StoreMismatch(
+                f"{self.train.folder} holds rows of step {span[0]}, and the point before it goes up to step {before}, "
+                "so they are of several runs, and not consecutive parts of one. Name the points that are with "
+                "points=[…]."
+            )
+        return span[1]
+
     def _in_order(self, points: Sequence[int]) -> Selection:
         """At these points by their first steps, those without rows first; by their numbers if a step is not known.
 
@@ -141,13 +166,15 @@ class Selection:
         """
         points = sorted(points, key=lambda point: (not point, point))
         several = replace(self, points=tuple(points))
-        steps: dict[int, float] = {}
+        first: dict[int, float] = {0: math.inf}
         for part in several.parts:
-            known = part.of_step("step") if len(part.train) else torch.tensor([-1])
-            if part.points[0] and known is None:
+            if not part.points[0]:
+                continue
+            span = part.step_range()
+            if span is None and len(part.train):
                 return several
-            steps[part.points[0]] = float(known.min()) if part.points[0] and known is not None else math.inf
-        ordered = tuple(sorted(points, key=steps.__getitem__))
+            first[part.points[0]] = -1 if span is None else span[0]
+        ordered = tuple(sorted(points, key=first.__getitem__))
         return several if ordered == several.points else replace(self, points=ordered)  # whose rows are open already
 
     def compressed(self, compressor: Compressor) -> Selection:

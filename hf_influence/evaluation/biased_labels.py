@@ -5,9 +5,10 @@ from __future__ import annotations
 from random import Random
 from typing import Any
 
-from datasets import Dataset, Value
+from datasets import Dataset
 
 from hf_influence.errors import BadExample, BadSetting
+from hf_influence.evaluation.labels import ADDED, with_wrong_labels
 from hf_influence.evaluation.shares import share_of
 
 
@@ -59,7 +60,7 @@ def biased_labels(
         )
     if missing := [name for name in (within, label) if name not in dataset.column_names]:
         raise BadExample(f"the dataset has the columns {dataset.column_names} but no {missing}. Name yours.")
-    if taken := [name for name in ("is_wrong", "right_label") if name in dataset.column_names]:
+    if taken := [name for name in ADDED if name in dataset.column_names]:
         raise BadExample(f"the dataset has {taken} already: wrong labels were planted before. Plant once.")
     plain = dataset.with_format(None)
     given = list(plain[label])
@@ -70,9 +71,4 @@ def biased_labels(
             f"{within}={group!r} and {label}={right!r}. Choose a smaller share."
         )
     chosen = set(Random(seed).sample(able, wanted))
-    feature = dataset.features[label]
-    biased = dataset.add_column("is_wrong", [i in chosen for i in range(len(given))], feature=Value("bool"))
-    biased = biased.add_column("right_label", given, feature=feature)
-    labels = [wrong if i in chosen else y for i, y in enumerate(given)]
-    biased = biased.remove_columns(label).add_column(label, labels, feature=feature)
-    return biased.select_columns([*dataset.column_names, "is_wrong", "right_label"])
+    return with_wrong_labels(dataset, label, [wrong if i in chosen else y for i, y in enumerate(given)], chosen)

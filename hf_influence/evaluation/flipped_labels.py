@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from random import Random
 
-from datasets import ClassLabel, Dataset, Value
+from datasets import ClassLabel, Dataset
 
 from hf_influence.dataset.groups import group_of
 from hf_influence.errors import BadExample
-from hf_influence.evaluation.labels import check_single
+from hf_influence.evaluation.labels import ADDED, check_single, with_wrong_labels
 from hf_influence.evaluation.shares import share_of
 
 
@@ -39,7 +39,7 @@ def flipped_labels(dataset: Dataset, share: float = 0.2, *, seed: int = 0, label
     wanted = int(share_of(share) * len(dataset))
     if label not in dataset.column_names:
         raise BadExample(f"the dataset has the columns {dataset.column_names} but no {label!r}. Name it: label=….")
-    if taken := [name for name in ("is_wrong", "right_label") if name in dataset.column_names]:
+    if taken := [name for name in ADDED if name in dataset.column_names]:
         raise BadExample(f"the dataset has {taken} already: its labels were flipped before. Flip once.")
     right = list(dataset.with_format(None)[label])
     check_single(right, f"column {label!r}")
@@ -55,7 +55,4 @@ def flipped_labels(dataset: Dataset, share: float = 0.2, *, seed: int = 0, label
     given = list(right)
     for i in sorted(wrong):
         given[i] = rng.choice([other for other in classes if other != right[i]])
-    flipped = dataset.add_column("is_wrong", [i in wrong for i in range(len(right))], feature=Value("bool"))
-    flipped = flipped.add_column("right_label", right, feature=feature)
-    flipped = flipped.remove_columns(label).add_column(label, given, feature=feature)
-    return flipped.select_columns([*dataset.column_names, "is_wrong", "right_label"])
+    return with_wrong_labels(dataset, label, given, wrong)

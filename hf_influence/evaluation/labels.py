@@ -1,12 +1,17 @@
-"""Labels brought into the order of the scores, whatever kind of sequence they come in."""
+"""Labels brought into the order of the scores, whatever kind of sequence they come in, and wrong ones put in."""
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Container, Hashable, Iterable, Sequence
 from typing import Any
+
+from datasets import Dataset, Value
 
 from hf_influence.errors import BadExample, BadSetting
 from hf_influence.scores import Scores
+
+ADDED = ("is_wrong", "right_label")
+"""The columns of a dataset with wrong labels: where they are, and what was there before."""
 
 
 def labels_for(scores: Scores, labels: Iterable[Any], what: str) -> list[Any]:
@@ -66,3 +71,19 @@ def check_single(labels: Sequence[Any], what: str) -> None:
             f"{what} holds {stray!r}, and each example must have a single label here: the number or the name of its "
             "class. Of examples with several labels take one at a time: [labels[k] for labels in …]."
         )
+
+
+def with_wrong_labels(dataset: Dataset, label: str, given: Sequence[Any], wrong: Container[int]) -> Dataset:
+    """The dataset with other labels in the column `label`, and with the columns `ADDED`.
+
+    Args:
+        dataset: With none of these.
+        label: The column of labels.
+        given: What stands there now, `[n]`.
+        wrong: The rows where that is another label than before.
+    """
+    feature, right = dataset.features[label], list(dataset.with_format(None)[label])
+    flags = [i in wrong for i in range(len(right))]
+    rows = dataset.add_column(ADDED[0], flags, feature=Value("bool")).add_column(ADDED[1], right, feature=feature)
+    rows = rows.remove_columns(label).add_column(label, list(given), feature=feature)
+    return rows.select_columns([*dataset.column_names, *ADDED])

@@ -9,7 +9,7 @@ import torch
 from datasets import Dataset, IterableDataset, Value
 from torch import Tensor
 
-from hf_influence.dataset.matching import ids_of, in_order
+from hf_influence.dataset.matching import aligned
 from hf_influence.errors import BadExample, BadSetting
 from hf_influence.filter.actions import Written
 from hf_influence.filter.cutting import check_amount, count_of, gone_by, groups_of, lengths_of, reasons_of
@@ -91,10 +91,9 @@ class DatasetFilter(Rule):
         needed = self._votes(len(rankings))
         for ranking in rankings:
             check_scale(self.drop, ranking)
-        decision = Decision.keeping_all(dataset, rankings, by)
-        table, n = decision.dataset, decision.before
-        names = [decision.ids if table is None else ids_of(table, ranking.id_column) for ranking in rankings]
-        values = [in_order(ranking, own) for ranking, own in zip(rankings, names, strict=True)]  # each [n, q]
+        values, ids = aligned(dataset, rankings)  # each [n, q]
+        decision = Decision.keeping_all(dataset, rankings, by, known=(values, ids))
+        n = decision.before
         if self.columns and (taken := [column for column in _ADDED if column in (dataset.column_names or ())]):
             raise BadExample(f"the dataset has {taken} already. Rename or remove them, or leave columns=False.")
         groups = groups_of(decision.dataset, self.within, n)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from datasets import Dataset, IterableDataset
+from torch import Tensor
 
 from hf_influence.dataset.contents import row_codes
 from hf_influence.dataset.matching import aligned
@@ -100,19 +101,27 @@ class Decision:
     known_contents: list[str] | None = field(default=None, repr=False, compare=False)
 
     @classmethod
-    def keeping_all(cls, dataset: Dataset | IterableDataset, rankings: Sequence[Scores], by: By = None) -> Decision:
+    def keeping_all(
+        cls,
+        dataset: Dataset | IterableDataset,
+        rankings: Sequence[Scores],
+        by: By = None,
+        *,
+        known: tuple[list[Tensor], Sequence[Any]] | None = None,
+    ) -> Decision:
         """The decision that every rule starts from: all rows stay as they are, ranked from the lowest score.
 
         Args:
             dataset: What was scored.
             rankings: One or several scores of every row.
             by: For a stream whose scores have no id column: the store that knows its rows.
+            known: `aligned(dataset, rankings)`, where the rule needs that itself.
 
         Raises:
             BadExample: Not a dataset, no rows, or no such id column.
             BadSetting: Scores of another dataset, or a stream of which nothing says how its rows are known.
         """
-        values, ids = aligned(dataset, rankings)  # each [n, q]
+        values, ids = aligned(dataset, rankings) if known is None else known  # each [n, q]
         mean = values[0].mean(1) if len(values) == 1 else mean_place(values)  # [n]
         table = dataset if isinstance(dataset, Dataset) else None
         tokens, per_token = None, True

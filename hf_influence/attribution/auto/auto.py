@@ -12,7 +12,7 @@ from torch import Tensor
 
 from hf_influence.attribution.auto.share_wrong import Epoch
 from hf_influence.attribution.auto.trust import log_odds, normal_scores
-from hf_influence.attribution.auto.witnesses import have_wrong_labels, of_prompts, spoken_of, witnesses
+from hf_influence.attribution.auto.witnesses import end, has_classes, of_prompts, spoken_of, why_ranks, witnesses
 from hf_influence.attribution.finite import check_finite
 from hf_influence.attribution.given import fingerprint, one_for_each
 from hf_influence.attribution.kernel_ridge import KernelRidge, KernelRidgeMean
@@ -21,7 +21,6 @@ from hf_influence.attribution.over_points import OverPoints, OverTraining
 from hf_influence.attribution.selection import Selection
 from hf_influence.dataset.groups import group_of
 from hf_influence.errors import BadSetting, MissingRows
-from hf_influence.gradients.other_prompts import STATISTIC as OTHERS
 from hf_influence.scores import LOG_ODDS, RANKS_ONLY, ranks_within
 
 Parts = Mapping[str, Mapping[str, Any]]
@@ -48,6 +47,9 @@ OF_PROMPTS = "prompt_gain"
 
 AT_REST = 8
 """How much more the regression at the end counts than its mean over training, whose rows carry dropout."""
+
+BY_HAND = "their parts were chosen by hand. Leave out parts=… for those that suit the store"
+"""Why scores are ranks where parts were asked for."""
 
 BITS = 16
 """Of a score that count in a rank, those that tell it from others."""
@@ -205,7 +207,7 @@ class Auto(OverTraining, name="auto"):
             )
         ranking = (values.nan_to_num() * weight).sum(1) / weight.sum(1)
         if share is None or not auc > 0.5:
-            self.report[RANKS_ONLY] = self._why_ranks(rows, last)
+            self.report[RANKS_ONLY] = BY_HAND if self.parts is not None else why_ranks(rows, last)
             self._refuse_share()
             return normal_scores(ranking).to(rows.train.dtype)[:, None]
         self.report[LOG_ODDS] = {"auc": round(auc, 4)}
@@ -217,36 +219,6 @@ class Auto(OverTraining, name="auto"):
         witness = "kernel_ridge" if has_classes(rows) else OF_PROMPTS
         asked = self.parts is None and witness in parts and "queries" in last.words() and len(last.query) > 1
         return last if asked else None
-
-    def _why_ranks(self, rows: Selection, last: Selection | None) -> str:
-        """Why the scores are no log-odds, and what would make them so."""
-        if self.parts is not None:
-            return "their parts were chosen by hand. Leave out parts=… for those that suit the store"
-        final, path = rows.at(end(rows)), str(rows.store.path)
-        words, at_rest = final.words(), not end(rows)
-        if "rows" not in words:
-            return f"{path} has no gradients of the end of training. Collect them, with those of clean queries"
-        if "queries" not in words or len(final.query) < 2:
-            if not at_rest and rows.query_split in rows.store.splits_anywhere():
-                return (
-                    f"{path} has no rows at the final weights: training has not ended, or at_end=False. Let it end, or "
-                    "collect(model, dataset, …) there"
-                )
-            return (
-                f"{path} has no clean queries at the end of training to tell right from wrong by: "
-                "GradientCapture(path, query_dataset=clean)"
-            )
-        others = None if last is None else last.query.stats.get(OTHERS)  # [q, k]
-        if not has_classes(rows) and (others is None or others.shape[1] < 2):
-            return (
-                "the answers of examples or queries were not read after two other prompts. That is done at the end "
-                "where the labels leave the prompts out: in TRL with the columns prompt and completion (of messages "
-                "prompt=messages[:-1], completion=messages[-1:]) or assistant_only_loss=True; collect(…) takes "
-                "other_prompts=2"
-            )
-        return (
-            "the queries do not tell right from wrong (of several labels an example, and of regression, they never do)"
-        )
 
     def _refuse_share(self) -> None:
         """Where it would go unheard."""
@@ -357,19 +329,9 @@ def with_settings(parts: Parts | Sequence[str]) -> Parts:
     return parts if isinstance(parts, Mapping) else {name: {} for name in parts}
 
 
-def end(rows: Selection) -> int:
-    """The point that a method at one point looks at: the final weights, or the last of training."""
-    return 0 if 0 in rows.points else rows.points[-1]
-
-
 def of_training(rows: Selection) -> list[int]:
     """The other points."""
     return [point for point in rows.points if point]
-
-
-def has_classes(rows: Selection) -> bool:
-    """Whether the examples are of classes: those of a classifier, or answers that name some."""
-    return rows.store.header.task.get("name") == "classification" or have_wrong_labels(rows.at(end(rows)))
 
 
 def digits(values: Tensor, dtype: torch.dtype) -> Tensor:

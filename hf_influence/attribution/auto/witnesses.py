@@ -271,6 +271,48 @@ def of_prompts(rows: Selection, last: Selection, scores: Tensor) -> Witness | No
     return OfPrompts(right - zero, wrong - zero, scores - zero, visits=visits)
 
 
+def end(rows: Selection) -> int:
+    """The point that a method at one point looks at: the final weights, or the last of training."""
+    return 0 if 0 in rows.points else rows.points[-1]
+
+
+def has_classes(rows: Selection) -> bool:
+    """Whether the examples are of classes: those of a classifier, or answers that name some."""
+    return rows.store.header.task.get("name") == "classification" or have_wrong_labels(rows.at(end(rows)))
+
+
+def why_ranks(rows: Selection, last: Selection | None) -> str:
+    """Why the queries do not make scores log-odds, and what would.
+
+    Args:
+        rows: All that was scored.
+        last: The end, where it has queries that were asked.
+    """
+    final, path = rows.at(end(rows)), str(rows.store.path)
+    words, at_rest = final.words(), not end(rows)
+    if "rows" not in words:
+        return f"{path} has no gradients of the end of training. Collect them, with those of clean queries"
+    if "queries" not in words or len(final.query) < 2:
+        if not at_rest and rows.query_split in rows.store.splits_anywhere():
+            return (
+                f"{path} has no rows at the final weights: training has not ended, or at_end=False. Let it end, or "
+                "collect(model, dataset, …) there"
+            )
+        return (
+            f"{path} has no clean queries at the end of training to tell right from wrong by: "
+            "GradientCapture(path, query_dataset=clean)"
+        )
+    others = None if last is None else last.query.stats.get(STATISTIC)  # [q, k]
+    if not has_classes(rows) and (others is None or others.shape[1] < 2):
+        return (
+            "the answers of examples or queries were not read after two other prompts. That is done at the end "
+            "where the labels leave the prompts out: in TRL with the columns prompt and completion (of messages "
+            "prompt=messages[:-1], completion=messages[-1:]) or assistant_only_loss=True; collect(…) takes "
+            "other_prompts=2"
+        )
+    return "the queries do not tell right from wrong (of several labels an example, and of regression, they never do)"
+
+
 def have_wrong_labels(last: Selection) -> bool:
     """Whether the queries were collected under wrong labels."""
     return SPLIT.format(last.query_split) in last.store.splits(last.points[0])
